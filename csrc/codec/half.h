@@ -1,0 +1,66 @@
+// fp16 and bf16 as bit patterns: how a value is stored, never what it means. Load decodes to fp32, store encodes.
+//
+// Two rules of rounding. `nearest_even` is torch's and overflows to infinity. `master` is for a weight whose fp32 value
+// is kept elsewhere: it saturates at the largest finite value, and bf16 rounds half away from zero, so that a 16-bit
+// remainder can represent the difference exactly (round-half-even cannot: an even bf16 has 65,537 fp32 preimages).
+// Infinities and NaN stay what they are under both.
+#pragma once
+
+#include "../math/numeric.h"
+
+namespace deepfast {
+
+constexpr uint32_t kSign = 0x80000000u;
+constexpr uint32_t kInfinity = 0x7f800000u;
+
+struct Fp16 {
+  static DF_INLINE float decode(uint16_t h) {
+    const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
+    if (magnitude >= 0x7c00u) {  // inf, NaN (made quiet, as the hardware does)
+      return from_bits(sign | kInfinity | (magnitude & 0x3ffu) << 13 | (magnitude > 0x7c00u ? 0x00400000u : 0u));
+    }
+    if (magnitude < 0x0400u) {  // zero, subnormal: an exact product
+      return from_bits(sign | to_bits(static_cast<float>(magnitude) * 0x1p-24f));
+    }
+    return from_bits(sign | ((magnitude << 13) + (112u << 23)));
+  }
+
+  static DF_INLINE uint16_t nearest_even(float x) {
+    const uint32_t sign = (to_bits(x) & kSign) >> 16, magnitude = to_bits(x) & ~kSign;
+    if (magnitude > kInfinity) return static_cast<uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));
+    if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // from 65520 on
+    if (magnitude < 0x38800000u) {  // below 2^-14: let an fp32 addition at ulp 2^-24 round
+      return static_cast<uint16_t>(sign | (to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u));
+    }
+    return static_cast<uint16_t>(sign | ((magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
+  }
+
+  static DF_INLINE float saturate(float x) {
+    const uint32_t magnitude = to_bits(x) & ~kSign;
+    const bool over = magnitude > 0x477fe000u && magnitude < kInfinity;  // 65504 < |x| < inf
+    return over ? from_bits((to_bits(x) & kSign) | 0x477fe000u) : x;
+  }
+
+  static DF_INLINE uint16_t master(float x) { return nearest_even(saturate(x)); }
+};
+
+struct Bf16 {
+  static DF_INLINE float decode(uint16_t h) { return from_bits(static_cast<uint32_t>(h) << 16); }
+
+  static DF_INLINE uint16_t nearest_even(float x) {
+    const uint32_t bits = to_bits(x);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return static_cast<uint16_t>((bits & ~kSign) > kInfinity ? (bits >> 16) | 0x40u : rounded);
+  }
+
+  static DF_INLINE uint16_t master(float x) {
+    const uint32_t bits = to_bits(x), magnitude = bits & ~kSign;
+    uint32_t rounded = (magnitude + 0x8000u) >> 16;
+    rounded = rounded > 0x7f7fu ? 0x7f7fu : rounded;                         // saturate
+    rounded = magnitude >= kInfinity ? magnitude >> 16 : rounded;            // inf stays
+    rounded = magnitude > kInfinity ? (magnitude >> 16) | 0x40u : rounded;   // NaN stays, quiet
+    return static_cast<uint16_t>((bits & kSign) >> 16 | rounded);
+  }
+};
+
+}  // namespace deepfast

@@ -1,0 +1,55 @@
+// A table of spans cut into fixed blocks, and the blocks dealt out to threads.
+//
+// Blocks do not depend on the number of threads, so a reduction that adds its partial results in block order gives the
+// same bits for any number of them. Each thread gets one contiguous range: it stays on the pages it touched first.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "../span.h"
+
+namespace deepfast::cpu {
+
+constexpr int64_t kBlock = 2048;            // elements: the staging buffers of a block stay in L1
+constexpr int64_t kSerialBelow = 32 * 1024; // elements: less is not worth waking a thread for
+
+class Blocks {
+ public:
+  Blocks(const Span* spans, int64_t count) : spans_(spans), first_(count + 1, 0) {
+    int64_t elements = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      first_[i + 1] = first_[i] + (spans[i].numel + kBlock - 1) / kBlock;
+      elements += spans[i].numel;
+    }
+    threads_ = elements < kSerialBelow ? 1 : static_cast<int>(std::min<int64_t>(omp_get_max_threads(), size()));
+  }
+
+  int64_t size() const { return first_.back(); }
+
+  // body(span index, offset of the block's first element, its number of elements, block index)
+  template <class Body>
+  void parallel_for(const Body& body) const {
+#pragma omp parallel num_threads(threads_) if (threads_ > 1)
+    {
+      const int64_t begin = size() * omp_get_thread_num() / omp_get_num_threads();
+      const int64_t end = size() * (omp_get_thread_num() + 1) / omp_get_num_threads();
+      int64_t span = std::upper_bound(first_.begin(), first_.end(), begin) - first_.begin() - 1;
+      for (int64_t block = begin; block < end; ++block) {
+        while (block >= first_[span + 1]) ++span;
+        const int64_t offset = (block - first_[span]) * kBlock;
+        body(span, offset, std::min(kBlock, spans_[span].numel - offset), block);
+      }
+    }
+  }
+
+ private:
+  const Span* spans_;
+  std::vector<int64_t> first_;  // block index at which each span begins
+  int threads_;
+};
+
+}  // namespace deepfast::cpu

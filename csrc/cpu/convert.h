@@ -1,0 +1,71 @@
+// Blocks of 16-bit values to fp32 and back. The scalar codec says what is meant; where the instruction set converts
+// fp16 in hardware, that is used (GCC vectorizes bf16's shifts by itself, but no loop over fp16).
+#pragma once
+
+#include "../codec/half.h"
+#include "../span.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace deepfast::cpu {
+
+// dst[n] = src[n]
+inline void decode_fp16(const uint16_t* __restrict src, float* __restrict dst, int64_t n) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= n; i += 16) {
+    _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i))));
+  }
+#elif defined(__F16C__)
+  for (; i + 8 <= n; i += 8) {
+    _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i))));
+  }
+#endif
+  for (; i < n; ++i) dst[i] = Fp16::decode(src[i]);
+}
+
+// dst[n] = src[n] rounded half to even; kSaturate: by the rule for weights with a master.
+template <bool kSaturate>
+inline void encode_fp16(const float* __restrict src, uint16_t* __restrict dst, int64_t n) {
+  const auto prepare = [](float x) { return kSaturate ? Fp16::saturate(x) : x; };
+  int64_t i = 0;
+#if defined(__F16C__)
+  alignas(64) float staged[16];
+  for (; i + 16 <= n; i += 16) {
+    for (int j = 0; j < 16; ++j) staged[j] = prepare(src[i + j]);
+    for (int j = 0; j < 16; j += 8) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i + j),
+                       _mm256_cvtps_ph(_mm256_load_ps(staged + j), _MM_FROUND_TO_NEAREST_INT));
+    }
+  }
+#endif
+  for (; i < n; ++i) dst[i] = Fp16::nearest_even(prepare(src[i]));
+}
+
+// The block as fp32: in place where it is fp32 already, else decoded into `staging`.
+inline const float* decode(const void* src, DType dtype, int64_t offset, int64_t n, float* staging) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(src) + offset;
+  const uint16_t* half = static_cast<const uint16_t*>(src) + offset;
+  if (dtype == DType::kFloat16) {
+    decode_fp16(half, staging, n);
+  } else {
+    for (int64_t i = 0; i < n; ++i) staging[i] = Bf16::decode(half[i]);
+  }
+  return staging;
+}
+
+// Stores fp32 `src` as `dtype` (16 bits wide). master: by the rule for weights with a master, else torch's.
+inline void encode(const float* __restrict src, void* dst, DType dtype, int64_t offset, int64_t n, bool master) {
+  uint16_t* __restrict half = static_cast<uint16_t*>(dst) + offset;
+  if (dtype == DType::kFloat16) {
+    master ? encode_fp16<true>(src, half, n) : encode_fp16<false>(src, half, n);
+  } else if (master) {
+    for (int64_t i = 0; i < n; ++i) half[i] = Bf16::master(src[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) half[i] = Bf16::nearest_even(src[i]);
+  }
+}
+
+}  // namespace deepfast::cpu

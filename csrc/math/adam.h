@@ -1,0 +1,62 @@
+// Adam and its variants, one element at a time.
+//
+//   Adam     Kingma & Ba 2015, arXiv:1412.6980, algorithm 1
+//   AdamW    Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2 (decoupled weight decay)
+//   AMSGrad  Reddi, Kale & Kumar 2018, arXiv:1904.09237, in torch's form (the maximum is taken before bias correction)
+#pragma once
+
+#include "numeric.h"
+
+namespace deepfast {
+
+template <bool kAmsgrad>
+struct AdamW {
+  static constexpr int kMoments = kAmsgrad ? 3 : 2;  // exp_avg, exp_avg_sq, max_exp_avg_sq
+
+  float decay;            // lr * weight_decay
+  float one_minus_beta1;  //
+  float beta2;            //
+  float one_minus_beta2;  //
+  float step_size;        // lr / (1 - beta1^t)
+  float inv_sqrt_bias2;   // 1 / sqrt(1 - beta2^t)
+  float eps;              //
+
+  // hyper: lr, beta1, beta2, eps, weight_decay; t: this parameter's step count, from 1.
+  static DF_INLINE AdamW prepare(const double* hyper, int64_t t) {
+    const double lr = hyper[0], beta1 = hyper[1], beta2 = hyper[2], eps = hyper[3], weight_decay = hyper[4];
+    return {
+        static_cast<float>(lr * weight_decay),
+        static_cast<float>(1.0 - beta1),
+        static_cast<float>(beta2),
+        static_cast<float>(1.0 - beta2),
+        static_cast<float>(lr / (1.0 - power(beta1, t))),
+        static_cast<float>(1.0 / std::sqrt(1.0 - power(beta2, t))),
+        static_cast<float>(eps),
+    };
+  }
+
+  // p: parameter, g: gradient (unscaled and clipped); the moments are updated. Returns the new parameter.
+  DF_INLINE float update(float p, float g, float& m, float& v) const {
+    average(g, m, v);
+    return descend(p, m, v);
+  }
+
+  DF_INLINE float update(float p, float g, float& m, float& v, float& v_max) const {
+    average(g, m, v);
+    v_max = v_max < v ? v : v_max;
+    return descend(p, m, v_max);
+  }
+
+ private:
+  DF_INLINE void average(float g, float& m, float& v) const {
+    m = fma(one_minus_beta1, g - m, m);
+    v = fma(one_minus_beta2, g * g, beta2 * v);
+  }
+
+  DF_INLINE float descend(float p, float m, float v) const {
+    p = fma(-decay, p, p);  // not p * (1 - decay): 1 - decay would round away most of a small decay
+    return fma(-step_size, m / fma(std::sqrt(v), inv_sqrt_bias2, eps), p);
+  }
+};
+
+}  // namespace deepfast

@@ -1,0 +1,28 @@
+// The unit of work: a run of elements of one parameter with everything that a step touches for them.
+//
+// A list of spans goes to a kernel as one table, so that N tensors cost one launch. Loose parameters, flat buckets and
+// shards differ only in how their table is made. All pointers of a span have the same element order; which order that
+// is (contiguous, channels-last, transposed) is no concern of a kernel.
+#pragma once
+
+#include <cstdint>
+
+namespace deepfast {
+
+enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16 };
+
+constexpr int kMaxMoments = 3;
+
+struct Span {
+  void* param;                 // [numel] param_dtype
+  void* grad;                  // [numel] grad_dtype
+  float* master;               // [numel] the parameter's fp32 value where param_dtype is 16 bits wide, or null
+  float* moment[kMaxMoments];  // [numel] each, as many as the rule keeps
+  float* step;                 // [1] this parameter's step count
+  int64_t numel;
+  int32_t group;  // row of the hyperparameter table
+  DType param_dtype;
+  DType grad_dtype;
+};
+
+}  // namespace deepfast

@@ -1,0 +1,39 @@
+"""deepfast: the whole optimizer step in one pass over memory.
+
+Names are loaded when they are first used: ``import deepfast`` itself costs next to nothing and compiles nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deepfast.engine import Engine, initialize
+    from deepfast.optim import AdamW
+    from deepfast.scaler import LossScaler
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AdamW": "deepfast.optim",
+    "LossScaler": "deepfast.scaler",
+    "Engine": "deepfast.engine",
+    "initialize": "deepfast.engine",
+}
+__all__ = ["AdamW", "Engine", "LossScaler", "initialize"]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    try:
+        return importlib.import_module(f"{__name__}.{name}")  # deepfast.optim, deepfast.ops, …
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+    raise AttributeError(f"module 'deepfast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

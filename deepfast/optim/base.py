@@ -1,0 +1,299 @@
+"""What all optimizers share: state, its state_dict, and the step from gradients to a call of the kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepfast import memory, ops, reference
+
+Value = float | Tensor
+HALF = frozenset((torch.float16, torch.bfloat16))
+
+
+@dataclasses.dataclass
+class _Launch:
+    """The parameters that one call of a backend takes: one device, one rule."""
+
+    backend: Any
+    rule: str
+    moments: tuple[str, ...]
+    params: list[Tensor] = dataclasses.field(default_factory=list)
+    grads: list[Tensor] = dataclasses.field(default_factory=list)
+    groups: list[int] = dataclasses.field(default_factory=list)
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Base of all optimizers; not used by itself.
+
+    Keyword arguments beyond torch's:
+
+    Args:
+        master: where a 16-bit parameter's fp32 value is kept. "auto" and "fp32": as an fp32 tensor in the state;
+            "none": nowhere, the parameter itself is updated and rounded to nearest even, as in torch.
+        max_grad_norm: clip the gradients to this global L2 norm (over all groups) inside the step.
+        reset_grad: zero the gradients in the step's own pass, skipped steps included.
+        backend: "auto", "cpu" or "reference"; "auto" follows ``$DEEPFAST_BACKEND``.
+        state_dtype, rounding: only "fp32" and "nearest" so far.
+
+    Attributes:
+        grad_norm: after a step the global gradient norm, unscaled, before clipping, a 0-d fp32 tensor on the
+            parameters' device; None where neither clipping nor a :class:`deepfast.LossScaler` asked for it.
+        grad_scale: what the gradients have been multiplied by (set by a gradient scaler around the step), or None.
+        found_inf: a tensor that is > 0 where the step is to be skipped (set likewise), or None.
+    """
+
+    _step_supports_amp_scaling = True
+
+    grad_norm: Tensor | None = None
+    _check_finite = False  # set by deepfast.LossScaler around a step: find non-finite gradients, and skip it
+    _found_inf: Tensor | None = None  # what the last step decided
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        master: str = "auto",
+        state_dtype: str = "fp32",
+        rounding: str = "nearest",
+        max_grad_norm: float | None = None,
+        reset_grad: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        for name, value, known, later in (
+            ("master", master, ("auto", "fp32", "none"), ("split", "split8")),
+            ("state_dtype", state_dtype, ("fp32",), ("bf16", "param", "int8")),
+            ("rounding", rounding, ("nearest",), ("stochastic",)),
+        ):
+            if value not in known:
+                verdict = "is not built yet" if value in later else "is not known"
+                raise ValueError(f"deepfast: {name}={value!r} {verdict}: choose one of {', '.join(known)}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"deepfast: max_grad_norm must be positive, got {max_grad_norm}")
+        self.master = master
+        self.max_grad_norm = max_grad_norm
+        self.reset_grad = reset_grad
+        self.backend = ops.forced(backend)
+        super().__init__(params, defaults)
+
+    # What a subclass says of itself.
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raises ValueError for a hyperparameter out of range."""
+        raise NotImplementedError
+
+    def _rule(self, group: dict[str, Any]) -> str:
+        """The kernels' name of the rule that updates this group."""
+        raise NotImplementedError
+
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """torch's names of the tensors that the rule keeps, in the kernels' order."""
+        raise NotImplementedError
+
+    def _hyper(self, group: dict[str, Any]) -> tuple[Value, ...]:
+        """The values that the rule's ``prepare`` takes."""
+        raise NotImplementedError
+
+    # State.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        try:
+            self._check(self.param_groups[-1])
+            if self.param_groups[-1].get("differentiable"):
+                raise ValueError("deepfast: differentiable=True is not supported: the step happens in place")
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def init_state(self) -> None:
+        """Allocates the state of every parameter that has none yet, as its first step would, without stepping."""
+        self._init_state((p, group) for group in self.param_groups for p in group["params"])
+
+    def _init_state(self, wanted: Iterable[tuple[Tensor, dict[str, Any]]]) -> None:
+        """State for the given parameters, one allocation per device, dtype and kind."""
+        shares: dict[tuple[torch.device, torch.dtype, str], list[Tensor]] = defaultdict(list)
+        for p, group in wanted:
+            if self.state.get(p):
+                continue
+            for name in self._moments(group):
+                shares[p.device, _moment_dtype(p), name].append(p)
+            if p.dtype in HALF and self.master != "none":
+                shares[p.device, torch.float32, "master"].append(p)
+            shares[p.device, torch.float32, "step"].append(p)
+        for (device, dtype, name), params in shares.items():
+            like = [p.new_empty(()) for p in params] if name == "step" else params
+            for p, t in zip(params, memory.zeros_like_each(like, dtype, device), strict=True):
+                self.state[p][name] = t.copy_(p.detach()) if name == "master" else t
+
+    @torch.no_grad()
+    def refresh_master(self) -> None:
+        """Takes over parameters that were written from outside, by ``model.load_state_dict`` say."""
+        for p, state in self.state.items():
+            if "master" in state:
+                state["master"].copy_(p)
+
+    def state_dict(self, *, compact: bool = False) -> dict[str, Any]:
+        """torch's state_dict, with a ``master`` for each 16-bit parameter; loads into torch's optimizer of this name.
+
+        Args:
+            compact: keep the storage form. All forms there are so far are the same either way.
+        """
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads our state_dict or torch's, in place and without loss.
+
+        Moments stay fp32 whatever the parameter's dtype (torch would cast them to it), and where a master is missing
+        the parameter is taken. Raises ValueError where groups or states do not fit.
+        """
+        own, given = self.state, {}
+
+        def capture(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            given.update(state_dict)  # as the user's own hooks left it
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            self.state = own
+            self._take_state(given)
+
+        before = self.register_load_state_dict_pre_hook(capture)
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)  # the user's hooks see our state
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    @torch.no_grad()
+    def _take_state(self, given: dict[str, Any]) -> None:
+        names = itertools.chain.from_iterable(group["params"] for group in given["param_groups"])
+        params = [(p, group) for group in self.param_groups for p in group["params"]]
+        saved = {p: given["state"].get(name) for name, (p, _) in zip(names, params, strict=True)}
+        for p, group in params:
+            missing = [name for name in self._moments(group)[:1] if saved[p] and name not in saved[p]]
+            if missing:
+                raise ValueError(
+                    f"deepfast: the loaded state has no {missing[0]!r} (it has {', '.join(saved[p])}): "
+                    f"it is not that of a {type(self).__name__}"
+                )
+            if not saved[p]:
+                self.state.pop(p, None)
+        self._init_state((p, group) for p, group in params if saved[p])
+        for p, values in saved.items():
+            for key, value in (values or {}).items():
+                kept = self.state[p].get(key)
+                if isinstance(kept, Tensor):
+                    kept.copy_(value if isinstance(value, Tensor) else torch.tensor(value))
+                elif key != "master":  # of a 16-bit run; this parameter is its own master
+                    self.state[p][key] = value
+            if values and "master" in self.state[p] and "master" not in values:
+                self.state[p]["master"].copy_(p)
+
+    # The step.
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Updates all parameters that have a gradient. Returns what ``closure`` returned, if one was given.
+
+        Raises:
+            RuntimeError: for sparse gradients, and for a backend that was asked for and is not to be had.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        launches = self._launches()
+        self.grad_norm = self._found_inf = None
+        if not launches:
+            return loss
+        records = self._decide(launches)
+        hyper = self._hyper_table()
+        empty = torch.empty(0)
+        for launch in launches:
+            states = [self.state[p] for p in launch.params]
+            launch.backend.step_(
+                launch.rule,
+                launch.params,
+                launch.grads,
+                [s.get("master", empty) for s in states],
+                [s[name] for name in launch.moments for s in states],
+                [s["step"] for s in states],
+                hyper,
+                torch.tensor(launch.groups, dtype=torch.int32),
+                records[launch.params[0].device],
+                self.reset_grad,
+            )
+        return loss
+
+    def _launches(self) -> list[_Launch]:
+        """The parameters that have a gradient, by backend, device and rule; their state made where it is missing."""
+        launches: dict[Any, _Launch] = {}
+        fresh = []
+        for index, group in enumerate(self.param_groups):
+            rule, moments = self._rule(group), self._moments(group)
+            backend_name = "reference" if group.get("fused") is False else self.backend
+            for p in group["params"]:
+                grad = p.grad
+                if grad is None:
+                    continue
+                if grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"{type(self).__name__} does not support sparse gradients: the parameter of shape "
+                        f"{tuple(p.shape)} has one ({grad.layout}); build its layer with sparse=False"
+                    )
+                backend = ops.select(backend_name, p.device, p.dtype, grad.dtype)
+                if not self.state.get(p):
+                    fresh.append((p, group))
+                launch = launches.setdefault((id(backend), p.device, rule), _Launch(backend, rule, moments))
+                launch.params.append(p)
+                launch.grads.append(grad)
+                launch.groups.append(index)
+        self._init_state(fresh)
+        return list(launches.values())
+
+    def _decide(self, launches: Sequence[_Launch]) -> dict[torch.device, Tensor]:
+        """Whether to skip, and what to multiply gradients by: a record for each device."""
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        home = launches[0].params[0].device
+        statistics = None
+        if self.max_grad_norm is not None or self._check_finite:
+            parts = [launch.backend.statistics(launch.grads).to(home) for launch in launches]
+            statistics = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        backend = launches[0].backend if len(launches) == 1 else reference
+        record = torch.empty(3, device=home)
+        backend.decide_(
+            record,
+            statistics,
+            _on(grad_scale, home),
+            _on(found_inf, home),
+            self.max_grad_norm or 0.0,
+            self._check_finite,
+        )
+        if statistics is not None:
+            self.grad_norm = record[2]
+        self._found_inf = record[1]
+        return {launch.params[0].device: record.to(launch.params[0].device) for launch in launches}
+
+    def _hyper_table(self) -> Tensor:
+        """fp64 [groups, 1 + the rule's values]: the gradient's sign, then what ``_hyper`` says."""
+        rows = [[-1.0 if g["maximize"] else 1.0, *map(float, self._hyper(g))] for g in self.param_groups]
+        return torch.tensor(rows, dtype=torch.float64)
+
+
+def _moment_dtype(p: Tensor) -> torch.dtype:
+    if p.is_complex():
+        return p.dtype
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def _on(value: Tensor | float | None, device: torch.device) -> Tensor | None:
+    if value is None:
+        return None
+    return torch.as_tensor(value, dtype=torch.float32, device=device)

@@ -1,0 +1,312 @@
+"""Loss scaling, static and dynamic, whose state never leaves the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepfast import ops
+from deepfast.optim.base import HALF, Optimizer
+
+
+class LossScaler:
+    """Keeps 16-bit gradients in range; the methods are those of :class:`torch.amp.GradScaler`.
+
+    A step whose gradients hold an inf or NaN is skipped. What happens to the scale, at ``update``:
+
+    ================  =====================================  =======================  ==============
+    this step         scale                                  growth tracker           hysteresis left
+    ================  =====================================  =======================  ==============
+    overflow          unchanged while hysteresis was left;   0                        one less
+                      else max(scale · backoff, min_scale)                            (at least 0)
+    clean             unchanged                              one more                 unchanged [1]_
+    clean, tracker    min(scale · growth, max_scale)         0                        refilled
+    at the interval
+    ================  =====================================  =======================  ==============
+
+    .. [1] refilled with ``consecutive_hysteresis``.
+
+    Hysteresis counts down first: with ``hysteresis=1`` the first overflow backs off, with 2 the second, and once it
+    is used up every further one. A static scale (``dynamic=False``) stays what it is, and any positive value is legal.
+
+    A deepfast optimizer unscales, checks and skips inside its step, without a host sync. For any other optimizer the
+    gradients are unscaled in a pass of their own and the host waits once for the verdict.
+
+    Args:
+        device: where the state lies; None: where the first loss or optimizer is.
+        init_scale, growth_factor, backoff_factor, growth_interval: as in torch.
+        hysteresis: overflows until the scale backs off.
+        consecutive_hysteresis: every clean step refills the hysteresis.
+        min_scale, max_scale: bounds of a dynamic scale.
+        dynamic: False for a constant scale.
+        enabled: False makes every method pass through.
+
+    Raises:
+        ValueError: for factors, bounds or counts that make no sense.
+
+    Source: Micikevicius et al. 2018, arXiv:1710.03740, section 3.2.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str | None = None,
+        *,
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        hysteresis: int = 1,
+        consecutive_hysteresis: bool = False,
+        min_scale: float = 1.0,
+        max_scale: float = 2.0**24,
+        dynamic: bool = True,
+        enabled: bool = True,
+    ) -> None:
+        if not 0.0 < init_scale < float("inf"):
+            raise ValueError(f"init_scale must be positive and finite, got {init_scale}")
+        if dynamic:
+            if not growth_factor > 1.0:
+                raise ValueError(f"growth_factor must be above 1, got {growth_factor}")
+            if not 0.0 < backoff_factor < 1.0:
+                raise ValueError(f"backoff_factor must lie between 0 and 1, got {backoff_factor}")
+            if not 0.0 < min_scale <= init_scale <= max_scale:
+                raise ValueError(
+                    f"init_scale {init_scale} must lie between min_scale {min_scale} and max_scale {max_scale}, "
+                    "both positive (dynamic=False takes any positive scale)"
+                )
+        if not 1 <= growth_interval < 2**24 or not 1 <= hysteresis < 2**24:
+            raise ValueError(f"growth_interval {growth_interval} and hysteresis {hysteresis} must be at least 1")
+        self._enabled = enabled
+        self._init_scale = float(init_scale)
+        self._growth_factor = float(growth_factor)
+        self._backoff_factor = float(backoff_factor)
+        self._growth_interval = int(growth_interval)
+        self._hysteresis = int(hysteresis)
+        self._consecutive_hysteresis = bool(consecutive_hysteresis)
+        self._min_scale = float(min_scale)
+        self._max_scale = float(max_scale)
+        self._dynamic = bool(dynamic)
+        # fp32[4]: scale, growth tracker, hysteresis left, skipped steps (csrc/math/scaler.h)
+        self._values = [self._init_scale, 0.0, float(hysteresis), 0.0]
+        self._state: Tensor | None = None
+        self._used: Tensor | None = None  # the scale that the last backward used
+        self._unscaled: dict[int, Tensor] = {}  # id(optimizer) -> found_inf, since the last update
+        self._stepped: dict[int, Tensor] = {}  # likewise, of optimizers that have stepped
+        if device is not None:
+            self._place(torch.device(device))
+
+    def _place(self, device: torch.device) -> Tensor:
+        if self._state is None:
+            self._state = torch.tensor(self._values, dtype=torch.float32, device=device)
+        return self._state
+
+    def is_enabled(self) -> bool:
+        return self._enabled
+
+    def is_dynamic(self) -> bool:
+        return self._dynamic
+
+    def scale(self, outputs: Any) -> Any:
+        """``outputs`` (a tensor, or any nesting of iterables of tensors) times the scale."""
+        if not self._enabled:
+            return outputs
+        if isinstance(outputs, Tensor):
+            state = self._place(outputs.device)
+            self._used = state[0].clone()  # update() must not change what this backward's step divides by
+            return outputs * self._used.to(outputs.device)
+        if isinstance(outputs, Iterable):
+            scaled = map(self.scale, outputs)
+            return type(outputs)(scaled) if isinstance(outputs, (list, tuple)) else scaled
+        raise ValueError("outputs must be a tensor or an iterable of tensors")
+
+    def _scale_used(self, device: torch.device) -> Tensor:
+        state = self._place(device)
+        return self._used if self._used is not None else state[0]
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divides the gradients of ``optimizer`` by the scale in place, to look at them or change them before ``step``.
+
+        Raises:
+            RuntimeError: called twice or after ``step``, and for 16-bit gradients, which would underflow.
+        """
+        if not self._enabled:
+            return
+        if id(optimizer) in self._stepped:
+            raise RuntimeError("unscale_() is being called after step().")
+        if id(optimizer) in self._unscaled:
+            raise RuntimeError("unscale_() has already been called on this optimizer since the last update().")
+        grads = _grads_of(optimizer)
+        if any(g.dtype in HALF for g in grads):
+            raise RuntimeError(
+                "unscale_() of 16-bit gradients would let them underflow: clip inside the step with the optimizer's "
+                "max_grad_norm=, which needs no unscaled gradients"
+            )
+        self._unscaled[id(optimizer)] = self._unscale(grads)
+
+    def _unscale(self, grads: list[Tensor]) -> Tensor:
+        """Divides ``grads`` in place; returns found_inf."""
+        home = grads[0].device if grads else torch.device("cpu")
+        inverse = self._scale_used(home).double().reciprocal().float()
+        found = torch.zeros((), device=inverse.device)
+        by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for g in grads:
+            by_kind.setdefault((g.device, g.dtype), []).append(g)
+        for (device, _), some in by_kind.items():
+            found_here = torch.zeros((), device=device)
+            torch._amp_foreach_non_finite_check_and_unscale_(some, found_here, inverse.to(device))
+            found = torch.maximum(found, found_here.to(found.device))
+        return found
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """``optimizer.step(*args, **kwargs)`` on unscaled gradients, or nothing but the gradient reset on overflow.
+
+        Raises:
+            RuntimeError: called twice since the last ``update``, or with a closure.
+        """
+        if not self._enabled:
+            return optimizer.step(*args, **kwargs)
+        if args or "closure" in kwargs:
+            raise RuntimeError("a closure cannot be used while loss scaling is enabled")
+        if id(optimizer) in self._stepped:
+            raise RuntimeError("step() has already been called since the last update().")
+        found = self._unscaled.pop(id(optimizer), None)
+        if isinstance(optimizer, Optimizer):
+            return self._step_inside(optimizer, found, **kwargs)
+        if found is None:
+            found = self._unscale(_grads_of(optimizer))
+        self._stepped[id(optimizer)] = found
+        return None if found.item() else optimizer.step(**kwargs)
+
+    def _step_inside(self, optimizer: Optimizer, unscaled: Tensor | None, **kwargs: Any) -> Any:
+        """The optimizer unscales, checks and skips in its own pass."""
+        factor = getattr(optimizer, "grad_scale", None)  # the user's own, as with GradScaler
+        grads = _grads_of(optimizer)
+        home = grads[0].device if grads else torch.device("cpu")
+        if unscaled is None:
+            scale = self._scale_used(home)
+            optimizer.grad_scale = scale if factor is None else scale * factor
+        optimizer.found_inf = unscaled
+        optimizer._check_finite = unscaled is None
+        try:
+            result = optimizer.step(**kwargs)
+        finally:
+            for name in ("grad_scale", "found_inf", "_check_finite"):
+                optimizer.__dict__.pop(name, None)
+            if factor is not None:
+                optimizer.grad_scale = factor
+        decided = optimizer._found_inf
+        self._stepped[id(optimizer)] = torch.zeros((), device=home) if decided is None else decided
+        return result
+
+    def found_inf(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
+        """> 0 if the step of ``optimizer`` since the last update was skipped; None if there was none."""
+        return self._stepped.get(id(optimizer))
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """Moves the scale on after all optimizers have stepped, or sets it to ``new_scale``.
+
+        Raises:
+            RuntimeError: if no optimizer has stepped since the last update.
+        """
+        if not self._enabled:
+            return
+        if new_scale is not None:
+            value = new_scale if isinstance(new_scale, Tensor) else torch.tensor(float(new_scale))
+            state = self._place(value.device)
+            state[0].copy_(value.reshape(()))
+        else:
+            found = [*self._unscaled.values(), *self._stepped.values()]
+            if not found:
+                raise RuntimeError("No inf checks were recorded prior to update().")
+            state = self._place(found[0].device)
+            ops.select("auto", state.device).scaler_update_(
+                state,
+                [f.to(state.device) for f in found],
+                self._growth_factor,
+                self._backoff_factor,
+                self._growth_interval,
+                self._hysteresis,
+                self._consecutive_hysteresis,
+                self._dynamic,
+                self._min_scale,
+                self._max_scale,
+            )
+            self._used = None
+        self._unscaled.clear()
+        self._stepped.clear()
+
+    def _read(self) -> list[float]:
+        return self._values if self._state is None else self._state.tolist()
+
+    def get_scale(self) -> float:
+        """The scale, on the host (waits for the device); 1 if disabled."""
+        return self._read()[0] if self._enabled else 1.0
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many updates saw an overflow (waits for the device)."""
+        return int(self._read()[3])
+
+    def get_growth_factor(self) -> float:
+        return self._growth_factor
+
+    def set_growth_factor(self, new_factor: float) -> None:
+        self._growth_factor = float(new_factor)
+
+    def get_backoff_factor(self) -> float:
+        return self._backoff_factor
+
+    def set_backoff_factor(self, new_factor: float) -> None:
+        self._backoff_factor = float(new_factor)
+
+    def get_growth_interval(self) -> int:
+        return self._growth_interval
+
+    def set_growth_interval(self, new_interval: int) -> None:
+        self._growth_interval = int(new_interval)
+
+    def state_dict(self) -> dict[str, Any]:
+        """GradScaler's keys and ours; empty if disabled."""
+        if not self._enabled:
+            return {}
+        scale, tracker, left, skipped = self._read()
+        return {
+            "scale": scale,
+            "growth_factor": self._growth_factor,
+            "backoff_factor": self._backoff_factor,
+            "growth_interval": self._growth_interval,
+            "_growth_tracker": int(tracker),
+            "hysteresis_left": int(left),
+            "skipped_steps": int(skipped),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes our state_dict or GradScaler's, whose missing keys leave hysteresis full and no steps skipped."""
+        if not self._enabled:
+            return
+        if not state_dict:
+            raise RuntimeError("The source state dict is empty, possibly because it was saved from a disabled scaler.")
+        self._growth_factor = float(state_dict["growth_factor"])
+        self._backoff_factor = float(state_dict["backoff_factor"])
+        self._growth_interval = int(state_dict["growth_interval"])
+        self._values = [
+            float(state_dict["scale"]),
+            float(state_dict["_growth_tracker"]),
+            float(state_dict.get("hysteresis_left", self._hysteresis)),
+            float(state_dict.get("skipped_steps", 0)),
+        ]
+        self._used = None
+        if self._state is not None:
+            self._state.copy_(torch.tensor(self._values))
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._unscaled or self._stepped:
+            raise RuntimeError("A LossScaler can only be pickled at the beginning of an iteration or after update().")
+        return {**self.__dict__, "_values": self._read(), "_state": None, "_used": None}
+
+
+def _grads_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
