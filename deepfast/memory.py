@@ -31,11 +31,11 @@ def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return whole[start : start + size].view(dtype)
 
 
-def zeros_like_each(tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """A zeroed tensor for each of ``tensors``, of its shape, all in one allocation.
+def zeros_like_each(tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """One zeroed allocation (1-D), and a view of it for each of ``tensors``, of its shape.
 
-    Each has its model's strides where that is dense in memory (so the two can be walked side by side), else contiguous
-    ones.
+    Each view has its model's strides where that is dense in memory (so the two can be walked side by side), else
+    contiguous ones.
     """
     step = _ALIGN // dtype.itemsize
     offsets, total = [], 0
@@ -43,7 +43,7 @@ def zeros_like_each(tensors: Sequence[Tensor], dtype: torch.dtype, device: torch
         offsets.append(total)
         total += -(-t.numel() // step) * step
     flat = zeros(total, dtype, device)
-    return [
+    return flat, [
         flat[offset : offset + t.numel()].as_strided(t.shape, torch.empty_like(t, device="meta").stride())
         for t, offset in zip(tensors, offsets, strict=True)
     ]

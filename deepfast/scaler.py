@@ -222,7 +222,7 @@ class LossScaler:
             if not found:
                 raise RuntimeError("No inf checks were recorded prior to update().")
             state = self._place(found[0].device)
-            ops.select("auto", state.device).scaler_update_(
+            ops.select(ops.forced(), state.device).scaler_update_(
                 state,
                 [f.to(state.device) for f in found],
                 self._growth_factor,

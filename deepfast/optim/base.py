@@ -52,6 +52,7 @@ class Optimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     grad_norm: Tensor | None = None
+    _measure_norm = False  # set by deepfast.Engine: fill grad_norm even where nothing clips
     _check_finite = False  # set by deepfast.LossScaler around a step: find non-finite gradients, and skip it
     _found_inf: Tensor | None = None  # what the last step decided
 
@@ -130,7 +131,8 @@ class Optimizer(torch.optim.Optimizer):
             shares[p.device, torch.float32, "step"].append(p)
         for (device, dtype, name), params in shares.items():
             like = [p.new_empty(()) for p in params] if name == "step" else params
-            for p, t in zip(params, memory.zeros_like_each(like, dtype, device), strict=True):
+            _, views = memory.zeros_like_each(like, dtype, device)
+            for p, t in zip(params, views, strict=True):
                 self.state[p][name] = t.copy_(p.detach()) if name == "master" else t
 
     @torch.no_grad()
@@ -263,7 +265,7 @@ class Optimizer(torch.optim.Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         home = launches[0].params[0].device
         statistics = None
-        if self.max_grad_norm is not None or self._check_finite:
+        if self.max_grad_norm is not None or self._check_finite or self._measure_norm:
             parts = [launch.backend.statistics(launch.grads).to(home) for launch in launches]
             statistics = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
         backend = launches[0].backend if len(launches) == 1 else reference

@@ -1,0 +1,523 @@
+"""A small DeepSpeed-style engine: mixed precision, loss scaling, accumulation, reduction, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from deepfast import checkpoint, memory, ops, schedule
+from deepfast import config as configuration
+from deepfast.config import Config
+from deepfast.errors import ConfigError
+from deepfast.optim import AdamW
+from deepfast.optim.base import HALF, Optimizer
+from deepfast.precision import Precision
+from deepfast.scaler import LossScaler
+
+log = logging.getLogger("deepfast")
+
+
+class GradientSums:
+    """Micro-batches summed in fp32, whatever the gradients' type, and over the ranks in one all-reduce.
+
+    One flat buffer: the sums of all parameters, then for each parameter whether any rank had a gradient, then the
+    total weight. Reducing the three together keeps a parameter that no rank used without a gradient everywhere.
+    """
+
+    def __init__(self, params: list[Tensor]) -> None:
+        self.params = params
+        device = params[0].device
+        tail = torch.empty(len(params) + 1, device="meta")
+        self.flat, views = memory.zeros_like_each([*params, tail], torch.float32, device)
+        self.sums, self.tail = views[:-1], views[-1]
+        self.present = [False] * len(params)
+        self.weight = 0.0
+
+    def add(self, weight: float) -> None:
+        """Adds ``weight`` times each parameter's gradient, and releases the gradients."""
+        used = [i for i, p in enumerate(self.params) if p.grad is not None]
+        self._accumulate([i for i in used if not self.present[i]], weight, overwrite=True)
+        self._accumulate([i for i in used if self.present[i]], weight, overwrite=False)
+        for i in used:
+            self.present[i] = True
+            self.params[i].grad = None
+        self.weight += weight
+
+    def _accumulate(self, chosen: list[int], weight: float, overwrite: bool) -> None:
+        if not chosen:
+            return
+        grads = [grad for i in chosen if (grad := self.params[i].grad) is not None]
+        backend = ops.select(ops.forced(), self.flat.device, *(g.dtype for g in grads))
+        backend.accumulate_([self.sums[i] for i in chosen], grads, weight, overwrite)
+
+    def reduce(self, group: Any) -> None:
+        """Sums over the ranks of ``group``."""
+        for total, present in zip(self.sums, self.present, strict=True):
+            if not present:
+                total.zero_()
+        self.tail.copy_(torch.tensor([*map(float, self.present), self.weight]))
+        dist.all_reduce(self.flat, group=group)
+        *present, self.weight = self.tail.tolist()
+        self.present = [count > 0 for count in present]
+
+    def hand_over(self) -> None:
+        """Makes the sums the parameters' gradients; a parameter that was not used gets none."""
+        for p, total, present in zip(self.params, self.sums, self.present, strict=True):
+            p.grad_dtype = None  # an fp32 gradient for a 16-bit parameter
+            p.grad = total if present else None
+
+    def clear(self) -> None:
+        self.present = [False] * len(self.params)
+        self.weight = 0.0
+
+
+class Engine(nn.Module):
+    """Trains a module; made by :func:`initialize`.
+
+    A training step is ``loss = engine(batch); engine.backward(loss); engine.step()`` for each micro-batch; every
+    ``gradient_accumulation_steps`` of them the optimizer steps.
+
+    Attributes:
+        module: the module that was given, its weights in the configured type.
+        optimizer, lr_scheduler, scaler: what a step calls; the scheduler only moves on when a step was applied.
+        device: where the module is.
+        global_steps: optimizer steps so far, skipped ones included.
+        micro_steps: micro-batches so far.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None,
+        parameters: Any,
+        config: Config,
+        device: torch.device,
+        lr_scheduler: Any = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.device = device
+        self.module = module
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        fp16, bf16 = config.fp16, config.bf16
+        self.fp16 = bool(fp16 and fp16.enabled)
+        self.dtype = torch.float16 if self.fp16 else torch.bfloat16 if bf16 and bf16.enabled else torch.float32
+        self._forward = Precision(
+            module, self.dtype, device, cast_inputs=self.dtype != torch.float32 and (fp16 is None or fp16.auto_cast)
+        )
+        if self.world_size > 1:
+            for t in (*module.parameters(), *module.buffers()):
+                dist.broadcast(t.data, 0)
+        self.optimizer = self._make_optimizer(optimizer, parameters)
+        self.lr_scheduler = lr_scheduler(self.optimizer) if callable(lr_scheduler) else lr_scheduler
+        if self.lr_scheduler is None:
+            self.lr_scheduler = schedule.from_config(config, self.optimizer)
+        self.scaler = self._make_scaler()
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        _, _, accumulation = config.batch_triple()
+        self._sums = GradientSums(params) if accumulation > 1 or self.world_size > 1 else None
+        self._weighted: bool | None = None  # whether this step's micro-batches came with a weight
+        self._sync = True
+        self._applied = False
+        self._skipped = 0
+        self._grad_norm: Tensor | None = None
+        self.global_steps = 0
+        self.micro_steps = 0
+
+    def _make_optimizer(self, optimizer: Any, parameters: Any) -> torch.optim.Optimizer:
+        clip = self.config.gradient_clipping or None
+        if parameters is None:
+            parameters = self.module.parameters()
+        if callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer):
+            optimizer = optimizer(parameters)
+        if optimizer is None:
+            if self.config.optimizer is None:
+                raise ConfigError("no optimizer: pass optimizer= to initialize(), or set one in the configuration")
+            chosen = self.config.optimizer.params.model_dump(
+                include={"lr", "betas", "eps", "weight_decay", "amsgrad"}, exclude_none=True
+            )
+            optimizer = AdamW(parameters, **chosen)
+        elif type(optimizer) is torch.optim.AdamW and not optimizer.state:
+            log.info("torch.optim.AdamW is replaced by deepfast.AdamW: the same update, in one pass")
+            # The very same group dicts: a scheduler that was made for the old optimizer keeps steering.
+            optimizer = AdamW(optimizer.param_groups, **{k: optimizer.defaults[k] for k in ("lr", "betas", "eps")})
+        if isinstance(optimizer, Optimizer):
+            optimizer._measure_norm = True
+            optimizer.max_grad_norm = clip or optimizer.max_grad_norm
+        elif self.dtype in HALF:
+            log.warning("%s keeps no fp32 master: it updates 16-bit weights directly", type(optimizer).__name__)
+        return optimizer
+
+    def _make_scaler(self) -> LossScaler:
+        scale, fp16 = self.config.train_loss_scale, self.config.fp16
+        if not self.fp16 or fp16 is None:
+            if scale:
+                log.info("train_loss_scale=%g has no effect without fp16", scale)
+            return LossScaler(self.device, enabled=False)
+        if scale:
+            return LossScaler(self.device, init_scale=scale, dynamic=False)
+        return LossScaler(
+            self.device,
+            init_scale=max(2.0**fp16.initial_scale_power, fp16.min_loss_scale),
+            growth_interval=fp16.loss_scale_window,
+            hysteresis=fp16.hysteresis,
+            consecutive_hysteresis=fp16.consecutive_hysteresis,
+            min_scale=fp16.min_loss_scale,
+        )
+
+    # One step.
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        return self._forward(*inputs, **kwargs)
+
+    def backward(self, loss: Tensor, weight: float | Tensor | None = None) -> Tensor:
+        """Backpropagates the scaled loss and adds the gradients to this step's.
+
+        Args:
+            loss: a scalar, the mean over its micro-batch.
+            weight: this micro-batch's share (its number of tokens, say), normalized over the step and the ranks.
+                Without it, each micro-batch counts 1 / gradient_accumulation_steps.
+
+        Raises:
+            RuntimeError: if some micro-batches of a step have a weight and others not.
+        """
+        if self._weighted is not None and self._weighted != (weight is not None):
+            raise RuntimeError("backward(): give every micro-batch of a step a weight, or none")
+        self._weighted = weight is not None
+        self.scaler.scale(loss).backward()
+        if self._sums is not None:
+            self._sums.add(1.0 if weight is None else float(weight))
+        return loss
+
+    def step(self) -> None:
+        """At a gradient accumulation boundary, reduces the gradients and steps the optimizer; before it, only counts.
+
+        Raises:
+            RuntimeError: inside ``no_sync``.
+        """
+        if not self._sync:
+            raise RuntimeError("step() must not be called inside no_sync()")
+        boundary = self.is_gradient_accumulation_boundary()
+        self.micro_steps += 1
+        if boundary:
+            self._optimizer_step()
+
+    def _optimizer_step(self) -> None:
+        optimizer = self.optimizer
+        divisor = 1.0
+        if self._sums is not None:
+            if self.world_size > 1:
+                self._sums.reduce(None)
+            self._sums.hand_over()
+            divisor = float(self.gradient_accumulation_steps() * self.world_size)
+            if self._weighted:
+                divisor = self._sums.weight
+        self._applied = self._fused_step(optimizer, divisor) if isinstance(optimizer, Optimizer) else (
+            self._foreign_step(optimizer, divisor)
+        )
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None
+        if self._sums is not None:
+            self._sums.clear()
+        self._weighted = None
+        self.global_steps += 1
+        if not self._applied:
+            self._skipped += 1
+        elif self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+
+    def _fused_step(self, optimizer: Optimizer, divisor: float) -> bool:
+        if divisor != 1.0:
+            optimizer.grad_scale = torch.tensor(divisor, device=self.device)
+        try:
+            self.scaler.step(optimizer)
+        finally:
+            optimizer.grad_scale = None
+        self._grad_norm = optimizer.grad_norm
+        return self._update_scale(optimizer)
+
+    def _foreign_step(self, optimizer: torch.optim.Optimizer, divisor: float) -> bool:
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        scale = self.scaler.get_scale() * divisor
+        for p in params:
+            p.grad = p.grad.float().div_(scale)
+        self._grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+        if self.scaler.is_enabled() and not self._grad_norm.isfinite():
+            self.scaler._stepped[id(optimizer)] = self._grad_norm.new_ones(())
+            return self._update_scale(optimizer)
+        if self.config.gradient_clipping:
+            torch.nn.utils.clip_grads_with_norm_(params, self.config.gradient_clipping, self._grad_norm)
+        for p in params:
+            p.grad = p.grad.to(p.dtype)
+        optimizer.step()
+        self.scaler._stepped[id(optimizer)] = self._grad_norm.new_zeros(())
+        return self._update_scale(optimizer)
+
+    def _update_scale(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Moves the loss scale on. Returns whether the step was applied."""
+        found = self.scaler.found_inf(optimizer)
+        self.scaler.update()
+        return found is None or not found.item()
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Micro-batches that are summed on this rank alone; gradients are reduced at the next ``step`` outside."""
+        self._sync = False
+        try:
+            yield
+        finally:
+            self._sync = True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients of this step, those already summed included."""
+        self.module.zero_grad(set_to_none)
+        if self._sums is not None:
+            self._sums.clear()
+        self._weighted = None
+
+    # What scripts ask.
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+
+    def was_step_applied(self) -> bool:
+        """Whether the last optimizer step was applied, not skipped for an overflow."""
+        return self._applied
+
+    def get_global_grad_norm(self) -> float | None:
+        """Norm of the last step's gradients, unscaled, before clipping; inf or NaN where it was skipped."""
+        return None if self._grad_norm is None else float(self._grad_norm)
+
+    def get_lr(self) -> list[float]:
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    @property
+    def loss_scale(self) -> float:
+        return self.scaler.get_scale()
+
+    @property
+    def skipped_steps(self) -> int:
+        return self._skipped
+
+    def train_batch_size(self) -> int:
+        return self.config.batch_triple()[0]
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        return self.config.batch_triple()[1]
+
+    def gradient_accumulation_steps(self) -> int:
+        return self.config.batch_triple()[2]
+
+    # Checkpoints.
+
+    def save_checkpoint(
+        self, save_dir: str | os.PathLike[str], tag: str | None = None, client_state: dict[str, Any] | None = None
+    ) -> Path:
+        """Writes ``save_dir/tag`` (default: the step's number) and points ``save_dir/latest`` at it. All ranks call it.
+
+        Args:
+            client_state: the caller's own, as JSON can hold it.
+
+        Raises:
+            CheckpointError: if it cannot be written. What was there before is still there.
+        """
+        directory = Path(save_dir)
+        tag = f"global_step{self.global_steps}" if tag is None else str(tag)
+        if not tag or "/" in tag or tag.startswith(".") or tag == "latest":
+            raise checkpoint.CheckpointError(f"{tag!r} cannot name a checkpoint: it is to be the name of a folder")
+        try:
+            if self.rank == 0:
+                folder = checkpoint.begin(directory, tag)
+                self._write(folder, client_state or {})
+            self._barrier()
+            checkpoint.write_tensors(checkpoint.staging(directory, tag) / f"rank{self.rank}.safetensors", _rng())
+            self._barrier()
+            if self.rank == 0:
+                checkpoint.commit(directory, tag)
+            self._barrier()
+        except OSError as error:
+            raise checkpoint.CheckpointError(f"{directory / tag}: cannot be written: {error.strerror or error}") from None
+        return directory / tag
+
+    def _write(self, folder: Path, client_state: dict[str, Any]) -> None:
+        tensors, optimizer = checkpoint.pack_optimizer(self.optimizer)
+        checkpoint.write_tensors(folder / "model.safetensors", checkpoint.unique(self.module.state_dict()))
+        checkpoint.write_tensors(folder / "optimizer.safetensors", tensors)
+        state = {
+            "format": 1,
+            "world_size": self.world_size,
+            "global_steps": self.global_steps,
+            "micro_steps": self.micro_steps,
+            "skipped_steps": self._skipped,
+            "optimizer": optimizer,
+            "scaler": self.scaler.state_dict(),
+            "lr_scheduler": None if self.lr_scheduler is None else _plain(self.lr_scheduler.state_dict()),
+            "client_state": client_state,
+        }
+        checkpoint.write_json(folder / "state.json", state)
+
+    def load_checkpoint(
+        self, load_dir: str | os.PathLike[str], tag: str | None = None
+    ) -> tuple[str | None, dict[str, Any]]:
+        """Loads ``load_dir/tag`` (default: what ``latest`` names). All ranks call it.
+
+        Returns:
+            The checkpoint's path and the client_state that was saved; (None, {}) and a warning where ``load_dir``
+            holds no checkpoint and none was named.
+
+        Raises:
+            CheckpointError: for one that is damaged or belongs to another model.
+        """
+        import json
+
+        directory = Path(load_dir)
+        tag = tag or checkpoint.latest(directory)
+        if tag is None:
+            log.warning("%s holds no checkpoint: nothing was loaded", directory)
+            return None, {}
+        folder = checkpoint.verify(directory, tag)
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        self._load_module(folder / "model.safetensors")
+        tensors = checkpoint.read_tensors(folder / "optimizer.safetensors")
+        try:
+            self.optimizer.load_state_dict(checkpoint.unpack_optimizer(tensors, state["optimizer"]))
+        except (ValueError, RuntimeError) as error:
+            raise checkpoint.CheckpointError(f"{folder}: does not fit this optimizer: {error}") from None
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        if self.lr_scheduler is not None and state["lr_scheduler"] is not None:
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self.global_steps, self.micro_steps = state["global_steps"], state["micro_steps"]
+        self._skipped = state["skipped_steps"]
+        if state["world_size"] == self.world_size:
+            _set_rng(checkpoint.read_tensors(folder / f"rank{self.rank}.safetensors"))
+        else:
+            log.info("%d ranks wrote the checkpoint, %d read it: random states are fresh", state["world_size"],
+                     self.world_size)
+            self.micro_steps = self.global_steps * self.gradient_accumulation_steps()
+        self.zero_grad()
+        return str(folder), state["client_state"]
+
+    def _load_module(self, path: Path) -> None:
+        own = self.module.state_dict()
+        given = checkpoint.read_tensors(path)
+        wanted = checkpoint.unique(own)
+        wrong = sorted(wanted.keys() ^ given.keys()) or [
+            name for name, t in given.items() if t.shape != wanted[name].shape
+        ]
+        if wrong:
+            raise checkpoint.CheckpointError(f"{path}: another model: {wrong[0]!r} does not fit")
+        with torch.no_grad():
+            for name, t in given.items():
+                wanted[name].copy_(t)
+
+    def _barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def _plain(value: Any) -> Any:
+    """A scheduler's state as JSON can hold it: callables are not state."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items() if not callable(v)}
+    if isinstance(value, (list, tuple)):
+        return [None if callable(v) else _plain(v) for v in value]
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _rng() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_rng(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def init_distributed() -> torch.device:
+    """Joins the process group that torchrun has set up, if it has; returns this rank's device."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[[Any], Any] | None = None,
+    config: dict[str, Any] | str | os.PathLike[str] | Config | None = None,
+    mesh_param: Any = None,
+    config_params: dict[str, Any] | str | None = None,
+) -> tuple[Engine, torch.optim.Optimizer, DataLoader[Any] | None, Any]:
+    """DeepSpeed's entry point: ``engine, optimizer, dataloader, lr_scheduler = deepfast.initialize(...)``.
+
+    Args:
+        args: an object whose ``deepspeed_config`` names the configuration, if ``config`` is not given.
+        model: the module to train; moved to this rank's device, its weights cast to the configured type.
+        optimizer: an optimizer, or a function of the parameters that makes one; None: as configured.
+        model_parameters: parameters or groups for an optimizer that is made here; None: all of the model's.
+        training_data: a dataset, for which a loader of micro-batches is made (each rank sees its own share).
+        lr_scheduler: a scheduler, or a function of the optimizer that makes one; None: as configured.
+        dist_init_required: False leaves torch.distributed alone; otherwise it is started where torchrun has launched
+            the process.
+        collate_fn: the loader's.
+        config: a dict, the path of a JSON file, or a :class:`deepfast.config.Config`.
+        distributed_port, mpu, mesh_param: model parallelism is not built: only the defaults are accepted.
+
+    Raises:
+        ConfigError: for a configuration that cannot be used, a batch triple that does not multiply included.
+    """
+    if model is None:
+        raise ValueError("initialize(): model is missing")
+    if mpu is not None or mesh_param is not None:
+        raise ValueError("initialize(): model parallelism (mpu, mesh_param) is not built yet")
+    given = config if config is not None else config_params
+    if given is None:
+        given = getattr(args, "deepspeed_config", None)
+    if given is None:
+        raise ConfigError("initialize(): no configuration: pass config= a dict or the path of a JSON file")
+    if dist_init_required is False:
+        device = next(model.parameters()).device
+    else:
+        device = init_distributed()
+    if not isinstance(given, Config):
+        given = configuration.load(given if isinstance(given, dict) else configuration.read_json(given))
+        configuration.resolve_batch(given, dist.get_world_size() if dist.is_initialized() else 1)
+    engine = Engine(model, optimizer, model_parameters, given, device, lr_scheduler)
+    loader: DataLoader[Any] | None = None
+    if training_data is not None:
+        sampler: Any = DistributedSampler(training_data) if engine.world_size > 1 else None
+        loader = DataLoader(
+            training_data,
+            batch_size=engine.train_micro_batch_size_per_gpu(),
+            shuffle=sampler is None and not isinstance(training_data, torch.utils.data.IterableDataset),
+            sampler=sampler,
+            collate_fn=collate_fn,
+        )
+    return engine, engine.optimizer, loader, engine.lr_scheduler

@@ -1,0 +1,62 @@
+"""In what type weights are kept, and in what type forward and backward compute.
+
+On a CPU, torch multiplies fp16 matrices up to several hundred times slower than fp32 ones. There the weights and
+gradients are fp16 all the same (they round, they overflow, the loss scale matters), but a forward pass sees fp32
+copies of the weights. Autograd casts each weight's gradient back to fp16 once, after summing it in fp32.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger("deepfast")
+
+
+class Precision:
+    """Casts a module to ``dtype`` and calls it in the type that the device computes fast in.
+
+    Args:
+        module: cast in place; its buffers stay as they are where the arithmetic is fp32.
+        dtype: float32, float16 or bfloat16.
+        device: where the module is moved.
+        cast_inputs: cast floating-point inputs to the type that is computed in.
+    """
+
+    def __init__(
+        self, module: nn.Module, dtype: torch.dtype, device: torch.device, *, cast_inputs: bool = True
+    ) -> None:
+        self.module = module
+        self.dtype = dtype
+        self.compute_dtype = torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
+        self.cast_inputs = cast_inputs
+        module.to(device)
+        if self.compute_dtype == dtype:
+            module.to(dtype)
+            return
+        for p in module.parameters():
+            if p.is_floating_point():
+                p.data = p.data.to(dtype)
+        log.info("fp16 on a CPU: weights and gradients are fp16, forward and backward compute in fp32")
+
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        if self.cast_inputs:
+            inputs, kwargs = self._cast(inputs), self._cast(kwargs)
+        if self.compute_dtype == self.dtype:
+            return self.module(*inputs, **kwargs)
+        wide = {
+            name: p.to(self.compute_dtype) for name, p in self.module.named_parameters() if p.dtype == self.dtype
+        }
+        return torch.func.functional_call(self.module, wide, inputs, kwargs)
+
+    def _cast(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(self.compute_dtype) if value.is_floating_point() else value
+        if isinstance(value, dict):
+            return {k: self._cast(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+            return type(value)(map(self._cast, value))
+        return value
