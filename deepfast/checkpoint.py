@@ -68,6 +68,7 @@ def begin(directory: Path, tag: str) -> Path:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     # safetensors wants contiguous tensors that share no memory; saving a view would drag its whole storage along.
     save_file({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, path)
+    path.chmod(0o644)  # safetensors leaves it to its owner alone
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

@@ -1,0 +1,136 @@
+"""Which GPT-2, which tokenizer: folders in the Hugging Face layout, or one of three shapes by name."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from deepfast.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+log = logging.getLogger("deepfast")
+
+SHAPES: dict[str, dict[str, int]] = {
+    "gpt2-tiny": {"n_layer": 4, "n_embd": 192, "n_head": 6, "vocab_size": 1024, "n_positions": 256},
+    "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12},
+    "gpt2-xl": {"n_layer": 48, "n_embd": 1600, "n_head": 25},
+}
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+class ModelError(UserError):
+    """A model_dir that is no GPT-2."""
+
+
+def configuration(model_dir: str, sequence_length: int) -> tuple[GPT2Config, Path | None]:
+    """The model's shape, and its folder if it has one.
+
+    Raises:
+        ModelError: for a folder that holds no GPT-2, or one with too few positions.
+    """
+    from transformers import GPT2Config
+
+    folder = Path(model_dir)
+    if folder.is_dir():
+        path = folder / "config.json"
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError:
+            raise ModelError(f"model_dir={model_dir!r}: no config.json in it: it is no GPT-2 folder") from None
+        except ValueError as error:
+            raise ModelError(f"{path}: not JSON: {error}") from None
+        kind = data.get("model_type") if isinstance(data, dict) else None
+        if kind != "gpt2":
+            raise ModelError(f"{path}: model_type is {kind!r}, not 'gpt2'")
+        config = GPT2Config.from_dict(data)
+        if config.n_positions < sequence_length:
+            raise ModelError(
+                f"train_sequence_length={sequence_length} is more than the {config.n_positions} positions of {path}"
+            )
+        return config, folder
+    name = model_dir
+    if name not in SHAPES:
+        name = "gpt2" if torch.cuda.is_available() else "gpt2-tiny"
+        log.info("model_dir=%r does not exist: a fresh %s is trained", model_dir, name)
+    shape = dict(SHAPES[name])
+    shape["n_positions"] = max(shape.get("n_positions", 1024), sequence_length)
+    # Dropout off: pretraining sees hardly anything twice.
+    return GPT2Config(**shape, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), None
+
+
+def tokenizer(folder: Path | None) -> PreTrainedTokenizerFast | None:
+    """The tokenizer in a folder, or None if there is none.
+
+    Raises:
+        ModelError: for one that cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    if folder is None or not any((folder / n).is_file() for n in ("tokenizer.json", "vocab.json")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, use_fast=True)
+    except Exception as error:  # whatever the libraries below raise for a broken file
+        raise ModelError(f"{folder}: its tokenizer cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def wrap(trained: Any) -> PreTrainedTokenizerFast:
+    """A ``tokenizers.Tokenizer`` as transformers wants it."""
+    from transformers import PreTrainedTokenizerFast
+
+    from deepfast.data import END_OF_TEXT
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT
+    )
+
+
+def model(config: GPT2Config, folder: Path | None) -> GPT2LMHeadModel:
+    """The model, fp32: with the folder's weights if there are any, else freshly initialised.
+
+    Raises:
+        ModelError: for weights that are not of this shape.
+    """
+    from transformers import GPT2LMHeadModel
+
+    if folder is None or not any((folder / name).is_file() for name in _WEIGHTS):
+        return GPT2LMHeadModel(config)
+    try:
+        return GPT2LMHeadModel.from_pretrained(folder, config=config, dtype=torch.float32)
+    except Exception as error:
+        raise ModelError(f"{folder}: its weights cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices, none on biases and normalization."""
+    params = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def sample(model: GPT2LMHeadModel, tokens: torch.Tensor, length: int, seed: int) -> list[int]:
+    """``length`` tokens after ``tokens`` [n], drawn from the 40 likeliest each time."""
+    import copy
+
+    wide = copy.deepcopy(model).float().eval()  # on a CPU, fp16 matrices are slow
+    length = min(length, wide.config.n_positions - len(tokens))
+    # A generator of our own: sampling must not move the one that training resumes from.
+    generator = torch.Generator(device=tokens.device).manual_seed(seed)
+    out = tokens[None]
+    past = None
+    with torch.no_grad():
+        for _ in range(length):
+            result = wide(out if past is None else out[:, -1:], past_key_values=past, use_cache=True)
+            past = result.past_key_values
+            best, index = result.logits[0, -1].float().topk(min(40, wide.config.vocab_size))
+            chosen = index[torch.multinomial(best.softmax(-1), 1, generator=generator)]
+            out = torch.cat([out, chosen[None]], dim=1)
+    return out[0].tolist()

@@ -1,0 +1,4 @@
+#!/usr/bin/env python3
+from deepfast.train import main
+
+raise SystemExit(main())
