@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import os
 import platform
 import re
@@ -106,7 +105,7 @@ def _digest(*parts: str | bytes) -> str:
 @functools.cache
 def interface_key() -> str:
     files = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cpp"))
-    sources = itertools.chain.from_iterable((str(p.relative_to(CSRC)), p.read_bytes()) for p in files)
+    sources = [part for p in files for part in (str(p.relative_to(CSRC)).encode(), p.read_bytes())]
     flags = " ".join((*COMMON_FLAGS, *KERNEL_FLAGS, *BINDING_FLAGS, *INSTRUCTION_SETS.get(capability(), ())))
     abi = f"{torch.__version__} {torch.version.cuda} {torch.compiled_with_cxx11_abi()} {platform.machine()}"
     return f"{platform.machine()}-{capability().lower()}-{_digest(*sources, flags, abi, capability())}"
@@ -176,7 +175,9 @@ def _first_error(log: str) -> str:
 def _run(command: list[str], log: list[str]) -> None:
     if flag("DEEPFAST_BUILD_VERBOSE"):
         say(shlex.join(command))
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    done = subprocess.run(
+        command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
     log.append(f"$ {shlex.join(command)}\n{done.stdout}")
     if done.stdout and flag("DEEPFAST_BUILD_VERBOSE"):
         print(done.stdout, file=sys.stderr)

@@ -187,7 +187,8 @@ def unique(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, the rest) of an optimizer's state_dict; the rest goes to JSON."""
     state = optimizer.state_dict()
-    tensors, rest = {}, {}
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
     for index, values in state["state"].items():
         for name, value in values.items():
             (tensors if isinstance(value, Tensor) else rest)[f"{index}.{name}"] = value

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
 import re
 import types
 import typing
@@ -216,7 +217,7 @@ SPELLINGS = {
 }
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object in a file. Raises ConfigError, with line and column where it is no JSON."""
     try:
         text = Path(path).read_text(encoding="utf-8")

@@ -69,11 +69,11 @@ def documents(files: list[Path], skipped: Skipped) -> Iterator[str]:
     for path in files:
         try:
             yield from _documents_of(path, skipped)
-        except (UnicodeDecodeError, OSError, _Unreadable):
+        except (UnicodeDecodeError, OSError, _UnreadableError):
             skipped.files += 1
 
 
-class _Unreadable(Exception):
+class _UnreadableError(Exception):
     pass
 
 
@@ -104,19 +104,22 @@ def _text_of(line: str) -> str | None:
 
 def _parquet(path: Path) -> Iterator[str]:
     import pyarrow
-    import pyarrow.parquet as parquet
+    from pyarrow import parquet
 
     try:
         file = parquet.ParquetFile(path)
-        strings = [f.name for f in file.schema_arrow if pyarrow.types.is_string(f.type) or
-                   pyarrow.types.is_large_string(f.type)]
+        strings = [
+            f.name
+            for f in file.schema_arrow
+            if pyarrow.types.is_string(f.type) or pyarrow.types.is_large_string(f.type)
+        ]
         column = "text" if "text" in strings else strings[0] if strings else None
         if column is None:
-            raise _Unreadable
+            raise _UnreadableError
         for batch in file.iter_batches(columns=[column]):
             yield from (text for text in batch.column(0).to_pylist() if text)
     except pyarrow.ArrowException as error:
-        raise _Unreadable from error
+        raise _UnreadableError from error
 
 
 def train_tokenizer(files: list[Path], vocab_size: int) -> Tokenizer:
@@ -172,8 +175,9 @@ def prepare(dataset_dir: str, output: Path, tokenizer: Tokenizer | None, vocab_s
     return output
 
 
-def _tokenize(files: list[Path], out: Any, dtype: Any, tokenizer: Tokenizer, end: int | None, skipped: Skipped,
-              root: Path) -> int:
+def _tokenize(
+    files: list[Path], out: Any, dtype: Any, tokenizer: Tokenizer, end: int | None, skipped: Skipped, root: Path
+) -> int:
     from tqdm import tqdm
 
     count = 0

@@ -66,8 +66,8 @@ class GradientSums:
                 total.zero_()
         self.tail.copy_(torch.tensor([*map(float, self.present), self.weight]))
         dist.all_reduce(self.flat, group=group)
-        *present, self.weight = self.tail.tolist()
-        self.present = [count > 0 for count in present]
+        *ranks_with_gradient, self.weight = self.tail.tolist()
+        self.present = [ranks > 0 for ranks in ranks_with_gradient]
 
     def hand_over(self) -> None:
         """Makes the sums the parameters' gradients; a parameter that was not used gets none."""
@@ -222,8 +222,10 @@ class Engine(nn.Module):
             divisor = float(self.gradient_accumulation_steps() * self.world_size)
             if self._weighted:
                 divisor = self._sums.weight
-        self._applied = self._fused_step(optimizer, divisor) if isinstance(optimizer, Optimizer) else (
-            self._foreign_step(optimizer, divisor)
+        self._applied = (
+            self._fused_step(optimizer, divisor)
+            if isinstance(optimizer, Optimizer)
+            else (self._foreign_step(optimizer, divisor))
         )
         for group in optimizer.param_groups:
             for p in group["params"]:
@@ -243,7 +245,7 @@ class Engine(nn.Module):
         try:
             self.scaler.step(optimizer)
         finally:
-            optimizer.grad_scale = None
+            optimizer.__dict__.pop("grad_scale", None)
         self._grad_norm = optimizer.grad_norm
         return self._update_scale(optimizer)
 
@@ -347,7 +349,9 @@ class Engine(nn.Module):
                 checkpoint.commit(directory, tag)
             self._barrier()
         except OSError as error:
-            raise checkpoint.CheckpointError(f"{directory / tag}: cannot be written: {error.strerror or error}") from None
+            raise checkpoint.CheckpointError(
+                f"{directory / tag}: cannot be written: {error.strerror or error}"
+            ) from None
         return directory / tag
 
     def _write(self, folder: Path, client_state: dict[str, Any]) -> None:
@@ -403,8 +407,11 @@ class Engine(nn.Module):
         if state["world_size"] == self.world_size:
             _set_rng(checkpoint.read_tensors(folder / f"rank{self.rank}.safetensors"))
         else:
-            log.info("%d ranks wrote the checkpoint, %d read it: random states are fresh", state["world_size"],
-                     self.world_size)
+            log.info(
+                "%d ranks wrote the checkpoint, %d read it: random states are fresh",
+                state["world_size"],
+                self.world_size,
+            )
             self.micro_steps = self.global_steps * self.gradient_accumulation_steps()
         self.zero_grad()
         return str(folder), state["client_state"]

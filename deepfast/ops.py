@@ -79,4 +79,3 @@ def select(backend: str, device: torch.device, *dtypes: torch.dtype) -> Any:
     if device.type == "cpu" and LIBRARY is not None and KERNEL_DTYPES.issuperset(dtypes):
         return torch.ops.deepfast
     return reference
-

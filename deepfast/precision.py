@@ -47,9 +47,7 @@ class Precision:
             inputs, kwargs = self._cast(inputs), self._cast(kwargs)
         if self.compute_dtype == self.dtype:
             return self.module(*inputs, **kwargs)
-        wide = {
-            name: p.to(self.compute_dtype) for name, p in self.module.named_parameters() if p.dtype == self.dtype
-        }
+        wide = {name: p.to(self.compute_dtype) for name, p in self.module.named_parameters() if p.dtype == self.dtype}
         return torch.func.functional_call(self.module, wide, inputs, kwargs)
 
     def _cast(self, value: Any) -> Any:

@@ -175,4 +175,3 @@ def scaler_update_(
         tracker = torch.where(overflow | grows, torch.zeros_like(tracker), tracker + 1)
         left = torch.where(overflow, left_overflow, left_clean)
     state.copy_(torch.stack([scale, tracker, left, skipped]))
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -17,7 +18,6 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from deepfast import checkpoint
 from deepfast import config as configuration
@@ -297,6 +297,7 @@ class Reporter:
 
     def __init__(self, run: Run, engine: Any, total: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
 
         self.run, self.engine = run, engine
         self.rows = run.read_metrics(engine.global_steps)
@@ -381,10 +382,20 @@ class _BarHandler(logging.StreamHandler):
     """Log lines above the progress bar, not through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+def _require_extra() -> None:
+    needed = ("matplotlib", "numpy", "pyarrow", "tensorboard", "tokenizers", "tqdm", "transformers")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)} not installed: pip install 'deepfast[train]'")
+
+
 def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0, 2 for bad input, 130 on Ctrl-C."""
     rank = int(os.environ.get("RANK", "0"))
     handler = _BarHandler()
     handler.setFormatter(logging.Formatter("deepfast: %(message)s"))
@@ -392,6 +403,7 @@ def main(argv: list[str] | None = None) -> int:
     log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
+        _require_extra()
         data = overridden(configuration.read_json(options.config), options.set)
         return train(configuration.load(data), options.resume)
     except UserError as error:

@@ -45,18 +45,17 @@ class ElementOrder {
  public:
   // From here on, the order of `param`: its own where it is dense in memory, else the contiguous one.
   void follow(const Tensor& param) {
-    TORCH_CHECK(at::has_internal_overlap(param) != at::MemOverlap::Yes,
-                "deepfast: a parameter of shape ", param.sizes(), " has elements that share memory (an expanded view?): ",
-                "clone() it");
+    TORCH_CHECK(at::has_internal_overlap(param) != at::MemOverlap::Yes, "deepfast: a parameter of shape ",
+                param.sizes(), " has elements that share memory (an expanded view?): ", "clone() it");
     sizes_ = param.sizes().vec();
     strides_ = param.is_non_overlapping_and_dense() ? param.strides().vec() : param.contiguous().strides().vec();
   }
 
   void* read(const Tensor& t, const char* what) {
-    TORCH_CHECK(t.device().is_cpu() && t.layout() == at::kStrided, "deepfast: ", what, " must be a dense CPU tensor, got ",
-                t.layout(), " on ", t.device());
-    TORCH_CHECK(t.sizes() == at::IntArrayRef(sizes_), "deepfast: ", what, " has shape ", t.sizes(),
-                ", its parameter ", at::IntArrayRef(sizes_));
+    TORCH_CHECK(t.device().is_cpu() && t.layout() == at::kStrided, "deepfast: ", what,
+                " must be a dense CPU tensor, got ", t.layout(), " on ", t.device());
+    TORCH_CHECK(t.sizes() == at::IntArrayRef(sizes_), "deepfast: ", what, " has shape ", t.sizes(), ", its parameter ",
+                at::IntArrayRef(sizes_));
     if (t.strides() == at::IntArrayRef(strides_) || t.numel() == 0) return t.data_ptr();
     copies_.push_back(t.new_empty_strided(sizes_, strides_).copy_(t));
     return copies_.back().data_ptr();
@@ -127,9 +126,9 @@ void step(const std::string& rule, TensorList params, TensorList grads, TensorLi
   check_count(steps, count, "step counts");
   TORCH_CHECK(hyper.scalar_type() == at::kDouble && hyper.dim() == 2 && hyper.is_contiguous(),
               "deepfast: hyper must be a contiguous float64 matrix");
-  TORCH_CHECK(groups.scalar_type() == at::kInt && groups.numel() == static_cast<int64_t>(count) &&
-                  groups.is_contiguous(),
-              "deepfast: groups must be one int32 a parameter");
+  TORCH_CHECK(
+      groups.scalar_type() == at::kInt && groups.numel() == static_cast<int64_t>(count) && groups.is_contiguous(),
+      "deepfast: groups must be one int32 a parameter");
 
   ElementOrder order;
   std::vector<Span> spans(count);

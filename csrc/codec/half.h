@@ -56,9 +56,9 @@ struct Bf16 {
   static DF_INLINE uint16_t master(float x) {
     const uint32_t bits = to_bits(x), magnitude = bits & ~kSign;
     uint32_t rounded = (magnitude + 0x8000u) >> 16;
-    rounded = rounded > 0x7f7fu ? 0x7f7fu : rounded;                         // saturate
-    rounded = magnitude >= kInfinity ? magnitude >> 16 : rounded;            // inf stays
-    rounded = magnitude > kInfinity ? (magnitude >> 16) | 0x40u : rounded;   // NaN stays, quiet
+    rounded = rounded > 0x7f7fu ? 0x7f7fu : rounded;                        // saturate
+    rounded = magnitude >= kInfinity ? magnitude >> 16 : rounded;           // inf stays
+    rounded = magnitude > kInfinity ? (magnitude >> 16) | 0x40u : rounded;  // NaN stays, quiet
     return static_cast<uint16_t>((bits & kSign) >> 16 | rounded);
   }
 };

@@ -14,8 +14,8 @@
 
 namespace deepfast::cpu {
 
-constexpr int64_t kBlock = 2048;            // elements: the staging buffers of a block stay in L1
-constexpr int64_t kSerialBelow = 32 * 1024; // elements: less is not worth waking a thread for
+constexpr int64_t kBlock = 2048;             // elements: the staging buffers of a block stay in L1
+constexpr int64_t kSerialBelow = 32 * 1024;  // elements: less is not worth waking a thread for
 
 class Blocks {
  public:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from deepfast.optim.base import Optimizer, Value
+from deepfast.optim.base import Optimizer
 
 
 class AdamW(Optimizer):

@@ -52,6 +52,8 @@ class Optimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     grad_norm: Tensor | None = None
+    grad_scale: Tensor  # there only while a scaler has set them
+    found_inf: Tensor | None
     _measure_norm = False  # set by deepfast.Engine: fill grad_norm even where nothing clips
     _check_finite = False  # set by deepfast.LossScaler around a step: find non-finite gradients, and skip it
     _found_inf: Tensor | None = None  # what the last step decided
@@ -201,7 +203,7 @@ class Optimizer(torch.optim.Optimizer):
     # The step.
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates all parameters that have a gradient. Returns what ``closure`` returned, if one was given.
 
         Raises:

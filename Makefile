@@ -1,0 +1,58 @@
+# make train   a GPT-2 trained on this machine, from nothing
+# make test    lint and the whole test suite
+# make lint    ruff, mypy, clang-format
+# make format  what lint asks for
+# make bench   the benchmarks
+# make readme  the README's generated tables
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+CXX_FILES := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+.PHONY: help train test lint format bench readme clean
+help:
+	@sed -n 's/^# //p' Makefile
+
+# torch first and by itself: the same command then works with any build of it (make TORCH=torch==2.11.0 …).
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	@touch $@
+
+$(VENV)/.train: $(VENV)/.torch pyproject.toml setup.py
+	@echo "installing deepfast[train] into $(VENV)"
+	$(BIN)/python -m pip install --quiet --editable ".[train]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py
+	@echo "installing deepfast[train,test,dev] into $(VENV)"
+	$(BIN)/python -m pip install --quiet --editable ".[train,test,dev]"
+	@touch $@ $(VENV)/.train
+
+train: $(VENV)/.train
+	$(BIN)/python ds_train.py --config examples/quickstart.json
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds
+
+readme: $(VENV)/.dev
+	$(BIN)/python -m deepfast readme README.md
+
+clean:
+	rm -rf $(VENV) build output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,106 @@
+"""``python -m deepfast doctor | build``: what is here, what would run, and why not something faster."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import platform
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+_EXTRA = ("transformers", "tokenizers", "pyarrow", "matplotlib", "tensorboard", "tqdm")
+
+
+def doctor() -> int:
+    """Prints what was found, what was built, what would be used, and why not. Returns the exit code."""
+    import torch
+
+    import deepfast
+    from deepfast import build
+
+    def line(name: str, value: object) -> None:
+        print(f"{name:<14} {value}")
+
+    cxx = build.compiler()
+    line("deepfast", f"{deepfast.__version__} ({Path(deepfast.__file__).parent})")
+    line("python", f"{platform.python_version()} on {platform.machine()}, {platform.system()} {platform.release()}")
+    line("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'no'}, {torch.get_num_threads()} threads")
+    line("instructions", f"{build.capability()} (ATEN_CPU_CAPABILITY lowers it)")
+    line("huge pages", _huge_pages())
+    line("C++ compiler", cxx or "none: install g++ or set CXX")
+    try:
+        line("cache", build.cache_dir())
+    except build.BuildError as error:
+        line("cache", f"none: {error}")
+    line("GPU", _gpu())
+    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+    line("trainer", f"missing {', '.join(missing)}: pip install 'deepfast[train]'" if missing else "ready")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from deepfast import ops
+    line("CPU kernels", ops.LIBRARY or f"none: {ops.BUILD_ERROR}")
+    chosen = ops.forced()
+    native = ops.LIBRARY is not None and chosen in ("auto", "cpu")
+    line("on a CPU", "compiled kernels" if native else f"the reference, in plain torch (DEEPFAST_BACKEND={chosen})")
+    line("on a GPU", "the reference, in plain torch: CUDA and Triton kernels are not built yet")
+    return 0 if ops.LIBRARY else 1
+
+
+def _huge_pages() -> str:
+    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not path.is_file():
+        return "not on this system"
+    text = path.read_text().strip()
+    on = "[never]" not in text
+    return f"{'used for' if on else 'off; they would speed up'} optimizer state ({text})"
+
+
+def _gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "none that torch can use" + ("" if shutil.which("nvidia-smi") is None else " (nvidia-smi is here)")
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{', '.join(names)}; nvcc: {shutil.which('nvcc') or 'not on the path'}"
+
+
+def build_kernels() -> int:
+    """Compiles the kernels if they are not there, also where an earlier attempt failed. Returns the exit code."""
+    from deepfast import build
+
+    try:
+        library = build.find() or build.build(retry=True)
+    except build.BuildError as error:
+        print(f"deepfast: {error}", file=sys.stderr)
+        return 1
+    print(library)
+    return 0
+
+
+def readme(path: Path) -> int:
+    """Puts the configuration table, generated from the schema, between its markers in a Markdown file."""
+    from deepfast import config
+
+    begin, end = "<!-- configuration -->\n", "<!-- /configuration -->"
+    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    path.write_text(f"{before}{begin}{config.table()}\n{end}{after}", encoding="utf-8")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m deepfast")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="doctor | build")
+    commands.add_parser("doctor", help="what was found, built and would be used, and why not")
+    commands.add_parser("build", help="compile the kernels now")
+    commands.add_parser("readme").add_argument("path", type=Path)
+    options = parser.parse_args()
+    if options.command == "doctor":
+        return doctor()
+    return build_kernels() if options.command == "build" else readme(options.path)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
