@@ -75,7 +75,7 @@ def _adamw(p: Tensor, g: Tensor, moments: list[Tensor], t: Tensor, hyper: Tensor
     m, v = moments[:2]
     p = p - (lr * weight_decay).to(p.dtype) * p
     m.lerp_(g, (1 - beta1).to(p.dtype))
-    v.mul_(beta2.to(p.dtype)).addcmul_((1 - beta2).to(p.dtype) * g, g)
+    v.lerp_(g * g, (1 - beta2).to(p.dtype))
     if len(moments) == 3:
         v = moments[2].copy_(torch.maximum(moments[2], v))
     denominator = v.sqrt() * (1 - beta2**t).rsqrt().to(p.dtype) + eps.to(p.dtype)

@@ -118,7 +118,7 @@ void decide(const Tensor& record, const std::optional<Tensor>& statistics, const
 void step(const std::string& rule, TensorList params, TensorList grads, TensorList masters, TensorList moments,
           TensorList steps, const Tensor& hyper, const Tensor& groups, const Tensor& record, bool reset_grad) {
   const size_t count = params.size();
-  const int kept = cpu::moments_of(rule.c_str());
+  const auto [kept, values] = cpu::size_of(rule.c_str());
   TORCH_CHECK(kept >= 0, "deepfast: the CPU backend has no rule named '", rule, "'");
   check_count(grads, count, "gradients");
   check_count(masters, count, "masters");
@@ -126,6 +126,8 @@ void step(const std::string& rule, TensorList params, TensorList grads, TensorLi
   check_count(steps, count, "step counts");
   TORCH_CHECK(hyper.scalar_type() == at::kDouble && hyper.dim() == 2 && hyper.is_contiguous(),
               "deepfast: hyper must be a contiguous float64 matrix");
+  TORCH_CHECK(hyper.size(1) == values, "deepfast: '", rule, "' takes ", values, " hyperparameters, got ",
+              hyper.size(1));
   TORCH_CHECK(
       groups.scalar_type() == at::kInt && groups.numel() == static_cast<int64_t>(count) && groups.is_contiguous(),
       "deepfast: groups must be one int32 a parameter");

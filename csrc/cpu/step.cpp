@@ -58,13 +58,13 @@ void step_with(const Span* spans, int64_t count, const double* hyper, int64_t hy
 
 struct Entry {
   const char* name;
-  int moments;
+  RuleSize size;
   decltype(&step_with<AdamW<false>>) run;
 };
 
 template <class Rule>
 constexpr Entry entry(const char* name) {
-  return {name, Rule::kMoments, &step_with<Rule>};
+  return {name, {Rule::kMoments, 1 + Rule::kHyper}, &step_with<Rule>};
 }
 
 // One line a rule.
@@ -82,16 +82,14 @@ const Entry* find(const char* name) {
 
 }  // namespace
 
-int moments_of(const char* name) {
+RuleSize size_of(const char* name) {
   const Entry* rule = find(name);
-  return rule ? rule->moments : -1;
+  return rule ? rule->size : RuleSize{-1, 0};
 }
 
-bool step(const char* name, const Span* spans, int64_t count, const double* hyper, int64_t hyper_stride,
+void step(const char* name, const Span* spans, int64_t count, const double* hyper, int64_t hyper_stride,
           const StepRecord& record, bool reset_grad) {
-  const Entry* rule = find(name);
-  if (rule) rule->run(spans, count, hyper, hyper_stride, record, reset_grad);
-  return rule != nullptr;
+  find(name)->run(spans, count, hyper, hyper_stride, record, reset_grad);
 }
 
 }  // namespace deepfast::cpu

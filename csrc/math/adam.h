@@ -12,23 +12,22 @@ namespace deepfast {
 template <bool kAmsgrad>
 struct AdamW {
   static constexpr int kMoments = kAmsgrad ? 3 : 2;  // exp_avg, exp_avg_sq, max_exp_avg_sq
+  static constexpr int kHyper = 5;                   // lr, beta1, beta2, eps, weight_decay
 
-  float decay;            // lr * weight_decay
-  float one_minus_beta1;  //
-  float beta2;            //
-  float one_minus_beta2;  //
-  float step_size;        // lr / (1 - beta1^t)
-  float inv_sqrt_bias2;   // 1 / sqrt(1 - beta2^t)
-  float eps;              //
+  float decay;           // lr * weight_decay
+  MovingAverage first;   // of the gradient, beta1
+  MovingAverage second;  // of its square, beta2
+  float step_size;       // lr / (1 - beta1^t)
+  float inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^t)
+  float eps;             //
 
-  // hyper: lr, beta1, beta2, eps, weight_decay; t: this parameter's step count, from 1.
+  // hyper: kHyper values; t: this parameter's step count, from 1.
   static DF_INLINE AdamW prepare(const double* hyper, int64_t t) {
     const double lr = hyper[0], beta1 = hyper[1], beta2 = hyper[2], eps = hyper[3], weight_decay = hyper[4];
     return {
         static_cast<float>(lr * weight_decay),
-        static_cast<float>(1.0 - beta1),
-        static_cast<float>(beta2),
-        static_cast<float>(1.0 - beta2),
+        MovingAverage::of(beta1),
+        MovingAverage::of(beta2),
         static_cast<float>(lr / (1.0 - power(beta1, t))),
         static_cast<float>(1.0 / std::sqrt(1.0 - power(beta2, t))),
         static_cast<float>(eps),
@@ -49,8 +48,8 @@ struct AdamW {
 
  private:
   DF_INLINE void average(float g, float& m, float& v) const {
-    m = fma(one_minus_beta1, g - m, m);
-    v = fma(one_minus_beta2, g * g, beta2 * v);
+    m = first(m, g);
+    v = second(v, g * g);
   }
 
   DF_INLINE float descend(float p, float m, float v) const {

@@ -104,6 +104,11 @@ class Optimizer(torch.optim.Optimizer):
         """The values that the rule's ``prepare`` takes."""
         raise NotImplementedError
 
+    def __getstate__(self) -> dict[str, Any]:
+        """torch keeps only defaults, state and groups of an optimizer that is copied or pickled; we have options."""
+        options = ("master", "max_grad_norm", "reset_grad", "backend", "_measure_norm")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in options}}
+
     # State.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -160,14 +165,15 @@ class Optimizer(torch.optim.Optimizer):
         """
         own, given = self.state, {}
 
-        def capture(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-            given.update(state_dict)  # as the user's own hooks left it
+        def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            given.update(self._checked(state_dict))  # as the user's own hooks left it
+            return given
 
         def restore(_: torch.optim.Optimizer) -> None:
             self.state = own
             self._take_state(given)
 
-        before = self.register_load_state_dict_pre_hook(capture)
+        before = self.register_load_state_dict_pre_hook(check)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)  # the user's hooks see our state
         try:
             super().load_state_dict(state_dict)
@@ -175,18 +181,30 @@ class Optimizer(torch.optim.Optimizer):
             before.remove()
             after.remove()
 
+    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """``state_dict`` with our options where its groups have none; raises before anything has changed."""
+        if len(state_dict["param_groups"]) != len(self.param_groups):
+            return state_dict  # torch's own error is clear
+        groups = [
+            {**{k: v for k, v in own.items() if k != "params"}, **saved}
+            for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
+        ]
+        for group in groups:
+            for values in filter(None, map(state_dict["state"].get, group["params"])):
+                missing = [name for name in self._moments(group)[:1] if name not in values]
+                if missing:
+                    raise ValueError(
+                        f"deepfast: the loaded state has no {missing[0]!r} (it has {', '.join(values)}): "
+                        f"it is not that of a {type(self).__name__}"
+                    )
+        return {**state_dict, "param_groups": groups}
+
     @torch.no_grad()
     def _take_state(self, given: dict[str, Any]) -> None:
         names = itertools.chain.from_iterable(group["params"] for group in given["param_groups"])
         params = [(p, group) for group in self.param_groups for p in group["params"]]
         saved = {p: given["state"].get(name) for name, (p, _) in zip(names, params, strict=True)}
-        for p, group in params:
-            missing = [name for name in self._moments(group)[:1] if saved[p] and name not in saved[p]]
-            if missing:
-                raise ValueError(
-                    f"deepfast: the loaded state has no {missing[0]!r} (it has {', '.join(saved[p])}): "
-                    f"it is not that of a {type(self).__name__}"
-                )
+        for p, _ in params:
             if not saved[p]:
                 self.state.pop(p, None)
         self._init_state((p, group) for p, group in params if saved[p])
