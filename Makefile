@@ -35,7 +35,7 @@ train: $(VENV)/.train
 	$(BIN)/python ds_train.py --config examples/quickstart.json
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

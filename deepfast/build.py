@@ -32,7 +32,7 @@ import torch
 _PACKAGE = Path(__file__).resolve().parent
 CSRC = next((p for p in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if p.is_dir()), _PACKAGE / "csrc")
 PREBUILT = _PACKAGE / "prebuilt"
-LIBRARY = "libdeepfast.so"
+LIBRARY, DIGEST = "libdeepfast.so", "libdeepfast.sha256"
 
 # One source list for the first import and for DEEPFAST_PREBUILD.
 KERNELS = ("cpu/step.cpp", "cpu/statistics.cpp", "cpu/accumulate.cpp")
@@ -150,18 +150,27 @@ def _readable_roots() -> list[Path]:
     return list(dict.fromkeys(roots))
 
 
+def intact(library: Path) -> bool:
+    """Whether the library is there, and is what was published: loading half of one would kill the process."""
+    try:
+        return library.with_name(DIGEST).read_text() == _digest(library.read_bytes())
+    except OSError:
+        return False
+
+
 def find() -> Path | None:
     """The library for this machine, if it has been built."""
     cxx = compiler()
     for root in _readable_roots():
         if cxx:
             library = root / interface_key() / compiler_key(cxx) / LIBRARY
-            if library.is_file():
+            if intact(library):
                 return library
         # A prebuilt library, and any library where nothing can be compiled, may come from another compiler.
         if root == PREBUILT or cxx is None:
-            for library in sorted((root / interface_key()).glob(f"*/{LIBRARY}")):
-                return library
+            found = filter(intact, sorted((root / interface_key()).glob(f"*/{LIBRARY}")))
+            if any_library := next(found, None):
+                return any_library
     return None
 
 
@@ -218,7 +227,8 @@ def max_jobs() -> int:
 
 
 def _publish(folder: Path, target: Path) -> None:
-    for path in (folder / LIBRARY, folder):
+    (folder / DIGEST).write_text(_digest((folder / LIBRARY).read_bytes()))
+    for path in (folder / LIBRARY, folder / DIGEST, folder):
         fd = os.open(path, os.O_RDONLY)
         os.fsync(fd)
         os.close(fd)
@@ -226,7 +236,7 @@ def _publish(folder: Path, target: Path) -> None:
     try:
         os.rename(folder, target)
     except OSError:
-        if not (target / LIBRARY).is_file():  # else another process was faster, and its work is as good
+        if not intact(target / LIBRARY):  # else another process was faster, and its work is as good
             raise
 
 
@@ -273,8 +283,9 @@ def build(root: Path | None = None, *, retry: bool = False) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root / f"{name}.lock"):
-            if (target / LIBRARY).is_file():
+            if intact(target / LIBRARY):
                 return target / LIBRARY
+            shutil.rmtree(target, ignore_errors=True)  # damaged, if anything
             if failed.is_file() and not retry:
                 raise BuildError(failed.read_text())
             for leftover in root.glob(f"{name}.build-*"):  # of a process that was killed: we hold the lock
@@ -327,10 +338,5 @@ def load() -> Path:
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        if PREBUILT in library.parents or flag("DEEPFAST_DISABLE_JIT"):
-            raise BuildError(f"{library} cannot be loaded: {error}") from error
-        say(f"{library} cannot be loaded ({error}): compiling it again")
-        shutil.rmtree(library.parent)
-        library = build()
-        torch.ops.load_library(library)
+        raise BuildError(f"{library} cannot be loaded: {error}; delete {library.parent} to compile it again") from error
     return library

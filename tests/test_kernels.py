@@ -21,7 +21,8 @@ def add(t):
     h.update(t.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
 g = torch.Generator().manual_seed(0)
 def rnd(n, scale=1.0):  # torch.randn itself differs between instruction sets
-    return torch.randint(-(1 << 23), 1 << 23, tuple(n) if hasattr(n, "__len__") else (n,), generator=g) / 2.0**21 * scale
+    size = (n,) if isinstance(n, int) else n
+    return torch.randint(-(1 << 23), 1 << 23, size, generator=g) / 2.0**21 * scale
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     for options in ({}, {"amsgrad": True}, {"betas": (0.3, 0.0), "maximize": True}, {"master": "none"}):
         params = [torch.nn.Parameter(rnd(n).to(dtype)) for n in (1, 15, 16, 17, 63, 64, 65, 2047, 2048, 2049, 70001)]

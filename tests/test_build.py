@@ -1,0 +1,290 @@
+"""The build: compiled once, whatever happens in the middle of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, python, run
+
+pytestmark = pytest.mark.xdist_group("build")  # they share a cache, and compile: one after the other
+
+USE = "import torch, deepfast.ops as o; print(o.LIBRARY); print(o.BUILD_ERROR)"
+STEP = """
+import torch, deepfast
+p = torch.nn.Parameter(torch.ones(10)); p.grad = torch.ones(10)
+deepfast.AdamW([p], lr=0.1).step()
+print(p[0].item())
+"""
+
+
+def libraries(cache: Path) -> list[Path]:
+    return sorted(cache.glob("*/*/libdeepfast.so"))
+
+
+def start(cache: Path, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", USE],
+        env={**os.environ, "DEEPFAST_CACHE_DIR": str(cache), **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A cache filled by four processes at once: one compiles, three wait, all load."""
+    cache = tmp_path_factory.mktemp("cache")
+    processes = [start(cache) for _ in range(4)]
+    results = [p.communicate(timeout=240) for p in processes]
+    assert [p.returncode for p in processes] == [0] * 4, results
+    assert len({out for out, _ in results}) == 1
+    assert sum("compiled in" in err for _, err in results) == 1, results
+    assert len(libraries(cache)) == 1
+    assert not list(cache.glob("*.build-*"))
+    return cache
+
+
+def test_four_processes_at_once_compile_once(built):
+    assert libraries(built)
+
+
+def test_two_lines_on_stderr_and_none_from_the_cache(tmp_path, built):
+    done = python(USE, env={"DEEPFAST_CACHE_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": "avx2"})
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2, done.stderr
+    assert lines[0].startswith("deepfast: compiling the CPU kernels")
+    assert str(tmp_path) in lines[0]
+    assert lines[1].startswith("deepfast: compiled in")
+    assert python(USE, env={"DEEPFAST_CACHE_DIR": str(built)}).stderr == ""
+
+
+def test_kill_9_in_the_middle_of_a_build(tmp_path):
+    """ANCHORS 3.13: a lock that outlives its process hangs the next one."""
+    victim = start(tmp_path)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("*.build-*")):
+        assert time.monotonic() < deadline, "it never began"
+        time.sleep(0.01)
+    time.sleep(0.5)
+    os.killpg(victim.pid, signal.SIGKILL)
+    victim.wait()
+    assert not libraries(tmp_path)
+    assert list(tmp_path.glob("*.build-*"))
+    done = python(USE, env={"DEEPFAST_CACHE_DIR": str(tmp_path)}, timeout=120)
+    assert done.returncode == 0
+    assert str(tmp_path) in done.stdout, done.stderr
+    assert not list(tmp_path.glob("*.build-*")), "what the killed one left is gone"
+
+
+def as_mere_mortal() -> None:
+    """Root ignores permissions; without these two capabilities it does not."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
+
+@pytest.mark.parametrize("filled", [True, False])
+def test_read_only_cache(tmp_path, built, filled):
+    cache, tmp = tmp_path / "cache", tmp_path / "tmp"
+    tmp.mkdir()
+    if filled:
+        shutil.copytree(built, cache)
+    else:
+        cache.mkdir()
+    for folder in (cache, *(p for p in cache.rglob("*") if p.is_dir())):
+        folder.chmod(0o555)
+    try:
+        done = python(USE, env={"DEEPFAST_CACHE_DIR": str(cache), "TMPDIR": str(tmp)}, preexec_fn=as_mere_mortal)
+    finally:
+        cache.chmod(0o755)
+        for folder in cache.rglob("*"):
+            folder.chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    assert str(cache if filled else tmp) in done.stdout.splitlines()[0], done.stderr
+    assert bool(libraries(tmp / f"deepfast-{os.getuid()}")) != filled
+
+
+def test_nowhere_to_write(tmp_path):
+    (tmp_path / "file").touch()
+    env = {"DEEPFAST_CACHE_DIR": str(tmp_path / "file" / "cache"), "TMPDIR": str(tmp_path), "HOME": "/nonexistent"}
+    (tmp_path / f"deepfast-{os.getuid()}").touch()  # somebody else's, and no folder
+    done = python(STEP, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "set DEEPFAST_CACHE_DIR to a folder that can" in done.stderr
+
+
+def test_no_compiler_at_all(tmp_path, built):
+    env = {"PATH": str(tmp_path), "DEEPFAST_CACHE_DIR": str(tmp_path / "cache")}
+    done = python(STEP, env=env)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(0.899)
+    assert done.stderr.count("RuntimeWarning") == 1
+    assert "no C++ compiler found" in done.stderr
+    assert "apt install g++" in done.stderr
+    forced = python(STEP, env={**env, "DEEPFAST_BACKEND": "cpu"})
+    assert forced.returncode != 0
+    assert "backend='cpu' was asked for, but no C++ compiler" in forced.stderr
+    # A cache that a machine with a compiler has filled serves one without.
+    done = python(USE, env={"PATH": str(tmp_path), "DEEPFAST_CACHE_DIR": str(built)})
+    assert str(built) in done.stdout, done.stderr
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """The sources, to be spoilt."""
+    for name in ("deepfast", "csrc"):
+        shutil.copytree(ROOT / name, tmp_path / "clone" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "clone"
+
+
+def test_a_source_error_is_shown_and_remembered(tmp_path, clone):
+    source = clone / "csrc" / "cpu" / "accumulate.cpp"
+    source.write_text(source.read_text().replace("float weight", "flot weight"))
+    cache = tmp_path / "cache"
+    env = {"DEEPFAST_CACHE_DIR": str(cache), "PYTHONPATH": str(clone)}
+    first = python(STEP, env=env, cwd=clone)
+    assert first.returncode == 0, first.stderr  # the reference runs
+    assert "accumulate.cpp:" in first.stderr
+    assert "error: " in first.stderr
+    assert "flot" in first.stderr
+    log = next(cache.glob("*.log"))
+    assert str(log) in first.stderr
+    assert "flot" in log.read_text()
+    assert "python -m deepfast build" in first.stderr
+    began = time.monotonic()
+    second = python(STEP, env=env, cwd=clone)
+    assert "flot" in second.stderr
+    assert "compiling" not in second.stderr, "it is known to fail"
+    assert time.monotonic() - began < 60
+    again = run(sys.executable, "-m", "deepfast", "build", env=env, cwd=clone)
+    assert again.returncode == 1
+    assert "compiling" in again.stderr, "asked to, it tries again"
+    assert "Traceback" not in again.stderr
+
+
+def compiler_that(tmp_path: Path, body: str) -> str:
+    script = tmp_path / "c++"
+    script.write_text(f'#!/bin/sh\ncase "$*" in *-dumpversion*) echo 12;; *) {body};; esac\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [("kill -9 $$", "killed by signal 9"), ("echo 'x.s: No space left on device'; exit 1", "No space left")],
+)
+def test_a_killed_compiler_or_a_full_disk_is_not_remembered(tmp_path, body, says):
+    env = {"CXX": compiler_that(tmp_path, body), "DEEPFAST_CACHE_DIR": str(tmp_path / "cache")}
+    for _ in range(2):
+        done = python(USE, env=env)
+        assert says in done.stderr
+        assert "compiling" in done.stderr
+    assert not list((tmp_path / "cache").glob("*.failed"))
+
+
+def test_two_instruction_sets_in_one_cache(tmp_path):
+    """ANCHORS 3.13: on a shared home, each machine must find its own."""
+    for capability in ("avx2", "default"):
+        env = {"DEEPFAST_CACHE_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": capability}
+        done = python(STEP, env=env)
+        assert float(done.stdout) == pytest.approx(0.899), done.stderr
+    names = {p.parent.parent.name for p in libraries(tmp_path)}
+    assert {name.split("-")[1] for name in names} in ({"avx2", "default"}, {"default"})
+
+
+def test_a_damaged_library_is_compiled_again(tmp_path, built):
+    shutil.copytree(built, tmp_path / "cache")
+    library = libraries(tmp_path / "cache")[0]
+    library.write_bytes(library.read_bytes()[:5000])
+    done = python(STEP, env={"DEEPFAST_CACHE_DIR": str(tmp_path / "cache")})
+    assert "compiled in" in done.stderr
+    assert float(done.stdout) == pytest.approx(0.899)
+
+
+def test_jit_can_be_forbidden(tmp_path, built):
+    done = python(USE, env={"DEEPFAST_CACHE_DIR": str(tmp_path), "DEEPFAST_DISABLE_JIT": "1"})
+    assert "DEEPFAST_DISABLE_JIT" in done.stderr
+    assert not libraries(tmp_path)
+    done = python(USE, env={"DEEPFAST_CACHE_DIR": str(built), "DEEPFAST_DISABLE_JIT": "1"})
+    assert str(built) in done.stdout
+
+
+def test_prebuilt_and_installed(tmp_path):
+    """An installed package compiles itself, or comes with its kernels; then it needs no compiler and no cache."""
+    target = tmp_path / "site"
+    done = run(
+        sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index",
+        "--target", target, ROOT,
+        env={"DEEPFAST_PREBUILD": "1", "DEEPFAST_CACHE_DIR": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (target / "deepfast" / "csrc" / "span.h").is_file()
+    assert (target / "bin" / "ds_train.py").is_file()
+    env = {"PYTHONPATH": str(target), "PATH": str(tmp_path), "DEEPFAST_CACHE_DIR": str(tmp_path / "empty")}
+    done = python(USE, env=env, cwd=tmp_path)
+    assert str(target / "deepfast" / "prebuilt") in done.stdout, done.stderr
+    shutil.rmtree(target / "deepfast" / "prebuilt")
+    done = python(USE, env={**env, "PATH": os.environ["PATH"]}, cwd=tmp_path)
+    assert str(tmp_path / "empty") in done.stdout, done.stderr
+
+
+def test_the_key_holds_all_that_matters(monkeypatch):
+    import torch
+
+    from deepfast import build
+
+    def key() -> str:
+        build.interface_key.cache_clear()
+        return build.interface_key()
+
+    keys = [key()]
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    keys.append(key())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    keys.append(key())
+    monkeypatch.setattr(build, "KERNEL_FLAGS", (*build.KERNEL_FLAGS, "-DX"))
+    keys.append(key())
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    keys.append(key())
+    assert len(set(keys)) == len(keys)
+    monkeypatch.undo()
+    assert key() == keys[0]
+    assert build.compiler_key(build.Compiler(("g++",), "12")) != build.compiler_key(build.Compiler(("g++",), "13"))
+
+
+def test_import_is_lazy():
+    done = python(
+        "import sys, deepfast; assert 'torch' not in sys.modules; import torch; before = set(sys.modules);"
+        "deepfast.AdamW; new = set(sys.modules) - before; assert 'deepfast.ops' in new;"
+        "print([m for m in new if 'cpp_extension' in m or m.startswith(('pydantic', 'numpy', 'transformers'))])"
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+    assert python("import deepfast; deepfast.nonsense").stderr.strip().endswith("has no attribute 'nonsense'")
+
+
+def test_max_jobs_is_honoured(tmp_path):
+    done = python(USE, env={"DEEPFAST_CACHE_DIR": str(tmp_path), "MAX_JOBS": "none"})
+    assert "MAX_JOBS='none' is not a positive number" in done.stderr
+
+
+def test_doctor(tmp_path):
+    done = run(sys.executable, "-m", "deepfast", "doctor")
+    assert done.returncode == 0, done.stderr
+    assert "on a CPU       compiled kernels" in done.stdout
+    done = run(sys.executable, "-m", "deepfast", "doctor", env={"PATH": "/nonexistent", "DEEPFAST_CACHE_DIR": tmp_path})
+    assert done.returncode == 1
+    assert "none: install g++ or set CXX" in done.stdout
+    assert "on a CPU       the reference" in done.stdout
+    assert done.stderr == ""
