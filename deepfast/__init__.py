@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from deepfast.engine import Engine, initialize
+    from deepfast.engine import Engine, add_config_arguments, init_distributed, initialize
     from deepfast.optim import AdamW
     from deepfast.scaler import LossScaler
 
@@ -20,8 +20,10 @@ _HOME = {
     "LossScaler": "deepfast.scaler",
     "Engine": "deepfast.engine",
     "initialize": "deepfast.engine",
+    "init_distributed": "deepfast.engine",
+    "add_config_arguments": "deepfast.engine",
 }
-__all__ = ["AdamW", "Engine", "LossScaler", "initialize"]
+__all__ = ["AdamW", "Engine", "LossScaler", "add_config_arguments", "init_distributed", "initialize"]
 
 
 def __getattr__(name: str):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -150,6 +152,7 @@ class Engine(nn.Module):
         elif type(optimizer) is torch.optim.AdamW and not optimizer.state:
             log.info("torch.optim.AdamW is replaced by deepfast.AdamW: the same update, in one pass")
             # The very same group dicts: a scheduler that was made for the old optimizer keeps steering.
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # so that it does not miss the old one's steps
             optimizer = AdamW(optimizer.param_groups, **{k: optimizer.defaults[k] for k in ("lr", "betas", "eps")})
         if isinstance(optimizer, Optimizer):
             optimizer._measure_norm = True
@@ -383,8 +386,6 @@ class Engine(nn.Module):
         Raises:
             CheckpointError: for one that is damaged or belongs to another model.
         """
-        import json
-
         directory = Path(load_dir)
         tag = tag or checkpoint.latest(directory)
         if tag is None:
@@ -456,8 +457,19 @@ def _set_rng(states: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def init_distributed() -> torch.device:
-    """Joins the process group that torchrun has set up, if it has; returns this rank's device."""
+def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """DeepSpeed's: adds ``--deepspeed`` (no effect) and ``--deepspeed_config FILE``."""
+    group = parser.add_argument_group("deepfast")
+    group.add_argument("--deepspeed", action="store_true", help="accepted; deepfast is always on")
+    group.add_argument("--deepspeed_config", default=None, help="the JSON configuration file")
+    return parser
+
+
+def init_distributed(*_: Any, **__: Any) -> torch.device:
+    """Joins the process group that torchrun has set up, if it has; returns this rank's device.
+
+    Takes and ignores DeepSpeed's arguments.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":

@@ -163,14 +163,17 @@ class Optimizer(torch.optim.Optimizer):
         Moments stay fp32 whatever the parameter's dtype (torch would cast them to it), and where a master is missing
         the parameter is taken. Raises ValueError where groups or states do not fit.
         """
-        own, given = self.state, {}
+        own, groups = self.state, list(self.param_groups)
+        given: dict[str, Any] = {}
 
         def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             given.update(self._checked(state_dict))  # as the user's own hooks left it
             return given
 
         def restore(_: torch.optim.Optimizer) -> None:
-            self.state = own
+            for kept, loaded in zip(groups, self.param_groups, strict=True):
+                kept.update(loaded)  # the same dicts as before: others may hold them
+            self.state, self.param_groups = own, groups
             self._take_state(given)
 
         before = self.register_load_state_dict_pre_hook(check)

@@ -1,0 +1,206 @@
+"""Datasets: what is read, what is skipped, in which order it is dealt out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from deepfast import data, gpt2
+from deepfast.errors import UserError
+
+TEXT = "".join(f"line {i}: the quick brown fox jumps over the lazy dog\n" for i in range(300))
+
+
+def prepared(tmp_path: Path, source: Path, vocab_size: int = 300):
+    _, files = data.source_files(str(source))
+    tokenizer = data.train_tokenizer(files, vocab_size)
+    folder = data.prepare(str(source), tmp_path / "out", tokenizer, vocab_size, tokenizer.token_to_id(data.END_OF_TEXT))
+    return folder, tokenizer
+
+
+def read_back(tmp_path: Path, source: Path) -> list[str]:
+    """The documents as the tokens tell them."""
+    folder, tokenizer = prepared(tmp_path, source)
+    tokens = np.fromfile(folder / "tokens.bin", dtype=np.uint16)
+    ends = np.flatnonzero(tokens == tokenizer.token_to_id(data.END_OF_TEXT))
+    return [
+        tokenizer.decode(part[part != 0].tolist(), skip_special_tokens=False)
+        for part in np.split(tokens, ends + 1)[:-1]
+    ]
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    folder = tmp_path / "data"
+    (folder / "deep" / "er").mkdir(parents=True)
+    return folder
+
+
+def test_every_kind_of_file(tmp_path, source):
+    (source / "a.txt").write_text(TEXT)
+    (source / "b.md").write_text("# ümläut\r\n")
+    (source / "deep" / "c.py").write_text("print('π')\n")
+    (source / "deep" / "er" / "d.jsonl").write_text('{"text": "one", "n": 1}\n{"text": "two"}\n"three"\n\n')
+    rows = pyarrow.table({"n": [1, 2, 3], "text": ["four", None, "five"]})
+    pyarrow.parquet.write_table(rows, source / "e.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["six"]}), source / "f.parquet")
+    (source / "ignored.csv").write_text("no")
+    expected = [TEXT, "# ümläut\n", "print('π')\n", "one", "two", "three", "four", "five", "six"]
+    assert read_back(tmp_path, source) == expected
+
+
+def test_what_cannot_be_read_is_skipped_and_counted(tmp_path, source, caplog):
+    caplog.set_level(logging.INFO, "deepfast")
+    (source / "a.txt").write_text(TEXT)
+    (source / "latin1.txt").write_bytes("Größe".encode("latin-1"))
+    (source / "junk.py").write_bytes(bytes(range(256)))
+    (source / "broken.parquet").write_bytes(b"PAR1 not really")
+    pyarrow.parquet.write_table(pyarrow.table({"n": [1]}), source / "numbers.parquet")
+    (source / "bad.jsonl").write_text('{"text": "good"}\n{"text": 3}\n{broken\n')
+    (source / "empty.txt").touch()
+    assert read_back(tmp_path, source) == [TEXT, "good"]
+    assert "4 files, 2 lines" in caplog.text
+
+
+def test_token_files(tmp_path, source):
+    plain, headed = np.arange(100, dtype=np.uint16), np.arange(100, 150, dtype=np.uint16)
+    plain.tofile(source / "a.bin")
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = 20240520, 1, 50
+    with (source / "b.bin").open("wb") as file:
+        header.tofile(file)
+        headed.tofile(file)
+    folder = data.prepare(str(source), tmp_path / "out", None, 150, None)
+    assert np.fromfile(folder / "tokens.bin", dtype=np.uint16).tolist() == list(range(150))
+    with pytest.raises(data.DataError, match=r"a\.bin: holds the token 99, but the model knows only 99"):
+        data.prepare(str(source), tmp_path / "out", None, 99, None)
+    (source / "c.bin").write_bytes(b"odd")
+    with pytest.raises(data.DataError, match="whole number of uint16"):
+        data.prepare(str(source), tmp_path / "out", None, 150, None)
+
+
+def test_large_vocabularies_need_four_bytes(tmp_path, source):
+    (source / "a.txt").write_text(TEXT)
+    _, files = data.source_files(str(source))
+    tokenizer = data.train_tokenizer(files, 300)
+    folder = data.prepare(str(source), tmp_path / "out", tokenizer, 100_000, 0)
+    assert json.loads((folder / "tokens.json").read_text())["dtype"] == "uint32"
+    assert data.Sequences(folder, 8, 0)[0].max() < 300
+
+
+def test_the_standard_library_is_a_dataset():
+    _, files = data.source_files("stdlib")
+    assert sum(p.stat().st_size for p in files) > 4e6
+    assert not [p for p in files if "site-packages" in p.parts]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda d: d.rmdir(), "no such folder"),
+        (lambda d: None, r"no \.txt \.md \.py \.jsonl \.parquet or \.bin file"),
+        (lambda d: (d / "a.csv").write_text("x"), r"no \.txt"),
+        (lambda d: (d / "a.txt").touch(), "no readable text in its 1 files"),
+        (lambda d: (d / "a.txt").write_bytes(b"\xff\xfe\xff"), "no readable text in its 1 files"),
+    ],
+)
+def test_useless_datasets_are_refused(tmp_path, make, message):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    make(folder)
+    with pytest.raises(data.DataError, match=message):
+        prepared(tmp_path, folder)
+
+
+def test_each_epoch_sees_each_sequence_once_in_another_order(tmp_path, source):
+    np.arange(107, dtype=np.uint16).tofile(source / "a.bin")
+    folder = data.prepare(str(source), tmp_path / "out", None, 107, None)
+    sequences = data.Sequences(folder, 10, seed=3)
+    assert sequences.count == 10
+    epochs = [[int(sequences[e * 10 + i][0]) for i in range(10)] for e in range(3)]
+    assert all(sorted(e) == list(range(0, 100, 10)) for e in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    again = data.Sequences(folder, 10, seed=3)
+    assert torch.equal(again.batch(17, 9), sequences.batch(17, 9)), "a position is all there is to resume from"
+    assert again.batch(17, 9).shape == (9, 10)
+    assert [int(data.Sequences(folder, 10, seed=4)[i][0]) for i in range(10)] != epochs[0]
+    with pytest.raises(data.DataError, match=r"107 tokens are shorter than one sequence \(train_sequence_length=108\)"):
+        data.Sequences(folder, 108, 0)
+
+
+# Models
+
+
+def test_shapes_by_name_and_the_room_they_leave():
+    config, folder = gpt2.configuration("gpt2-tiny", 512)
+    assert (config.n_layer, config.n_embd, config.n_positions, folder) == (4, 192, 512, None)
+    assert gpt2.configuration("gpt2", 128)[0].n_positions == 1024
+    xl = gpt2.configuration("gpt2-xl", 128)[0]
+    assert (xl.n_layer, xl.n_embd, xl.n_head) == (48, 1600, 25)
+
+
+def test_a_folder_that_does_not_exist_means_a_fresh_model(caplog):
+    caplog.set_level(logging.INFO, "deepfast")
+    config, _ = gpt2.configuration("no/such/model", 300)
+    assert (config.n_layer, config.n_positions) == (4, 300)
+    assert "fresh gpt2-tiny" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no config.json"),
+        ("{", "not JSON"),
+        ('{"model_type": "bert"}', "model_type is 'bert'"),
+        ("[]", "model_type is None"),
+        ('{"model_type": "gpt2", "n_positions": 64}', "train_sequence_length=128 is more than the 64 positions"),
+    ],
+)
+def test_folders_that_are_no_gpt2(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        gpt2.configuration(str(tmp_path), 128)
+
+
+def test_broken_weights_and_tokenizers(tmp_path):
+    config, _ = gpt2.configuration("gpt2-tiny", 32)
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(gpt2.ModelError, match="weights cannot be read"):
+        gpt2.model(config, tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(gpt2.ModelError, match="tokenizer cannot be read"):
+        gpt2.tokenizer(tmp_path)
+
+
+def test_weight_decay_is_for_matrices():
+    module = gpt2.model(gpt2.configuration("gpt2-tiny", 32)[0], None)
+    decayed, others = gpt2.parameter_groups(module, 0.1)
+    assert all(p.dim() >= 2 for p in decayed["params"])
+    assert all(p.dim() < 2 for p in others["params"])
+    assert len(decayed["params"]) + len(others["params"]) == len(list(module.parameters()))
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+
+
+def test_sampling_leaves_training_alone():
+    module = gpt2.model(gpt2.configuration("gpt2-tiny", 32)[0], None).half()
+    state = torch.get_rng_state()
+    ids = gpt2.sample(module, torch.tensor([1, 2, 3]), 20, seed=0)
+    assert len(ids) == 23
+    assert ids[:3] == [1, 2, 3]
+    assert (
+        ids
+        == gpt2.sample(module, torch.tensor([1, 2, 3]), 20, seed=0)
+        != gpt2.sample(module, torch.tensor([1, 2, 3]), 20, seed=1)
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert module.dtype == torch.float16
+    assert len(gpt2.sample(module, torch.tensor([1, 2, 3]), 10_000, seed=0)) == module.config.n_positions

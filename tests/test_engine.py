@@ -1,0 +1,478 @@
+"""The engine: DeepSpeed's interface, one step's arithmetic, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import types
+
+import pytest
+import torch
+from conftest import ROOT, run
+from torch import nn
+
+import deepfast
+from deepfast import checkpoint
+from deepfast.errors import ConfigError
+
+CONFIG = {"train_batch_size": 8, "gradient_accumulation_steps": 4, "optimizer": {"params": {"lr": 0.01}}}
+
+
+def model(seed=0, **options) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 3), **options)
+
+
+def engine(config=None, seed=0, **options) -> deepfast.Engine:
+    return deepfast.initialize(model=model(seed), config={**CONFIG, **(config or {})}, **options)[0]
+
+
+def batches(count, size=2):
+    g = torch.Generator().manual_seed(1)
+    return [(torch.randn(size, 6, generator=g), torch.randn(size, 3, generator=g)) for _ in range(count)]
+
+
+def train(e, data, weights=None) -> list[float]:
+    losses = []
+    for i, (x, y) in enumerate(data):
+        loss = nn.functional.mse_loss(e(x), y)
+        e.backward(loss, *([] if weights is None else [weights[i]]))
+        e.step()
+        losses.append(loss.item())
+    return losses
+
+
+def state(e) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in e.module.parameters()]
+
+
+def equal(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_accumulation_is_the_mean_of_the_micro_batches():
+    e, plain = engine(), model()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.01)
+    for start in (0, 4, 8):
+        data = batches(12)[start : start + 4]
+        train(e, data)
+        optimizer.zero_grad()
+        x, y = (torch.cat(t) for t in zip(*data, strict=True))
+        nn.functional.mse_loss(plain(x), y).backward()
+        optimizer.step()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()])
+        assert e.get_global_grad_norm() == pytest.approx(norm.item(), rel=1e-5)
+    for p, q in zip(e.module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    assert (e.global_steps, e.micro_steps) == (3, 12)
+    assert all(p.grad is None for p in e.module.parameters())
+
+
+def test_weights_are_normalized_over_the_step():
+    """Ragged micro-batches: weighted by their sizes, the mean over all samples."""
+    data = [(x[:n], y[:n]) for (x, y), n in zip(batches(4, size=5), (5, 1, 3, 2), strict=True)]
+    e, plain = engine(), model()
+    train(e, data, weights=[5, 1.0, torch.tensor(3.0), 2])
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01)
+    x, y = (torch.cat(t) for t in zip(*data, strict=True))
+    nn.functional.mse_loss(plain(x), y).backward()
+    optimizer.step()
+    for p, q in zip(e.module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    e.backward(e(x).sum(), 1.0)
+    with pytest.raises(RuntimeError, match="a weight, or none"):
+        e.backward(e(x).sum())
+
+
+def test_16_bit_gradients_are_summed_in_fp32():
+    """1 + 3 * 2^-11 in fp16 steps would stay 1."""
+    config = {"bf16": True, "train_batch_size": 4, "gradient_accumulation_steps": 4}
+    p = nn.Linear(1, 1, bias=False)
+    e, optimizer, *_ = deepfast.initialize(model=p, config={**CONFIG, **config})
+    for value in (1.0, 2.0**-9, 2.0**-9, 2.0**-9):
+        e.backward(e(torch.tensor([[value]])).sum())
+        e.step()
+    kept = optimizer.state[p.weight]["exp_avg"] / 0.1
+    torch.testing.assert_close(kept, torch.tensor([[(1 + 3 * 2.0**-9) / 4]]), rtol=1e-6, atol=0)
+    assert p.weight.dtype == torch.bfloat16
+
+
+def test_fp16_weights_and_gradients_round_and_overflow():
+    """On a CPU too: only the arithmetic is fp32."""
+    e = engine({"fp16": {"loss_scale": 1.0}, "train_batch_size": 2, "gradient_accumulation_steps": 1})
+    seen = []
+    for p in e.module.parameters():
+        p.register_post_accumulate_grad_hook(
+            lambda p: seen.append((p.dtype, p.grad.dtype, p.grad.isinf().any().item()))
+        )
+    before = state(e)
+    x, y = batches(1)[0]
+    assert e(x).dtype == torch.float32  # on a CPU
+    loss = nn.functional.mse_loss(e(x), y)
+    e.backward(loss * 1e6), e.step()
+    assert {(d, g) for d, g, _ in seen} == {(torch.float16, torch.float16)}
+    assert any(inf for *_, inf in seen), "a gradient beyond 65504"
+    assert equal(before, state(e))
+    assert (e.skipped_steps, e.was_step_applied(), e.global_steps) == (1, False, 1)
+    e.backward(nn.functional.mse_loss(e(x), y)), e.step()
+    assert e.was_step_applied()
+    assert not equal(before, state(e))
+
+
+def test_how_fp16_is_computed_is_said_once(caplog):
+    caplog.set_level(logging.INFO, "deepfast")
+    engine({"fp16": True})
+    assert [r.getMessage() for r in caplog.records if "fp16" in r.getMessage()] == [
+        "fp16 on a CPU: weights and gradients are fp16, forward and backward compute in fp32"
+    ]
+
+
+def test_tied_weights_get_one_gradient_under_fp16():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    torch.manual_seed(0)
+    module = Tied()
+    exact = module.a.weight.detach().half().float().requires_grad_()
+    x = torch.randn(3, 4)
+    (x @ exact.t() @ exact.t()).sum().backward()
+    e, *_ = deepfast.initialize(
+        model=module, config={**CONFIG, "fp16": {"loss_scale": 1.0}, "gradient_accumulation_steps": 1}
+    )
+    e(x).sum().backward()
+    assert module.b.weight is module.a.weight
+    torch.testing.assert_close(module.a.weight.grad.float(), exact.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_the_scale_moves_and_the_schedule_waits_for_applied_steps():
+    """ANCHORS 3.7: a scheduler that advances through skipped steps."""
+    config = {
+        "fp16": {"initial_scale_power": 4, "hysteresis": 1, "loss_scale_window": 2},
+        "gradient_accumulation_steps": 1,
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10, "warmup_type": "linear"}},
+    }
+    e = engine(config)
+    scales, lrs = [], []
+    for i, (x, y) in enumerate(batches(6)):
+        loss = nn.functional.mse_loss(e(x), y)
+        e.backward(loss * (float("inf") if i in (1, 2) else 1.0)), e.step()
+        scales.append(e.loss_scale)
+        lrs.append(e.get_lr()[0])
+    assert scales == [16, 8, 4, 4, 8, 8]
+    assert lrs == pytest.approx([0.002, 0.002, 0.002, 0.003, 0.004, 0.005])
+    assert e.skipped_steps == 2
+
+
+def test_clipping():
+    clipped = engine({"gradient_clipping": 1e-3, "gradient_accumulation_steps": 1})
+    plain = model()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01)
+    for x, y in batches(3):
+        train(clipped, [(x, y)])
+        optimizer.zero_grad()
+        nn.functional.mse_loss(plain(x), y).backward()
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), 1e-3)
+        optimizer.step()
+        assert clipped.get_global_grad_norm() == pytest.approx(norm.item(), rel=1e-5)
+    for p, q in zip(clipped.module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_initialize_takes_what_deepspeeds_does(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "deepfast")
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(CONFIG))
+    dataset = [(torch.randn(6), torch.randn(3)) for _ in range(16)]
+    args = types.SimpleNamespace(deepspeed_config=str(path), local_rank=0)
+    e, optimizer, loader, scheduler = deepfast.initialize(args, model(), training_data=dataset)
+    assert isinstance(optimizer, deepfast.AdamW)
+    assert scheduler is None
+    assert [x.shape for x, _ in loader] == [(2, 6)] * 8
+    assert (e.train_batch_size(), e.train_micro_batch_size_per_gpu(), e.gradient_accumulation_steps()) == (8, 2, 4)
+
+    m = model()
+    theirs = torch.optim.AdamW(m.parameters(), lr=0.5)
+    plan = torch.optim.lr_scheduler.StepLR(theirs, 1, gamma=0.1)
+    e, optimizer, *_ = deepfast.initialize(model=m, optimizer=theirs, lr_scheduler=plan, config=str(path))
+    assert isinstance(optimizer, deepfast.AdamW)
+    assert any("replaced by deepfast.AdamW" in r.getMessage() for r in caplog.records)
+    train(e, batches(4))
+    assert e.get_lr() == [pytest.approx(0.05)]  # the scheduler made for the old one steers the new one
+
+    e, optimizer, _, plan = deepfast.initialize(
+        model=model(),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.5),
+        config=CONFIG,
+    )
+    assert isinstance(optimizer, torch.optim.SGD)
+    before = state(e)
+    train(e, batches(4))
+    assert not equal(before, state(e))
+    assert plan.get_last_lr() == [0.05]
+
+
+def test_a_foreign_optimizer_steps_under_fp16():
+    config = {"fp16": {"loss_scale": 4.0}, "gradient_clipping": 0.1}
+    e, *_ = deepfast.initialize(
+        model=model(), optimizer=lambda params: torch.optim.SGD(params, lr=0.1), config={**CONFIG, **config}
+    )
+    plain = model().half().float()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    data = batches(4)
+    for x, y in data:
+        (nn.functional.mse_loss(plain(x), y) / 4).backward()
+    norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+    optimizer.step()
+    train(e, data)
+    assert e.get_global_grad_norm() == pytest.approx(norm.item(), rel=1e-3)
+    for p, q in zip(e.module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.float(), q, rtol=1e-3, atol=1e-3)
+    before = state(e)
+    for x, y in data:
+        e.backward(nn.functional.mse_loss(e(x), y) * float("inf")), e.step()
+    assert equal(before, state(e))
+    assert e.skipped_steps == 1
+
+
+def test_what_initialize_refuses():
+    with pytest.raises(ConfigError, match="no configuration"):
+        deepfast.initialize(model=model())
+    with pytest.raises(ConfigError, match="no optimizer"):
+        deepfast.initialize(model=model(), config={"train_batch_size": 1})
+    with pytest.raises(ConfigError, match="= 24"):
+        deepfast.initialize(model=model(), config={**CONFIG, "train_micro_batch_size_per_gpu": 6})
+    with pytest.raises(ValueError, match="model is missing"):
+        deepfast.initialize(config=CONFIG)
+    with pytest.raises(ValueError, match="model parallelism"):
+        deepfast.initialize(model=model(), config=CONFIG, mpu=object())
+
+
+def test_no_sync_and_zero_grad():
+    e = engine({"gradient_accumulation_steps": 2})
+    before = state(e)
+    (x, y), *_ = batches(1)
+    with e.no_sync():
+        e.backward(nn.functional.mse_loss(e(x), y))
+        with pytest.raises(RuntimeError, match="no_sync"):
+            e.step()
+    e.zero_grad()
+    with torch.no_grad():
+        assert not any(e._sums.present)
+    assert equal(before, state(e))
+    e.step()
+    assert e.is_gradient_accumulation_boundary()
+
+
+def test_parameters_without_a_gradient_are_left_alone():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    module = Two()
+    before = module.unused.weight.detach().clone()
+    e, optimizer, *_ = deepfast.initialize(model=module, config=CONFIG)
+    train(e, batches(8))
+    assert torch.equal(module.unused.weight, before)
+    assert module.unused.weight not in optimizer.state
+    assert int(optimizer.state[module.used.weight]["step"]) == 2
+
+
+def test_bf16_and_buffers():
+    module = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3))
+    for kind in ("fp16", "bf16"):
+        e, *_ = deepfast.initialize(model=module, config={**CONFIG, kind: True})
+        train(e, batches(8))
+        assert module[1].num_batches_tracked > 0
+        assert module[1].running_mean.isfinite().all()
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("config", [{}, {"fp16": True}, {"bf16": True}])
+def test_resuming_gives_the_same_bits(tmp_path, config):
+    schedule = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2, "total_num_steps": 9}}
+    first = engine({**config, "scheduler": schedule})
+    data = batches(24)
+    train(first, data[:8])
+    path = first.save_checkpoint(tmp_path, client_state={"epoch": 3, "name": "x"})
+    rest = train(first, data[8:])
+    second = engine({**config, "scheduler": schedule}, seed=5)
+    torch.manual_seed(99)
+    loaded, client = second.load_checkpoint(tmp_path)
+    assert (loaded, client) == (str(path), {"epoch": 3, "name": "x"})
+    assert (second.global_steps, second.micro_steps) == (2, 8)
+    assert train(second, data[8:]) == rest
+    assert equal(state(first), state(second))
+    assert first.get_lr() == second.get_lr()
+    assert first.loss_scale == second.loss_scale
+
+
+def test_random_state_travels(tmp_path):
+    e = engine()
+    e.save_checkpoint(tmp_path)
+    expected = torch.rand(3)
+    torch.rand(7)
+    e.load_checkpoint(tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_checkpoint_can_be_checked_with_coreutils(tmp_path):
+    path = engine().save_checkpoint(tmp_path, "a")
+    assert run("sha256sum", "--check", checkpoint.CHECKSUMS, cwd=path).returncode == 0
+    assert (tmp_path / "latest").read_text().strip() == "a"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "rank0.safetensors",
+                                  checkpoint.CHECKSUMS])  # fmt: skip
+@pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
+def test_damage_is_named_and_an_intact_one_offered(tmp_path, name, how):
+    e = engine()
+    e.save_checkpoint(tmp_path, "old")
+    e.save_checkpoint(tmp_path, "new")
+    path = tmp_path / "new" / name
+    data = bytearray(path.read_bytes())
+    if how == "remove":
+        path.unlink()
+    else:
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data if how == "flip" else data[: len(data) // 2])
+    before = state(e)
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+        e.load_checkpoint(tmp_path)
+    assert "new" in str(caught.value)
+    assert "'old' is intact" in str(caught.value)
+    if name != checkpoint.CHECKSUMS or how == "remove":
+        assert str(path) in str(caught.value)
+    assert equal(before, state(e))
+    e.load_checkpoint(tmp_path, "old")
+
+
+def test_checkpoints_that_are_missing_or_do_not_fit(tmp_path, caplog):
+    e = engine()
+    assert e.load_checkpoint(tmp_path) == (None, {})
+    assert "no checkpoint" in caplog.text
+    with pytest.raises(checkpoint.CheckpointError, match=r"no such checkpoint \(there are: none\)"):
+        e.load_checkpoint(tmp_path, "a")
+    e.save_checkpoint(tmp_path, "a")
+    other, *_ = deepfast.initialize(model=nn.Linear(6, 3), config=CONFIG)
+    with pytest.raises(checkpoint.CheckpointError, match="another model"):
+        other.load_checkpoint(tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match="name of a folder"):
+        e.save_checkpoint(tmp_path, "../b")
+    with pytest.raises(checkpoint.CheckpointError, match=r"no pickles.*not set"):
+        e.save_checkpoint(tmp_path, "b", {"x": {1}})
+    assert (tmp_path / "latest").read_text().strip() == "a"
+    (tmp_path / "file").touch()
+    with pytest.raises(checkpoint.CheckpointError, match="cannot be written"):
+        e.save_checkpoint(tmp_path / "file")
+
+
+def test_saving_again_and_pruning(tmp_path):
+    e = engine()
+    for tag in ("a", "b", "c", "b"):
+        e.save_checkpoint(tmp_path, tag)
+        (tmp_path / ".x.tmp").mkdir(exist_ok=True)
+        checkpoint.prune(tmp_path, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "c", "latest"]
+    e.load_checkpoint(tmp_path)
+    # Killed between the two renames of saving the same tag again: the old one is found.
+    (tmp_path / "b").rename(tmp_path / ".b.old")
+    assert e.load_checkpoint(tmp_path)[0] == str(tmp_path / "b")
+
+
+def test_no_pickle_is_read(tmp_path, monkeypatch):
+    import pickle
+
+    e = engine()
+    e.save_checkpoint(tmp_path)
+    assert not [p for p in tmp_path.rglob("*") if p.suffix in (".pt", ".bin", ".pkl")]
+
+    def refuse(*_, **__):
+        raise AssertionError("unpickled")
+
+    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(module, name, refuse)
+    e.load_checkpoint(tmp_path)
+
+
+# Ranks
+
+RANKS = """
+import json, sys, torch, deepfast
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.only_on_rank_1, self.unused = (nn.Linear(6, 3) for _ in range(4))
+    def forward(self, x, both):
+        return self.a(x) + self.b(x) + (self.only_on_rank_1(x) if both else 0)
+torch.manual_seed(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0)
+net = Net()
+e, o, *_ = deepfast.initialize(model=net, config=json.loads(sys.argv[1]))
+world, rank = e.world_size, e.rank
+g = torch.Generator().manual_seed(3)
+data = [(torch.randn(2, 6, generator=g), torch.randn(2, 3, generator=g)) for _ in range(16)]
+accumulation = e.gradient_accumulation_steps()
+for step in range(4):
+    for i in range(accumulation):
+        k = i * world + rank
+        x, y = data[step * 4 + k]
+        e.backward(nn.functional.mse_loss(e(x, k % 2 == 1), y))
+        e.step()
+if rank == 0:
+    print(json.dumps({"sums": [p.double().sum().item() for p in net.parameters()], "norm": e.get_global_grad_norm(),
+                      "steps": [int(o.state[p]["step"]) if p in o.state else 0 for p in net.parameters()],
+                      "started": net.a.weight.numel()}))
+if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16"])
+def test_two_ranks_train_as_one(tmp_path, kind):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    results = []
+    for launch, accumulation in (([sys.executable], 4), ([sys.executable, "-m", "torch.distributed.run",
+                                                          "--standalone", "--nproc-per-node", "2"], 2)):  # fmt: skip
+        config = {**CONFIG, "gradient_accumulation_steps": accumulation}
+        if kind == "fp16":
+            config["fp16"] = {"loss_scale": 8.0}
+        done = run(*launch, script, json.dumps(config), env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(done.stdout))
+    one, two = results
+    assert two["steps"] == one["steps"] == [4] * 6 + [0] * 2
+    assert two["sums"] == pytest.approx(one["sums"], rel=1e-4, abs=1e-4)
+    assert two["norm"] == pytest.approx(one["norm"], rel=1e-4)
+
+
+def test_a_deepspeed_script_runs_with_one_line_changed(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import argparse, torch\nimport deepfast as deepspeed\n"
+        "parser = argparse.ArgumentParser(); parser.add_argument('--local_rank', type=int, default=-1)\n"
+        "parser = deepspeed.add_config_arguments(parser); args = parser.parse_args()\n"
+        "net = torch.nn.Linear(4, 2)\n"
+        "engine, optimizer, loader, _ = deepspeed.initialize(args=args, model=net,"
+        " model_parameters=net.parameters(), training_data=[(torch.randn(4), torch.tensor(i % 2)) for i in range(8)])\n"
+        "for x, y in loader:\n"
+        "    loss = torch.nn.functional.cross_entropy(engine(x.to(engine.device)), y.to(engine.device))\n"
+        "    engine.backward(loss)\n    engine.step()\n"
+        "print(engine.global_steps)\n"
+    )
+    (tmp_path / "ds.json").write_text(json.dumps(CONFIG))
+    done = run(sys.executable, script, "--deepspeed", "--deepspeed_config", tmp_path / "ds.json", cwd=tmp_path)
+    assert done.stdout.strip() == "1", done.stderr
