@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -115,15 +116,19 @@ def compiler_key(cxx: Compiler) -> str:
     return f"{Path(cxx.command[-1]).name}-{_digest(cxx.version, *cxx.command)}"
 
 
+def _named_cache() -> Path:
+    named = os.environ.get("DEEPFAST_CACHE_DIR")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(named) if named else Path(home) / "deepfast"
+
+
 def cache_dir() -> Path:
     """``$DEEPFAST_CACHE_DIR``, else ``$XDG_CACHE_HOME/deepfast``, else ``~/.cache/deepfast``; made if need be.
 
     Where that cannot be written, a folder of this user's own in the system's temporary directory: so a read-only home
     costs one compilation a boot, not the kernels.
     """
-    named = os.environ.get("DEEPFAST_CACHE_DIR")
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    wanted = Path(named) if named else Path(home) / "deepfast"
+    wanted = _named_cache()
     with contextlib.suppress(OSError):
         wanted.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=wanted):
@@ -142,9 +147,7 @@ def cache_dir() -> Path:
 
 def _readable_roots() -> list[Path]:
     """Where a library may already lie: also a cache that can be read but not written."""
-    named = os.environ.get("DEEPFAST_CACHE_DIR")
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    roots = [PREBUILT, Path(named) if named else Path(home) / "deepfast"]
+    roots = [PREBUILT, _named_cache()]
     with contextlib.suppress(BuildError):
         roots.append(cache_dir())
     return list(dict.fromkeys(roots))
@@ -241,7 +244,8 @@ def _publish(folder: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path):
+def _locked(path: Path) -> Iterator[bool]:
+    """Whether the lock is held; some file systems have none, and publishing is atomic all the same."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)
@@ -251,11 +255,11 @@ def _locked(path: Path):
         except Timeout:
             say("another process is compiling the kernels: waiting for it")
             lock.acquire()
-    except (OSError, NotImplementedError):  # a file system without locks: publishing is atomic all the same
-        yield
+    except (OSError, NotImplementedError):
+        yield False
         return
     try:
-        yield
+        yield True
     finally:
         lock.release()
 
@@ -282,13 +286,13 @@ def build(root: Path | None = None, *, retry: bool = False) -> Path:
     failed = root / f"{name}.failed"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f"{name}.lock"):
+        with _locked(root / f"{name}.lock") as alone:
             if intact(target / LIBRARY):
                 return target / LIBRARY
             shutil.rmtree(target, ignore_errors=True)  # damaged, if anything
             if failed.is_file() and not retry:
                 raise BuildError(failed.read_text())
-            for leftover in root.glob(f"{name}.build-*"):  # of a process that was killed: we hold the lock
+            for leftover in root.glob(f"{name}.build-*") if alone else ():  # of a process that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
             folder = Path(tempfile.mkdtemp(prefix=f"{name}.build-", dir=root))
             try:

@@ -44,6 +44,11 @@ def zeros_like_each(tensors: Sequence[Tensor], dtype: torch.dtype, device: torch
         total += -(-t.numel() // step) * step
     flat = zeros(total, dtype, device)
     return flat, [
-        flat[offset : offset + t.numel()].as_strided(t.shape, torch.empty_like(t, device="meta").stride())
+        flat[offset : offset + t.numel()].as_strided(t.shape, _strides(t))
         for t, offset in zip(tensors, offsets, strict=True)
     ]
+
+
+def _strides(t: Tensor) -> tuple[int, ...]:
+    like = torch.empty_like(t, device="meta")  # keeps the strides exactly where they are dense
+    return like.stride() if like.stride() == t.stride() else like.contiguous().stride()

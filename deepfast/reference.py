@@ -43,6 +43,7 @@ def round_master(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def statistics(grads: Sequence[Tensor]) -> Tensor:
     """[sum of squares, number of non-finite elements] over all ``grads``, fp64."""
+    grads = [g.resolve_conj() for g in grads]
     squares = [_real(g).double().square().sum() for g in grads]
     non_finite = [(~_real(g).isfinite()).sum().double() for g in grads]
     return torch.stack([torch.stack(squares).sum(), torch.stack(non_finite).sum()])
@@ -73,9 +74,10 @@ def decide_(
 def _adamw(p: Tensor, g: Tensor, moments: list[Tensor], t: Tensor, hyper: Tensor) -> Tensor:
     lr, beta1, beta2, eps, weight_decay = hyper.unbind()
     m, v = moments[:2]
-    p = p - (lr * weight_decay).to(p.dtype) * p
-    m.lerp_(g, (1 - beta1).to(p.dtype))
-    v.lerp_(g * g, (1 - beta2).to(p.dtype))
+    p = p * (1 - lr * weight_decay).to(p.dtype)
+    weight1, weight2 = (1 - beta1).to(p.dtype), (1 - beta2).to(p.dtype)
+    m.sub_(weight1 * m).add_(weight1 * g)
+    v.sub_(weight2 * v).add_(weight2 * g * g).clamp_(max=torch.finfo(v.dtype).max).add_(0 * g)
     if len(moments) == 3:
         v = moments[2].copy_(torch.maximum(moments[2], v))
     denominator = v.sqrt() * (1 - beta2**t).rsqrt().to(p.dtype) + eps.to(p.dtype)
@@ -126,7 +128,7 @@ def step_(
         new_moments = [_wide(m).clone() for m in own]
         row = hyper[group].to(param.device)
         t = count + 1
-        g = _wide(grad).to(p.dtype) * (multiplier * row[0]).to(p.dtype)
+        g = _wide(grad.resolve_conj()).to(p.dtype) * (multiplier * row[0]).to(p.dtype)
         new = formula(p, g, new_moments, t.double().reshape(()), row[1:])
         new = torch.where(skipped, p, new)
         if master.numel():
@@ -166,7 +168,7 @@ def scaler_update_(
     skipped = skipped + overflow
     if dynamic:
         left_overflow = (left - 1).clamp(min=0)
-        backed_off = (scale.double() * backoff_factor).clamp(min=min_scale).float()
+        backed_off = torch.maximum(scale.double() * backoff_factor, scale.double().clamp(max=min_scale)).float()
         grows = tracker + 1 >= growth_interval
         grown = torch.where(grows, (scale.double() * growth_factor).clamp(max=max_scale).float(), scale)
         refilled = torch.full_like(left, hysteresis)

@@ -141,21 +141,22 @@ class LossScaler:
         grads = _grads_of(optimizer)
         if any(g.dtype in HALF for g in grads):
             raise RuntimeError(
-                "unscale_() of 16-bit gradients would let them underflow: clip inside the step with the optimizer's "
-                "max_grad_norm=, which needs no unscaled gradients"
+                "unscaling 16-bit gradients in place would let them underflow: use a deepfast optimizer, which "
+                "unscales inside its step and clips there, too (max_grad_norm=)"
             )
         self._unscaled[id(optimizer)] = self._unscale(grads)
 
     def _unscale(self, grads: list[Tensor]) -> Tensor:
         """Divides ``grads`` in place; returns found_inf."""
+        grads = [g._values() if g.is_sparse else g for g in grads]
         home = grads[0].device if grads else torch.device("cpu")
         inverse = self._scale_used(home).double().reciprocal().float()
-        found = torch.zeros((), device=inverse.device)
+        found = torch.zeros((), dtype=torch.float32, device=inverse.device)
         by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for g in grads:
             by_kind.setdefault((g.device, g.dtype), []).append(g)
         for (device, _), some in by_kind.items():
-            found_here = torch.zeros((), device=device)
+            found_here = torch.zeros((), dtype=torch.float32, device=device)
             torch._amp_foreach_non_finite_check_and_unscale_(some, found_here, inverse.to(device))
             found = torch.maximum(found, found_here.to(found.device))
         return found
@@ -172,16 +173,20 @@ class LossScaler:
             raise RuntimeError("a closure cannot be used while loss scaling is enabled")
         if id(optimizer) in self._stepped:
             raise RuntimeError("step() has already been called since the last update().")
-        found = self._unscaled.pop(id(optimizer), None)
         if isinstance(optimizer, Optimizer):
-            return self._step_inside(optimizer, found, **kwargs)
-        if found is None:
-            found = self._unscale(_grads_of(optimizer))
+            result, found = self._step_inside(optimizer, self._unscaled.get(id(optimizer)), **kwargs)
+        else:
+            if id(optimizer) not in self._unscaled:
+                self.unscale_(optimizer)
+            found = self._unscaled[id(optimizer)]
+            result = None if found.item() else optimizer.step(**kwargs)
+        # Only now: after an exception in the optimizer's step, the same step can be tried again.
+        self._unscaled.pop(id(optimizer), None)
         self._stepped[id(optimizer)] = found
-        return None if found.item() else optimizer.step(**kwargs)
+        return result
 
-    def _step_inside(self, optimizer: Optimizer, unscaled: Tensor | None, **kwargs: Any) -> Any:
-        """The optimizer unscales, checks and skips in its own pass."""
+    def _step_inside(self, optimizer: Optimizer, unscaled: Tensor | None, **kwargs: Any) -> tuple[Any, Tensor]:
+        """The optimizer unscales, checks and skips in its own pass. Returns what it returned, and found_inf."""
         factor = getattr(optimizer, "grad_scale", None)  # the user's own, as with GradScaler
         grads = _grads_of(optimizer)
         home = grads[0].device if grads else torch.device("cpu")
@@ -198,8 +203,7 @@ class LossScaler:
             if factor is not None:
                 optimizer.grad_scale = factor
         decided = optimizer._found_inf
-        self._stepped[id(optimizer)] = torch.zeros((), device=home) if decided is None else decided
-        return result
+        return result, torch.zeros((), dtype=torch.float32, device=home) if decided is None else decided
 
     def found_inf(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
         """> 0 if the step of ``optimizer`` since the last update was skipped; None if there was none."""
@@ -214,9 +218,13 @@ class LossScaler:
         if not self._enabled:
             return
         if new_scale is not None:
-            value = new_scale if isinstance(new_scale, Tensor) else torch.tensor(float(new_scale))
-            state = self._place(value.device)
-            state[0].copy_(value.reshape(()))
+            if isinstance(new_scale, Tensor):
+                value = new_scale.detach().reshape(())
+            elif 0.0 < new_scale < float("inf"):
+                value = torch.tensor(float(new_scale), dtype=torch.float32, device="cpu")
+            else:
+                raise ValueError(f"new_scale must be positive and finite, got {new_scale}")
+            self._place(value.device)[0].copy_(value)
         else:
             found = [*self._unscaled.values(), *self._stepped.values()]
             if not found:

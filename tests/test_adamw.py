@@ -488,6 +488,167 @@ def test_a_weight_with_a_master_saturates_and_one_without_overflows():
         assert (p == expected).all(), master
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autograd_sees_what_the_step_has_written(backend):
+    w, x = nn.Parameter(torch.randn(4)), torch.ones(4, requires_grad=True)
+    y = (w * x).sum()
+    w.grad = torch.ones(4)
+    deepfast.AdamW([w], backend=backend).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_may_change_its_dtype_between_steps(backend):
+    p = nn.Parameter(torch.ones(8).half())
+    optimizer = deepfast.AdamW([p], lr=0.1, backend=backend)
+    for dtype in (torch.float16, torch.float32, torch.bfloat16, torch.float32):
+        p.data, p.grad = p.data.to(dtype), None
+        p.grad = torch.ones(8, dtype=dtype)
+        before = p.detach().clone()
+        optimizer.step()
+        assert (p < before).all()
+        assert ("master" in optimizer.state[p]) == (dtype != torch.float32)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_amsgrad_may_be_turned_on_later(amsgrad):
+    params = parameters()
+    optimizer = trained(deepfast.AdamW, params)
+    optimizer.param_groups[0]["amsgrad"] = True
+    give_gradients(params)
+    optimizer.step()
+    assert (optimizer.state[params[0]]["max_exp_avg_sq"] > 0).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gradient", [1e20, 1e30, 3e38])
+def test_one_huge_gradient_does_not_end_a_parameter(gradient, backend):
+    """torch's second moment overflows to infinity, and the parameter never moves again."""
+    p = nn.Parameter(torch.ones(20))
+    optimizer = deepfast.AdamW([p], lr=0.1, betas=(0.5, 0.5), backend=backend)
+    for g in (gradient, *[-gradient] * 3, *[1.0] * 300):
+        p.grad = torch.full((20,), g)
+        before = p.detach().clone()
+        optimizer.step()
+        assert p.isfinite().all()
+    assert (before - p > 0.05).all(), "it follows small gradients again"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_infinite_parameters_stay(backend, weight_decay):
+    p = nn.Parameter(torch.tensor([1.0, -float("inf")]))
+    p.grad = torch.tensor([1.0, 0.0])
+    deepfast.AdamW([p], weight_decay=weight_decay, backend=backend).step()
+    assert p[1] == -float("inf")
+
+
+def test_steady_gradients_average_to_themselves():
+    """fp32 beta and fp32 1 - beta do not add up to 1."""
+    p = nn.Parameter(torch.zeros(1))
+    optimizer = deepfast.AdamW([p], betas=(0.9, 0.99))
+    for _ in range(3000):
+        p.grad = torch.full((1,), 3.0)
+        optimizer.step()
+    torch.testing.assert_close(optimizer.state[p]["exp_avg"], torch.tensor([3.0]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], torch.tensor([9.0]), rtol=4e-6, atol=0)
+
+
+def test_a_master_that_went_through_torch_is_not_believed():
+    ours = parameters(torch.float16)
+    state = trained(deepfast.AdamW, ours).state_dict()
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    torchs = torch.optim.AdamW(theirs)
+    torchs.load_state_dict(state)
+    for i in range(5):
+        give_gradients(theirs, seed=i)
+        torchs.step()
+    back = deepfast.AdamW(theirs)
+    back.load_state_dict(torchs.state_dict())
+    assert all(torch.equal(back.state[p]["master"], p.float()) for p in theirs)
+
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    params = parameters()
+    optimizer = trained(deepfast.AdamW, params)
+    before = copy.deepcopy(optimizer.state_dict())
+    for spoil, message in (
+        (lambda s: s["state"][0].update(exp_avg=torch.zeros(1)), "'exp_avg' has shape"),
+        (lambda s: s["state"][1].pop("exp_avg_sq"), "no 'exp_avg_sq'"),
+        (lambda s: s["param_groups"][0].update(differentiable=True), "differentiable"),
+    ):
+        spoilt = copy.deepcopy(before)
+        spoilt["param_groups"][0]["lr"] = 7.0
+        spoil(spoilt)
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(spoilt)
+        assert optimizer.param_groups[0]["lr"] == 1e-2
+        for i, values in optimizer.state_dict()["state"].items():
+            assert all(torch.equal(v, before["state"][i][k]) for k, v in values.items())
+
+
+def test_loading_keeps_the_group_dicts():
+    """A scheduler that was handed the groups goes on steering them."""
+    params = parameters()
+    optimizer = trained(deepfast.AdamW, params)
+    group = optimizer.param_groups[0]
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups[0] is group
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_process_wide_default_dtype_and_device_do_not_matter(dtype, backend):
+    ours, theirs = parameters(), parameters()
+    a, b = deepfast.AdamW(ours, max_grad_norm=1.0, backend=backend), deepfast.AdamW(theirs, max_grad_norm=1.0)
+    give_gradients(ours, theirs)
+    b.step()
+    torch.set_default_dtype(dtype)
+    try:
+        scaler = deepfast.LossScaler(init_scale=1.0)
+        with torch.device("meta"):
+            scaler.step(a)
+            scaler.update()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert difference(ours, theirs) < 1e-6
+
+
+def test_reset_grad_refuses_what_it_cannot_do_before_anything_is_written():
+    p, q = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4, 3))
+    p.grad = torch.ones(4, 3)
+    q.grad = torch.ones(1, 3).expand(4, 3)
+    with pytest.raises(RuntimeError, match=r"a gradient.*share memory"):
+        deepfast.AdamW([p, q], reset_grad=True).step()
+    q.grad = p.grad
+    with pytest.raises(RuntimeError, match="share one gradient tensor"):
+        deepfast.AdamW([p, q], reset_grad=True).step()
+    assert (p == 1).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lazy_views_as_gradients(backend):
+    p = nn.Parameter(torch.ones(5))
+    p.grad = torch.complex(torch.ones(5), torch.full((5,), 2.0)).conj().imag
+    assert p.grad.is_neg()
+    deepfast.AdamW([p], lr=0.1, weight_decay=0.0, reset_grad=True, backend=backend).step()
+    torch.testing.assert_close(p.detach(), torch.full((5,), 1.1))
+    assert (p.grad == 0).all()
+    z = nn.Parameter(torch.ones(5, dtype=torch.complex64))
+    z.grad = torch.full((5,), 1 + 1j, dtype=torch.complex64).conj()
+    deepfast.AdamW([z], lr=0.1, weight_decay=0.0).step()
+    torch.testing.assert_close(z.detach(), torch.full((5,), 0.9 + 0.1j))
+
+
+def test_states_of_strided_parameters_are_not_copied_at_each_step():
+    p = nn.Parameter(torch.zeros(6, 8, 4)[:, ::2].transpose(0, 2))
+    p.grad = torch.ones_like(p)
+    optimizer = deepfast.AdamW([p])
+    optimizer.step()
+    assert optimizer.state[p]["exp_avg"].is_contiguous()
+
+
 def test_state_lies_in_huge_pages():
     import pathlib
 
@@ -529,11 +690,12 @@ def test_state_lies_in_huge_pages():
         ({"max_grad_norm": 0.0}, "max_grad_norm"),
         ({"backend": "tpu"}, "unknown backend 'tpu'"),
         ({"differentiable": True}, "differentiable"),
+        ({"params": [{"params": [], "master": "none"}]}, "an option of the optimizer"),
     ],
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        deepfast.AdamW(parameters(), **options)
+        deepfast.AdamW(**{"params": parameters(), **options})
 
 
 def test_a_forced_backend_that_is_missing_is_an_error(monkeypatch):

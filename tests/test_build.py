@@ -174,6 +174,26 @@ def test_a_source_error_is_shown_and_remembered(tmp_path, clone):
     assert "Traceback" not in again.stderr
 
 
+def test_file_systems_without_locks(tmp_path):
+    """Two builds at once may then do the same work twice, but must not touch each other's."""
+    code = (
+        "import errno, time, filelock\n"
+        "def refuse(*_, **__): raise OSError(errno.ENOLCK, 'no locks')\n"
+        "filelock.FileLock.acquire = refuse\n" + USE
+    )
+    processes = []
+    for _ in range(2):
+        processes.append(
+            subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "DEEPFAST_CACHE_DIR": str(tmp_path)},
+                             stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        )  # fmt: skip
+        time.sleep(3)
+    for p in processes:
+        out, err = p.communicate(timeout=240)
+        assert str(tmp_path) in out, err
+    assert len(libraries(tmp_path)) == 1
+
+
 def compiler_that(tmp_path: Path, body: str) -> str:
     script = tmp_path / "c++"
     script.write_text(f'#!/bin/sh\ncase "$*" in *-dumpversion*) echo 12;; *) {body};; esac\n')

@@ -219,6 +219,53 @@ def test_unscale_then_step():
         assert scaler.skipped_steps == 1
 
 
+@pytest.mark.parametrize("cls", [deepfast.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("unscale_first", [False, True])
+def test_a_step_that_raised_can_be_tried_again(cls, unscale_first):
+    p, optimizer = setup(torch.float32, cls)
+    q, other = setup(torch.float32, cls)
+    scaler = deepfast.LossScaler(init_scale=8.0)
+    backward(scaler, p, 3.0)
+    q.grad = torch.full_like(q, 3.0)
+    if unscale_first:
+        scaler.unscale_(optimizer)
+    hook = optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        scaler.step(optimizer)
+    hook.remove()
+    scaler.step(optimizer), other.step()
+    scaler.update()
+    assert torch.equal(p, q)
+
+
+def test_a_foreign_optimizer_of_16_bit_parameters_is_refused():
+    p, optimizer = setup(torch.float16, torch.optim.SGD)
+    scaler = deepfast.LossScaler()
+    backward(scaler, p)
+    with pytest.raises(RuntimeError, match="underflow"):
+        scaler.step(optimizer)
+
+
+def test_sparse_gradients_of_a_foreign_optimizer():
+    layer = nn.Embedding(10, 3, sparse=True)
+    before = layer.weight.detach().clone()
+    scaler = deepfast.LossScaler(init_scale=8.0)
+    scaler.scale(layer(torch.tensor([4])).sum()).backward()
+    scaler.step(torch.optim.SGD(layer.parameters(), lr=1.0))
+    torch.testing.assert_close(before[4] - layer.weight[4].detach(), torch.ones(3))
+
+
+def test_an_overflow_never_raises_the_scale():
+    p, optimizer = setup()
+    scaler = deepfast.LossScaler()
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 0.25})
+    iterate(scaler, p, optimizer, overflow=True)
+    assert scaler.get_scale() == 0.25
+    for bad in (0.0, -1.0, INF):
+        with pytest.raises(ValueError, match="positive and finite"):
+            scaler.update(bad)
+
+
 def test_unscaling_16_bit_gradients_names_the_way_out():
     p, optimizer = setup()
     scaler = deepfast.LossScaler()

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
@@ -45,8 +46,6 @@ class ElementOrder {
  public:
   // From here on, the order of `param`: its own where it is dense in memory, else the contiguous one.
   void follow(const Tensor& param) {
-    TORCH_CHECK(at::has_internal_overlap(param) != at::MemOverlap::Yes, "deepfast: a parameter of shape ",
-                param.sizes(), " has elements that share memory (an expanded view?): ", "clone() it");
     sizes_ = param.sizes().vec();
     strides_ = param.is_non_overlapping_and_dense() ? param.strides().vec() : param.contiguous().strides().vec();
   }
@@ -62,6 +61,7 @@ class ElementOrder {
   }
 
   void* write(const Tensor& t, const char* what) {
+    check_no_overlap(t, what);
     const size_t before = copies_.size();
     void* data = read(t, what);
     if (copies_.size() > before) written_.emplace_back(t, copies_.back());
@@ -72,11 +72,23 @@ class ElementOrder {
     for (const auto& [original, copy] : written_) original.copy_(copy);
   }
 
+  static void check_no_overlap(const Tensor& t, const char* what) {
+    TORCH_CHECK(at::has_internal_overlap(t) != at::MemOverlap::Yes, "deepfast: ", what, " of shape ", t.sizes(),
+                " is written to, but has elements that share memory (an expanded view?): clone() it");
+  }
+
  private:
   std::vector<int64_t> sizes_, strides_;
   std::vector<Tensor> copies_;
   std::vector<std::pair<Tensor, Tensor>> written_;
 };
+
+// Autograd must know what was written behind its back: a graph that still needs the old values has to refuse.
+void written(TensorList tensors) {
+  for (const Tensor& t : tensors) {
+    if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+  }
+}
 
 Tensor statistics(TensorList grads) {
   ElementOrder order;
@@ -113,6 +125,19 @@ void decide(const Tensor& record, const std::optional<Tensor>& statistics, const
   const StepRecord decided = deepfast::decide(known, scalar_or(grad_scale, 1.0f), scalar_or(found_inf, 0.0f),
                                               static_cast<float>(max_norm), check);
   std::memcpy(fp32_values(record, 3, "the record"), &decided, sizeof decided);
+  written(record);
+}
+
+// Zeroing a gradient that another parameter has yet to read would lose that one's update.
+void check_distinct(const std::vector<Span>& spans) {
+  std::vector<const void*> grads;
+  for (const Span& span : spans) {
+    if (span.numel > 0) grads.push_back(span.grad);
+  }
+  std::sort(grads.begin(), grads.end());
+  TORCH_CHECK(
+      std::adjacent_find(grads.begin(), grads.end()) == grads.end(),
+      "deepfast: two parameters share one gradient tensor, and reset_grad would zero it before both have read it");
 }
 
 void step(const std::string& rule, TensorList params, TensorList grads, TensorList masters, TensorList moments,
@@ -158,8 +183,11 @@ void step(const std::string& rule, TensorList params, TensorList grads, TensorLi
   }
   StepRecord decided;
   std::memcpy(&decided, fp32_values(record, 3, "the record"), sizeof decided);
+  if (reset_grad) check_distinct(spans);
   cpu::step(rule.c_str(), spans.data(), count, hyper.const_data_ptr<double>(), hyper.size(1), decided, reset_grad);
   order.write_back();
+  for (const TensorList list : {params, masters, moments, steps}) written(list);
+  if (reset_grad) written(grads);
 }
 
 void accumulate(TensorList sums, TensorList grads, double weight, bool overwrite) {
@@ -169,13 +197,14 @@ void accumulate(TensorList sums, TensorList grads, double weight, bool overwrite
   for (size_t i = 0; i < sums.size(); ++i) {
     order.follow(sums[i]);
     TORCH_CHECK(sums[i].scalar_type() == at::kFloat, "deepfast: a sum has dtype ", sums[i].scalar_type());
-    spans[i].master = static_cast<float*>(order.write(sums[i], "a sum"));
+    spans[i].param = order.write(sums[i], "a sum");
     spans[i].grad = order.read(grads[i], "a gradient");
     spans[i].grad_dtype = dtype_of(grads[i], "a gradient");
     spans[i].numel = sums[i].numel();
   }
   cpu::accumulate(spans.data(), spans.size(), static_cast<float>(weight), overwrite);
   order.write_back();
+  written(sums);
 }
 
 void scaler_update(const Tensor& state, TensorList found_inf, double growth_factor, double backoff_factor,
@@ -190,6 +219,7 @@ void scaler_update(const Tensor& state, TensorList found_inf, double growth_fact
                    {growth_factor, backoff_factor, growth_interval, hysteresis, consecutive_hysteresis, dynamic,
                     min_scale, max_scale});
   std::memcpy(values, &now, sizeof now);
+  written(state);
 }
 
 }  // namespace

@@ -25,7 +25,7 @@ struct RuleSize {
 };
 RuleSize size_of(const char* name);
 
-// sums (span.master) = weight * grad, or += where `overwrite` is false.
+// sums (span.param, fp32) = weight * grad, or += where `overwrite` is false.
 void accumulate(const Span* spans, int64_t count, float weight, bool overwrite);
 
 }  // namespace deepfast::cpu

@@ -14,20 +14,20 @@ struct AdamW {
   static constexpr int kMoments = kAmsgrad ? 3 : 2;  // exp_avg, exp_avg_sq, max_exp_avg_sq
   static constexpr int kHyper = 5;                   // lr, beta1, beta2, eps, weight_decay
 
-  float decay;           // lr * weight_decay
-  MovingAverage first;   // of the gradient, beta1
-  MovingAverage second;  // of its square, beta2
-  float step_size;       // lr / (1 - beta1^t)
-  float inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^t)
-  float eps;             //
+  float keep;             // 1 - lr * weight_decay
+  float one_minus_beta1;  //
+  float one_minus_beta2;  //
+  float step_size;        // lr / (1 - beta1^t)
+  float inv_sqrt_bias2;   // 1 / sqrt(1 - beta2^t)
+  float eps;              //
 
   // hyper: kHyper values; t: this parameter's step count, from 1.
   static DF_INLINE AdamW prepare(const double* hyper, int64_t t) {
     const double lr = hyper[0], beta1 = hyper[1], beta2 = hyper[2], eps = hyper[3], weight_decay = hyper[4];
     return {
-        static_cast<float>(lr * weight_decay),
-        MovingAverage::of(beta1),
-        MovingAverage::of(beta2),
+        static_cast<float>(1.0 - lr * weight_decay),
+        static_cast<float>(1.0 - beta1),
+        static_cast<float>(1.0 - beta2),
         static_cast<float>(lr / (1.0 - power(beta1, t))),
         static_cast<float>(1.0 / std::sqrt(1.0 - power(beta2, t))),
         static_cast<float>(eps),
@@ -48,12 +48,14 @@ struct AdamW {
 
  private:
   DF_INLINE void average(float g, float& m, float& v) const {
-    m = first(m, g);
-    v = second(v, g * g);
+    m = moving_average(m, one_minus_beta1, g);
+    v = moving_average(v, one_minus_beta2, g, g);
+    // At infinity v would stay, and the parameter with it, for ever. 0 * g: an infinite gradient still gives NaN.
+    v = fma(0.0f, g, v > FLT_MAX ? FLT_MAX : v);
   }
 
   DF_INLINE float descend(float p, float m, float v) const {
-    p = fma(-decay, p, p);  // not p * (1 - decay): 1 - decay would round away most of a small decay
+    p *= keep;
     return fma(-step_size, m / fma(std::sqrt(v), inv_sqrt_bias2, eps), p);
   }
 };

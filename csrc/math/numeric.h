@@ -5,6 +5,7 @@
 // (bias corrections, 1 - beta) is formed in fp64 and rounded once.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -30,23 +31,14 @@ DF_INLINE double power(double base, int64_t exponent) {
   return result;
 }
 
-// An exponential moving average, old <- beta * old + (1 - beta) * x.
+// An exponential moving average: beta * old + weight * x with weight = 1 - beta, x given as a product a * b.
 //
-// From beta = 1/2 on it is taken as old + (1 - beta) * (x - old): the other form would keep a bias, since beta rounded
-// to fp32 and 1 - beta do not add up to 1 (3e-5 of the value for beta = 0.999). Below, as it is written, which is exact
-// for beta = 0. Both are one expression, so that no loop has to branch.
-struct MovingAverage {
-  float weight;  // 1 - beta
-  float minus;   // 1, or 0 below beta = 1/2
-  float keep;    // 1, or beta
-
-  static DF_INLINE MovingAverage of(double beta) {
-    const bool close = beta >= 0.5;
-    return {static_cast<float>(1.0 - beta), close ? 1.0f : 0.0f, close ? 1.0f : static_cast<float>(beta)};
-  }
-
-  DF_INLINE float operator()(float old, float x) const { return fma(weight, fma(-minus, old, x), keep * old); }
-};
+// Written so that the two shares add up to exactly 1: beta and 1 - beta, each rounded to fp32, do not, and the average
+// of a constant would come out wrong by up to 3e-5 (beta = 0.999). Exact for beta = 0, and nothing overflows that need
+// not: no difference of the two is ever formed, and the weight is multiplied in first.
+DF_INLINE float moving_average(float old, float weight, float a, float b = 1.0f) {
+  return fma(weight * a, b, fma(-weight, old, old));
+}
 
 DF_INLINE uint32_t to_bits(float x) {
   uint32_t bits;

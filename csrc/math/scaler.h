@@ -29,7 +29,8 @@ DF_INLINE ScalerState transition(ScalerState s, bool overflow, const ScalerOptio
     if (s.hysteresis_left > 0.0f) s.hysteresis_left -= 1.0f;
     if (s.hysteresis_left == 0.0f) {
       const double backed_off = s.scale * o.backoff_factor;
-      s.scale = static_cast<float>(backed_off > o.min_scale ? backed_off : o.min_scale);
+      const double floor = s.scale < o.min_scale ? s.scale : o.min_scale;  // an overflow never raises the scale
+      s.scale = static_cast<float>(backed_off > floor ? backed_off : floor);
     }
     return s;
   }

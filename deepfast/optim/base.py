@@ -15,6 +15,7 @@ from deepfast import memory, ops, reference
 
 Value = float | Tensor
 HALF = frozenset((torch.float16, torch.bfloat16))
+_OPTIONS = ("master", "max_grad_norm", "reset_grad", "backend", "_measure_norm")
 
 
 @dataclasses.dataclass
@@ -27,6 +28,7 @@ class _Launch:
     params: list[Tensor] = dataclasses.field(default_factory=list)
     grads: list[Tensor] = dataclasses.field(default_factory=list)
     groups: list[int] = dataclasses.field(default_factory=list)
+    lazy: list[Tensor] = dataclasses.field(default_factory=list)  # gradients of which a copy is among `grads`
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -106,18 +108,19 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """torch keeps only defaults, state and groups of an optimizer that is copied or pickled; we have options."""
-        options = ("master", "max_grad_norm", "reset_grad", "backend", "_measure_norm")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in options}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _OPTIONS}}
 
     # State.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        for name in _OPTIONS:
+            if name in param_group:
+                raise ValueError(f"deepfast: {name} is an option of the optimizer, not of a parameter group")
         super().add_param_group(param_group)
         try:
             self._check(self.param_groups[-1])
-            if self.param_groups[-1].get("differentiable"):
-                raise ValueError("deepfast: differentiable=True is not supported: the step happens in place")
-        except ValueError:
+            _check_not_differentiable(self.param_groups[-1])
+        except Exception:
             self.param_groups.pop()
             raise
 
@@ -126,21 +129,27 @@ class Optimizer(torch.optim.Optimizer):
         self._init_state((p, group) for group in self.param_groups for p in group["params"])
 
     def _init_state(self, wanted: Iterable[tuple[Tensor, dict[str, Any]]]) -> None:
-        """State for the given parameters, one allocation per device, dtype and kind."""
+        """What the given parameters' state lacks, one allocation per device, dtype and kind."""
         shares: dict[tuple[torch.device, torch.dtype, str], list[Tensor]] = defaultdict(list)
         for p, group in wanted:
-            if self.state.get(p):
-                continue
-            for name in self._moments(group):
-                shares[p.device, _moment_dtype(p), name].append(p)
-            if p.dtype in HALF and self.master != "none":
+            state = self.state[p]
+            if not self._keeps_master(p):
+                state.pop("master", None)  # a model that was cast to fp32 is its own master
+            elif "master" not in state:
                 shares[p.device, torch.float32, "master"].append(p)
-            shares[p.device, torch.float32, "step"].append(p)
+            for name in self._moments(group):
+                if name not in state:
+                    shares[p.device, _moment_dtype(p), name].append(p)
+            if "step" not in state:
+                shares[p.device, torch.float32, "step"].append(p)
         for (device, dtype, name), params in shares.items():
-            like = [p.new_empty(()) for p in params] if name == "step" else params
+            like = [p.new_empty((), device="meta") for p in params] if name == "step" else params
             _, views = memory.zeros_like_each(like, dtype, device)
             for p, t in zip(params, views, strict=True):
                 self.state[p][name] = t.copy_(p.detach()) if name == "master" else t
+
+    def _keeps_master(self, p: Tensor) -> bool:
+        return p.dtype in HALF and self.master != "none"
 
     @torch.no_grad()
     def refresh_master(self) -> None:
@@ -192,15 +201,24 @@ class Optimizer(torch.optim.Optimizer):
             {**{k: v for k, v in own.items() if k != "params"}, **saved}
             for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
         ]
-        for group in groups:
-            for values in filter(None, map(state_dict["state"].get, group["params"])):
-                missing = [name for name in self._moments(group)[:1] if name not in values]
-                if missing:
-                    raise ValueError(
-                        f"deepfast: the loaded state has no {missing[0]!r} (it has {', '.join(values)}): "
-                        f"it is not that of a {type(self).__name__}"
-                    )
+        for group, own in zip(groups, self.param_groups, strict=True):
+            _check_not_differentiable(group)
+            for name, p in zip(group["params"], own["params"], strict=False):
+                self._check_state(state_dict["state"].get(name), p, group)
         return {**state_dict, "param_groups": groups}
+
+    def _check_state(self, values: dict[str, Any] | None, p: Tensor, group: dict[str, Any]) -> None:
+        for name in self._moments(group) if values else ():
+            value = None if values is None else values.get(name)
+            if value is None and not name.startswith("max_"):  # that one may begin at zero: amsgrad turned on later
+                raise ValueError(
+                    f"deepfast: the loaded state has no {name!r} (it has {', '.join(values or ())}): "
+                    f"it is not that of a {type(self).__name__}"
+                )
+            if value is not None and value.shape != p.shape:
+                raise ValueError(
+                    f"deepfast: the loaded {name!r} has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}"
+                )
 
     @torch.no_grad()
     def _take_state(self, given: dict[str, Any]) -> None:
@@ -212,14 +230,20 @@ class Optimizer(torch.optim.Optimizer):
                 self.state.pop(p, None)
         self._init_state((p, group) for p, group in params if saved[p])
         for p, values in saved.items():
-            for key, value in (values or {}).items():
+            if not values:
+                continue
+            values = dict(values)
+            # A master that is missing, or that a torch optimizer has carried along and cast to 16 bits: it knows
+            # nothing of that one's steps. The parameter does.
+            master = values.pop("master", None)
+            if "master" in self.state[p]:
+                self.state[p]["master"].copy_(p if master is None or master.dtype != torch.float32 else master)
+            for key, value in values.items():
                 kept = self.state[p].get(key)
                 if isinstance(kept, Tensor):
-                    kept.copy_(value if isinstance(value, Tensor) else torch.tensor(value))
-                elif key != "master":  # of a 16-bit run; this parameter is its own master
-                    self.state[p][key] = value
-            if values and "master" in self.state[p] and "master" not in values:
-                self.state[p]["master"].copy_(p)
+                    kept.copy_(torch.as_tensor(value))
+                else:
+                    self.state[p][key] = value.clone() if isinstance(value, Tensor) else value
 
     # The step.
 
@@ -240,7 +264,7 @@ class Optimizer(torch.optim.Optimizer):
             return loss
         records = self._decide(launches)
         hyper = self._hyper_table()
-        empty = torch.empty(0)
+        empty = torch.empty(0, dtype=torch.float32, device="cpu")
         for launch in launches:
             states = [self.state[p] for p in launch.params]
             launch.backend.step_(
@@ -251,10 +275,14 @@ class Optimizer(torch.optim.Optimizer):
                 [s[name] for name in launch.moments for s in states],
                 [s["step"] for s in states],
                 hyper,
-                torch.tensor(launch.groups, dtype=torch.int32),
+                torch.tensor(launch.groups, dtype=torch.int32, device="cpu"),
                 records[launch.params[0].device],
                 self.reset_grad,
             )
+        if self.reset_grad:
+            for launch in launches:
+                for grad in launch.lazy:
+                    grad.zero_()
         return loss
 
     def _launches(self) -> list[_Launch]:
@@ -274,9 +302,13 @@ class Optimizer(torch.optim.Optimizer):
                         f"{tuple(p.shape)} has one ({grad.layout}); build its layer with sparse=False"
                     )
                 backend = ops.select(backend_name, p.device, p.dtype, grad.dtype)
-                if not self.state.get(p):
+                state = self.state.get(p)
+                if not state or moments[-1] not in state or ("master" in state) != self._keeps_master(p):
                     fresh.append((p, group))
                 launch = launches.setdefault((id(backend), p.device, rule), _Launch(backend, rule, moments))
+                if grad.is_neg():  # a lazy view: its memory holds the opposite
+                    launch.lazy.append(grad)
+                    grad = grad.resolve_neg()
                 launch.params.append(p)
                 launch.grads.append(grad)
                 launch.groups.append(index)
@@ -292,7 +324,7 @@ class Optimizer(torch.optim.Optimizer):
             parts = [launch.backend.statistics(launch.grads).to(home) for launch in launches]
             statistics = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
         backend = launches[0].backend if len(launches) == 1 else reference
-        record = torch.empty(3, device=home)
+        record = torch.empty(3, dtype=torch.float32, device=home)
         backend.decide_(
             record,
             statistics,
@@ -309,7 +341,12 @@ class Optimizer(torch.optim.Optimizer):
     def _hyper_table(self) -> Tensor:
         """fp64 [groups, 1 + the rule's values]: the gradient's sign, then what ``_hyper`` says."""
         rows = [[-1.0 if g["maximize"] else 1.0, *map(float, self._hyper(g))] for g in self.param_groups]
-        return torch.tensor(rows, dtype=torch.float64)
+        return torch.tensor(rows, dtype=torch.float64, device="cpu")
+
+
+def _check_not_differentiable(group: dict[str, Any]) -> None:
+    if group.get("differentiable"):
+        raise ValueError("deepfast: differentiable=True is not supported: the step happens in place")
 
 
 def _moment_dtype(p: Tensor) -> torch.dtype:
