@@ -1,4 +1,8 @@
 #!/usr/bin/env python3
-from deepfast.train import main
+try:
+    from deepfast.train import main
 
-raise SystemExit(main())
+    code = main()
+except KeyboardInterrupt:
+    code = 130
+raise SystemExit(code)

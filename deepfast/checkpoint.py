@@ -6,6 +6,7 @@ name and appears by one rename; ``<dir>/latest`` names the newest and is replace
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -71,14 +72,50 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     path.chmod(0o644)  # safetensors leaves it to its owner alone
 
 
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    def refuse(value: Any) -> Any:
-        raise CheckpointError(
-            f"a checkpoint holds no pickles: {path.name} takes numbers, strings, lists and dicts, "
-            f"not {type(value).__name__}"
-        )
+def plain(value: Any) -> Any:
+    """``value`` as JSON can hold it and ``restore`` brings it back: tuples, small tensors and any keys included.
 
-    path.write_text(json.dumps(data, indent=1, default=refuse), encoding="utf-8")
+    Raises:
+        CheckpointError: for what only a pickle could hold.
+    """
+    if isinstance(value, dict):
+        if all(isinstance(k, str) and not k.startswith("__") for k in value):
+            return {k: plain(v) for k, v in value.items()}
+        return {"__dict__": [[plain(k), plain(v)] for k, v in value.items()]}
+    if isinstance(value, tuple):
+        return {"__tuple__": [plain(v) for v in value]}
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    if isinstance(value, Tensor):
+        return {"__tensor__": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise CheckpointError(
+        f"a checkpoint holds no pickles: numbers, strings, tensors, lists, tuples and dicts, not {type(value).__name__}"
+    )
+
+
+def restore(value: Any) -> Any:
+    """What ``plain`` was given."""
+    if isinstance(value, list):
+        return [restore(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if "__dict__" in value:
+        return {restore(k): restore(v) for k, v in value["__dict__"]}
+    if "__tuple__" in value:
+        return tuple(restore(v) for v in value["__tuple__"])
+    if "__tensor__" in value:
+        return torch.tensor(value["__tensor__"], dtype=getattr(torch, value["dtype"]))
+    return {k: restore(v) for k, v in value.items()}
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(plain(data), indent=1), encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return restore(json.loads(path.read_text(encoding="utf-8")))
 
 
 def commit(directory: Path, tag: str) -> Path:
@@ -109,11 +146,12 @@ def tags(directory: Path) -> list[str]:
 
 
 def latest(directory: Path) -> str | None:
-    """The tag that ``latest`` names; None if there is no checkpoint."""
-    try:
-        return (directory / "latest").read_text(encoding="utf-8").strip() or None
-    except FileNotFoundError:
-        return None
+    """The tag that ``latest`` names, or the newest there is where it cannot be read; None if there is no checkpoint."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        tag = (directory / "latest").read_text(encoding="utf-8").strip()
+        if tag:
+            return tag
+    return next(iter(tags(directory)), None)
 
 
 def fault(folder: Path) -> str | None:
@@ -145,7 +183,8 @@ def verify(directory: Path, tag: str) -> Path:
     """
     folder, old = directory / tag, directory / f".{tag}.old"
     if old.is_dir() and not folder.exists():  # killed between the two renames of commit()
-        os.rename(old, folder)
+        with contextlib.suppress(FileNotFoundError):  # another rank was faster
+            os.rename(old, folder)
     if not folder.is_dir():
         others = ", ".join(tags(directory)) or "none"
         raise CheckpointError(f"{folder}: no such checkpoint (there are: {others})")
@@ -173,10 +212,12 @@ def prune(directory: Path, keep: int) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def unique(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` without further names of the same tensor (tied weights)."""
+def unique(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a module's state, without further names of the same one (tied weights)."""
     seen, kept = set(), {}
     for name, t in state.items():
+        if not isinstance(t, Tensor):  # get_extra_state()
+            raise CheckpointError(f"{name!r} of the module's state is no tensor but {type(t).__name__}")
         place = (t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.stride())
         if t.numel() == 0 or place not in seen:
             kept[name] = t
@@ -192,11 +233,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
     for index, values in state["state"].items():
         for name, value in values.items():
             (tensors if isinstance(value, Tensor) else rest)[f"{index}.{name}"] = value
-    groups = [
-        {k: {"tensor": v.tolist()} if isinstance(v, Tensor) else v for k, v in group.items()}
-        for group in state["param_groups"]
-    ]
-    return tensors, {"state": rest, "param_groups": groups}
+    return tensors, {"state": rest, "param_groups": state["param_groups"]}
 
 
 def unpack_optimizer(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
@@ -206,11 +243,4 @@ def unpack_optimizer(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[s
     for key, value in pairs:
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
-    groups = [
-        {
-            k: torch.tensor(v["tensor"]) if isinstance(v, dict) else tuple(v) if k == "betas" else v
-            for k, v in group.items()
-        }
-        for group in rest["param_groups"]
-    ]
-    return {"state": state, "param_groups": groups}
+    return {"state": state, "param_groups": rest["param_groups"]}

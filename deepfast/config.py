@@ -69,26 +69,27 @@ _ZERO_REFUSED = {
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Fp16(Section):
-    enabled: bool = Field(True, description="train with fp16 weights and gradients")
+    enabled: bool = Field(False, description="train with fp16 weights and gradients (`fp16: true` for short)")
     loss_scale: float = Field(0.0, ge=0, description="static loss scale; 0 = dynamic")
     initial_scale_power: int = Field(16, ge=0, le=24, description="a dynamic scale starts at 2 to this power")
-    loss_scale_window: int = Field(1000, gt=0, description="clean steps until a dynamic scale doubles")
-    hysteresis: int = Field(2, gt=0, description="overflows until a dynamic scale halves")
+    loss_scale_window: int = Field(1000, gt=0, lt=2**24, description="clean steps until a dynamic scale doubles")
+    hysteresis: int = Field(2, gt=0, lt=2**24, description="overflows until a dynamic scale halves")
     consecutive_hysteresis: bool = Field(False, description="a clean step refills the hysteresis")
-    min_loss_scale: float = Field(1.0, gt=0, description="lower bound of a dynamic scale")
+    min_loss_scale: float = Field(1.0, gt=0, le=2**24, description="lower bound of a dynamic scale")
     auto_cast: bool = Field(True, description="floating-point inputs are cast to the compute type")
+    fp16_master_weights_and_grads: Literal[False] = Field(False, description="masters are fp32")
 
 
 class Bf16(Section):
-    enabled: bool = Field(True, description="train with bf16 weights and gradients")
+    enabled: bool = Field(False, description="train with bf16 weights and gradients (`bf16: true` for short)")
 
 
 class OptimizerParams(Section):
-    lr: float | None = Field(None, gt=0, description="peak learning rate; the trainer's default is 5e-4")
+    lr: float | None = Field(None, gt=0, le=1e6, description="peak learning rate; the trainer's default is 5e-4")
     betas: Annotated[tuple[float, float], Strict(False)] | None = Field(
         None, description="decay rates of the two moments; the trainer's are [0.9, 0.95]"
     )
@@ -135,15 +136,17 @@ class Zero(Section):
 class Config(Section):
     """What a run is; see ``load``."""
 
-    train_batch_size: int | None = Field(None, gt=0, description="sequences an optimizer step, over all ranks")
-    train_micro_batch_size: int | None = Field(None, gt=0, description="sequences a forward pass, one rank")
-    gradient_accumulation_steps: int | None = Field(
-        None, gt=0, description="micro-batches an optimizer step; in the trainer, of one process (see below)"
+    train_batch_size: int | None = Field(
+        None, gt=0, lt=2**31, description="sequences an optimizer step, over all ranks"
     )
-    train_sequence_length: int = Field(512, gt=1, description="tokens a sequence")
+    train_micro_batch_size: int | None = Field(None, gt=0, lt=2**31, description="sequences a forward pass, one rank")
+    gradient_accumulation_steps: int | None = Field(
+        None, gt=0, lt=2**31, description="micro-batches an optimizer step; in the trainer, of one process (see below)"
+    )
+    train_sequence_length: int = Field(512, gt=1, lt=2**31, description="tokens a sequence")
     fp16: Fp16 | None = Field(None, description="true, false or a section: fp16 weights and gradients")
     bf16: Bf16 | None = Field(None, description="true, false or a section: bf16 weights and gradients")
-    train_loss_scale: float | None = Field(None, ge=0, description="static loss scale for fp16; 0 = dynamic")
+    train_loss_scale: float | None = Field(None, ge=0, le=2**64, description="static loss scale for fp16; 0 = dynamic")
     num_train_steps: int | None = Field(None, gt=0, description="optimizer steps; the trainer's default is 1000")
     num_warmup_steps: int | None = Field(
         None, ge=0, description="steps over which the learning rate rises; the trainer's default is 0"
@@ -172,7 +175,7 @@ class Config(Section):
     )
     data_types: DataTypes = Field(default_factory=DataTypes, description="")
     zero_optimization: Zero = Field(default_factory=Zero, description="")
-    seed: int = Field(0, ge=0, description="of weights, data order and dropout")
+    seed: int = Field(0, ge=0, lt=2**63, description="of weights, data order and dropout")
     save_steps: int = Field(500, gt=0, description="a checkpoint every so many steps, and at the end")
     save_total_limit: int = Field(2, gt=0, description="checkpoints kept")
     sample_tokens: int = Field(128, ge=0, description="length of the text generated at the end")
@@ -202,6 +205,12 @@ def trainer_defaults(config: Config) -> Config:
     params.betas = params.betas or (0.9, 0.95)
     if params.weight_decay is None:
         params.weight_decay = 0.1
+    if config.num_warmup_steps > config.num_train_steps:
+        log.warning(
+            "num_warmup_steps=%d is more than num_train_steps=%d: the learning rate never reaches its peak",
+            config.num_warmup_steps,
+            config.num_train_steps,
+        )
     config.scheduler = config.scheduler or SchedulerSection(
         type="WarmupCosineLR", params=SchedulerParams(warmup_type="linear", cos_min_ratio=0.1)
     )
@@ -223,12 +232,14 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested as deep
+        raise ConfigError(f"{path}: JSON that cannot be read: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a JSON object was expected, got {_kind(data)}")
     return data
@@ -324,9 +335,9 @@ def _share(batch: int, divisor: int, what: str) -> int:
 
 
 def _without_auto(value: Any) -> Any:
-    """A copy in which "auto" means unset."""
+    """A copy in which "auto" and null mean unset."""
     if isinstance(value, dict):
-        return {k: _without_auto(v) for k, v in value.items() if v != "auto"}
+        return {k: _without_auto(v) for k, v in value.items() if v is not None and v != "auto"}
     return value
 
 
@@ -357,6 +368,14 @@ def _unify(data: dict[str, Any]) -> dict[str, str]:
 
 
 def _check(config: Config) -> None:
+    for name, section in (("fp16", config.fp16), ("bf16", config.bf16)):
+        if section and "enabled" not in section.model_fields_set:
+            log.info('%s: a section without "enabled": true is off, as in DeepSpeed', name)
+    if config.train_loss_scale and config.train_loss_scale < 2**-64:
+        raise ConfigError(f"train_loss_scale={config.train_loss_scale}: too small for fp32; 0 means dynamic")
+    for name in ("output_dir", "model_dir", "dataset_dir"):
+        if "\0" in getattr(config, name):
+            raise ConfigError(f"{name}: holds a NUL character")
     if config.fp16 and config.fp16.enabled and config.bf16 and config.bf16.enabled:
         raise ConfigError("fp16 and bf16 are both enabled: choose one")
     if config.optimizer is None:
@@ -384,10 +403,14 @@ def _one_line(error: ValidationError, spelled: dict[str, str]) -> str:
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if fault["type"] == "extra_forbidden":
         known = _known_keys(loc[:-1])
-        near = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.0)
-        return f"{key}: unknown key: did you mean {near[0]!r}?{more}" if near else f"{key}: unknown key{more}"
+        near = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.6) or [k for k in known if k in loc[-1]]
+        hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(sorted(known))}"
+        return f"{key!r}: unknown key: {hint}{more}"
+    if fault["type"] == "missing":
+        return f"{key}: it is required{more}"
     shown = json.dumps(value, default=str)
-    message = fault["msg"].replace("Input should be", "it must be").replace("Field required", "it is required")
+    message = fault["msg"].replace("Input should be", "it must be").replace("String should", "it should")
+    message = message.replace("a valid tuple", "a list")
     message = re.sub(r"a valid (?=i)", "an ", message).replace("a valid ", "a ")
     message = re.sub(r"a dictionary( or instance of \w+)?", "an object", message)
     return f"{key}={shown if len(shown) < 60 else _kind(value)}: {message}{more}"
@@ -404,6 +427,7 @@ def _fields(model: type[BaseModel]) -> typing.Iterator[tuple[str, Any, type[Base
 
 
 def _known_keys(path: list[str]) -> list[str]:
+    """The keys a section may hold, the commonest first."""
     model: type[BaseModel] = Config
     for part in path:
         model = next((s for name, _, s in _fields(model) if name == part and s), model)

@@ -27,7 +27,8 @@ TEXT = (".txt", ".md", ".py", ".jsonl", ".parquet")
 END_OF_TEXT = "<|endoftext|>"
 _TRAINING_SAMPLE = 32 << 20  # characters a tokenizer is trained on
 _BATCH = 256  # documents tokenized at a time
-_LLMC_MAGIC, _LLMC_HEADER = 20240520, 256  # llm.c's token files: int32[256] header, then uint16
+_LLMC_HEADER = 256  # llm.c's token files begin with int32[256]: magic, version, number of tokens
+_LLMC_DTYPES = {20240520: np.uint16, 20240801: np.uint32}
 
 
 class DataError(UserError):
@@ -55,13 +56,24 @@ def source_files(dataset_dir: str) -> tuple[Path, list[Path]]:
     root = Path(dataset_dir)
     if not root.is_dir():
         raise DataError(f"dataset_dir={dataset_dir!r}: no such folder")
-    files = sorted(p for p in root.rglob("*") if p.is_file() and p.suffix.lower() in (*TEXT, ".bin"))
+    files = sorted(p for p in _walk(root) if p.suffix.lower() in (*TEXT, ".bin"))
     text = [p for p in files if p.suffix.lower() != ".bin"]
+    if len(text) < len(files):  # a README beside token files is not the dataset
+        text = [p for p in text if p.stem.upper() not in ("README", "LICENSE")]
     if text and len(text) < len(files):
         log.info("%s holds text and .bin files: the text is used", root)
     if not files:
         raise DataError(f"dataset_dir={dataset_dir!r}: no {' '.join(TEXT)} or .bin file in it")
-    return root, text or files
+    return root, text or [p for p in files if p.suffix.lower() == ".bin"]
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """All files below ``root``, linked folders included, each folder once."""
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        folders[:] = [f for f in folders if os.path.realpath(os.path.join(folder, f)) not in seen]
+        yield from (Path(folder, name) for name in names)
 
 
 def documents(files: list[Path], skipped: Skipped) -> Iterator[str]:
@@ -82,7 +94,7 @@ def _documents_of(path: Path, skipped: Skipped) -> Iterator[str]:
     if kind == ".parquet":
         yield from _parquet(path)
     elif kind == ".jsonl":
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for line in file:
                 text = _text_of(line)
                 if text is not None:
@@ -90,29 +102,33 @@ def _documents_of(path: Path, skipped: Skipped) -> Iterator[str]:
                 elif line.strip():
                     skipped.lines += 1
     else:
-        yield path.read_text(encoding="utf-8")
+        yield path.read_text(encoding="utf-8-sig")
 
 
 def _text_of(line: str) -> str | None:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    text = row.get("text") if isinstance(row, dict) else row
-    return text if isinstance(text, str) else None
+        text = row.get("text") if isinstance(row, dict) else row
+        if isinstance(text, str):
+            text.encode()  # half of a surrogate pair is no text
+            return text
+    except (ValueError, RecursionError):
+        pass
+    return None
 
 
 def _parquet(path: Path) -> Iterator[str]:
     import pyarrow
     from pyarrow import parquet
 
+    def is_text(kind: Any) -> bool:
+        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        known = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
+        return any(is_kind(kind) for is_kind in known)
+
     try:
         file = parquet.ParquetFile(path)
-        strings = [
-            f.name
-            for f in file.schema_arrow
-            if pyarrow.types.is_string(f.type) or pyarrow.types.is_large_string(f.type)
-        ]
+        strings = [f.name for f in file.schema_arrow if is_text(f.type)]
         column = "text" if "text" in strings else strings[0] if strings else None
         if column is None:
             raise _UnreadableError
@@ -142,10 +158,18 @@ def train_tokenizer(files: list[Path], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def prepare(dataset_dir: str, output: Path, tokenizer: Tokenizer | None, vocab_size: int, end: int | None) -> Path:
+def prepare(
+    dataset_dir: str,
+    files: list[Path],
+    output: Path,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    end: int | None,
+) -> Path:
     """Writes ``output/tokens.bin`` and ``tokens.json`` for the dataset, and returns the folder.
 
     Args:
+        files: what ``source_files`` found.
         tokenizer: None for token files.
         vocab_size: of the model; token files are checked against it.
         end: the token that ends a document, or None.
@@ -153,7 +177,6 @@ def prepare(dataset_dir: str, output: Path, tokenizer: Tokenizer | None, vocab_s
     Raises:
         DataError: where the dataset holds no text, or tokens that are not the model's.
     """
-    root, files = source_files(dataset_dir)
     staging = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -163,11 +186,12 @@ def prepare(dataset_dir: str, output: Path, tokenizer: Tokenizer | None, vocab_s
         if tokenizer is None:
             count = _copy_tokens(files, out, dtype, vocab_size)
         else:
-            count = _tokenize(files, out, dtype, tokenizer, end, skipped, root)
+            count = _tokenize(files, out, dtype, tokenizer, end, skipped)
     if skipped.files or skipped.lines:
-        log.info("skipped as not readable: %d files, %d lines (text must be UTF-8)", skipped.files, skipped.lines)
+        log.info("skipped: %d files that hold no UTF-8 text, %d lines that hold no text", skipped.files, skipped.lines)
     if count == 0:
-        raise DataError(f"dataset_dir={dataset_dir!r}: no readable text in its {len(files)} files")
+        what = "tokens" if tokenizer is None else "readable text"
+        raise DataError(f"dataset_dir={dataset_dir!r}: no {what} in its {len(files)} files")
     meta = {"dataset_dir": dataset_dir, "tokens": count, "dtype": np.dtype(dtype).name}
     (staging / "tokens.json").write_text(json.dumps(meta), encoding="utf-8")
     shutil.rmtree(output, ignore_errors=True)
@@ -175,9 +199,7 @@ def prepare(dataset_dir: str, output: Path, tokenizer: Tokenizer | None, vocab_s
     return output
 
 
-def _tokenize(
-    files: list[Path], out: Any, dtype: Any, tokenizer: Tokenizer, end: int | None, skipped: Skipped, root: Path
-) -> int:
+def _tokenize(files: list[Path], out: Any, dtype: Any, tokenizer: Tokenizer, end: int | None, skipped: Skipped) -> int:
     from tqdm import tqdm
 
     count = 0
@@ -193,7 +215,7 @@ def _tokenize(
         pending.clear()
         return written
 
-    with tqdm(total=size, unit="B", unit_scale=True, desc=f"tokenizing {root.name}", leave=False) as bar:
+    with tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", leave=False, disable=None) as bar:
         for text in documents(files, skipped):
             if not text:
                 continue
@@ -208,18 +230,34 @@ def _tokenize(
 def _copy_tokens(files: list[Path], out: Any, dtype: Any, vocab_size: int) -> int:
     count = 0
     for path in files:
-        if path.stat().st_size % 2:
-            raise DataError(f"{path}: {path.stat().st_size} bytes are no whole number of uint16 tokens")
-        header = np.fromfile(path, dtype=np.int32, count=2)
-        offset = _LLMC_HEADER * 4 if len(header) == 2 and header[0] == _LLMC_MAGIC else 0
-        if path.stat().st_size <= offset:
+        header = np.fromfile(path, dtype=np.int32, count=3)
+        known = len(header) == 3 and int(header[0]) in _LLMC_DTYPES
+        source = np.dtype(_LLMC_DTYPES[int(header[0])] if known else np.uint16)
+        size = path.stat().st_size - (_LLMC_HEADER * 4 if known else 0)
+        if size < 0 or size % source.itemsize or (known and size != header[2] * source.itemsize):
+            expected = f"{header[2]} tokens of {source}, as its header says" if known else f"a whole number of {source}"
+            raise DataError(f"{path}: {size} bytes are not {expected}")
+        if size == 0:
             continue
-        tokens = np.memmap(path, dtype=np.uint16, mode="r", offset=offset)
+        tokens = np.memmap(path, dtype=source, mode="r", offset=path.stat().st_size - size)
         if int(tokens.max()) >= vocab_size:
-            raise DataError(f"{path}: holds the token {int(tokens.max())}, but the model knows only {vocab_size}")
+            raise DataError(
+                f"{path}: holds the token {int(tokens.max())}, but the model knows only {vocab_size}: "
+                'set model_dir to one that fits ("gpt2" for GPT-2\'s own tokens)'
+            )
         tokens.astype(dtype, copy=False).tofile(out)
         count += len(tokens)
     return count
+
+
+def complete(folder: Path, dataset_dir: str) -> bool:
+    """Whether the tokens of ``dataset_dir`` lie whole in ``folder``."""
+    try:
+        meta = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
+        size = (folder / "tokens.bin").stat().st_size
+        return meta["dataset_dir"] == dataset_dir and size == meta["tokens"] * np.dtype(meta["dtype"]).itemsize
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 class Sequences:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, DistributedSampler
 
 from deepfast import checkpoint, memory, ops, schedule
 from deepfast import config as configuration
 from deepfast.config import Config
-from deepfast.errors import ConfigError
+from deepfast.errors import ConfigError, UserError
 from deepfast.optim import AdamW
 from deepfast.optim.base import HALF, Optimizer
 from deepfast.precision import Precision
@@ -32,20 +34,26 @@ class GradientSums:
     """Micro-batches summed in fp32, whatever the gradients' type, and over the ranks in one all-reduce.
 
     One flat buffer: the sums of all parameters, then for each parameter whether any rank had a gradient, then the
-    total weight. Reducing the three together keeps a parameter that no rank used without a gradient everywhere.
+    total weight and whether it was given. Reducing them together keeps a parameter that no rank used without a
+    gradient everywhere.
     """
 
     def __init__(self, params: list[Tensor]) -> None:
         self.params = params
         device = params[0].device
-        tail = torch.empty(len(params) + 1, device="meta")
+        tail = torch.empty(len(params) + 2, device="meta")
         self.flat, views = memory.zeros_like_each([*params, tail], torch.float32, device)
         self.sums, self.tail = views[:-1], views[-1]
         self.present = [False] * len(params)
         self.weight = 0.0
+        self.weighted: bool | None = None  # whether this step's micro-batches came with a weight
 
-    def add(self, weight: float) -> None:
-        """Adds ``weight`` times each parameter's gradient, and releases the gradients."""
+    def add(self, weight: float | None) -> None:
+        """Adds ``weight`` (None: 1) times each parameter's gradient, and releases the gradients."""
+        if self.weighted is not None and self.weighted != (weight is not None):
+            raise RuntimeError("backward(): give every micro-batch of a step a weight, or none")
+        self.weighted = weight is not None
+        weight = 1.0 if weight is None else weight
         used = [i for i, p in enumerate(self.params) if p.grad is not None]
         self._accumulate([i for i in used if not self.present[i]], weight, overwrite=True)
         self._accumulate([i for i in used if self.present[i]], weight, overwrite=False)
@@ -66,10 +74,20 @@ class GradientSums:
         for total, present in zip(self.sums, self.present, strict=True):
             if not present:
                 total.zero_()
-        self.tail.copy_(torch.tensor([*map(float, self.present), self.weight]))
+        self.tail.copy_(torch.tensor([*map(float, self.present), self.weight, float(bool(self.weighted))]))
         dist.all_reduce(self.flat, group=group)
-        *ranks_with_gradient, self.weight = self.tail.tolist()
+        *ranks_with_gradient, self.weight, ranks_with_weight = self.tail.tolist()
+        if ranks_with_weight not in (0.0, float(dist.get_world_size(group))):
+            raise RuntimeError("backward(): give the micro-batches of every rank a weight, or of none")
         self.present = [ranks > 0 for ranks in ranks_with_gradient]
+
+    def divisor(self, micro_batches: int) -> float:
+        """What the sums are to be divided by: the total weight, or the number of micro-batches."""
+        if not self.weighted:
+            return float(micro_batches)
+        if not 0.0 < self.weight < math.inf:
+            raise RuntimeError(f"backward(): the weights of this step add up to {self.weight}")
+        return self.weight
 
     def hand_over(self) -> None:
         """Makes the sums the parameters' gradients; a parameter that was not used gets none."""
@@ -79,7 +97,7 @@ class GradientSums:
 
     def clear(self) -> None:
         self.present = [False] * len(self.params)
-        self.weight = 0.0
+        self.weight, self.weighted = 0.0, None
 
 
 class Engine(nn.Module):
@@ -120,21 +138,26 @@ class Engine(nn.Module):
         if self.world_size > 1:
             for t in (*module.parameters(), *module.buffers()):
                 dist.broadcast(t.data, 0)
+        self._own_optimizer, self._own_scheduler = optimizer is None, lr_scheduler is None
         self.optimizer = self._make_optimizer(optimizer, parameters)
         self.lr_scheduler = lr_scheduler(self.optimizer) if callable(lr_scheduler) else lr_scheduler
         if self.lr_scheduler is None:
             self.lr_scheduler = schedule.from_config(config, self.optimizer)
+        elif isinstance(self.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ValueError("initialize(): ReduceLROnPlateau needs a metric: keep it yourself and step it with one")
         self.scaler = self._make_scaler()
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
         _, _, accumulation = config.batch_triple()
-        self._sums = GradientSums(params) if accumulation > 1 or self.world_size > 1 else None
-        self._weighted: bool | None = None  # whether this step's micro-batches came with a weight
+        self._sums = GradientSums(self._params()) if accumulation > 1 or self.world_size > 1 else None
+        self._backwards = 0  # since the last step
         self._sync = True
         self._applied = False
         self._skipped = 0
         self._grad_norm: Tensor | None = None
         self.global_steps = 0
         self.micro_steps = 0
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _make_optimizer(self, optimizer: Any, parameters: Any) -> torch.optim.Optimizer:
         clip = self.config.gradient_clipping or None
@@ -194,12 +217,13 @@ class Engine(nn.Module):
         Raises:
             RuntimeError: if some micro-batches of a step have a weight and others not.
         """
-        if self._weighted is not None and self._weighted != (weight is not None):
-            raise RuntimeError("backward(): give every micro-batch of a step a weight, or none")
-        self._weighted = weight is not None
+        if self._sums is None and self._backwards and self.dtype in HALF:
+            self._sums = GradientSums(self._params())  # a second loss in one step: from here on, sum in fp32
+            self._sums.add(None)
+        self._backwards += 1
         self.scaler.scale(loss).backward()
         if self._sums is not None:
-            self._sums.add(1.0 if weight is None else float(weight))
+            self._sums.add(None if weight is None else float(weight))
         return loss
 
     def step(self) -> None:
@@ -221,59 +245,48 @@ class Engine(nn.Module):
         if self._sums is not None:
             if self.world_size > 1:
                 self._sums.reduce(None)
+            divisor = self._sums.divisor(self.gradient_accumulation_steps() * self.world_size)
             self._sums.hand_over()
-            divisor = float(self.gradient_accumulation_steps() * self.world_size)
-            if self._weighted:
-                divisor = self._sums.weight
-        self._applied = (
-            self._fused_step(optimizer, divisor)
-            if isinstance(optimizer, Optimizer)
-            else (self._foreign_step(optimizer, divisor))
-        )
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = None
+        step = self._fused_step if isinstance(optimizer, Optimizer) else self._foreign_step
+        self._grad_norm = step(optimizer, divisor)
+        found = self.scaler.found_inf(optimizer)
+        self.scaler.update()
+        self._applied = found is None or not found.item()
+        for p in self._params():
+            p.grad = None
         if self._sums is not None:
             self._sums.clear()
-        self._weighted = None
+        self._backwards = 0
         self.global_steps += 1
         if not self._applied:
             self._skipped += 1
         elif self.lr_scheduler is not None:
             self.lr_scheduler.step()
 
-    def _fused_step(self, optimizer: Optimizer, divisor: float) -> bool:
+    def _fused_step(self, optimizer: Any, divisor: float) -> Tensor | None:
+        """Unscales, checks, clips and updates in one pass. Returns the gradients' norm."""
         if divisor != 1.0:
             optimizer.grad_scale = torch.tensor(divisor, device=self.device)
         try:
             self.scaler.step(optimizer)
         finally:
             optimizer.__dict__.pop("grad_scale", None)
-        self._grad_norm = optimizer.grad_norm
-        return self._update_scale(optimizer)
+        return optimizer.grad_norm
 
-    def _foreign_step(self, optimizer: torch.optim.Optimizer, divisor: float) -> bool:
-        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        scale = self.scaler.get_scale() * divisor
+    def _foreign_step(self, optimizer: torch.optim.Optimizer, divisor: float) -> Tensor | None:
+        """The same in passes of their own, for an optimizer that knows nothing of scales."""
+        params = [p for p in self._params() if p.grad is not None]
         for p in params:
-            p.grad = p.grad.float().div_(scale)
-        self._grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-        if self.scaler.is_enabled() and not self._grad_norm.isfinite():
-            self.scaler._stepped[id(optimizer)] = self._grad_norm.new_ones(())
-            return self._update_scale(optimizer)
+            p.grad_dtype = None
+            p.grad = p.grad.float().div_(divisor)  # type: ignore[union-attr]
+        self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         if self.config.gradient_clipping:
-            torch.nn.utils.clip_grads_with_norm_(params, self.config.gradient_clipping, self._grad_norm)
+            torch.nn.utils.clip_grads_with_norm_(params, self.config.gradient_clipping, norm)
         for p in params:
-            p.grad = p.grad.to(p.dtype)
-        optimizer.step()
-        self.scaler._stepped[id(optimizer)] = self._grad_norm.new_zeros(())
-        return self._update_scale(optimizer)
-
-    def _update_scale(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Moves the loss scale on. Returns whether the step was applied."""
-        found = self.scaler.found_inf(optimizer)
-        self.scaler.update()
-        return found is None or not found.item()
+            p.grad = p.grad.to(p.dtype)  # type: ignore[union-attr]
+        self.scaler.step(optimizer)
+        return norm
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -289,7 +302,7 @@ class Engine(nn.Module):
         self.module.zero_grad(set_to_none)
         if self._sums is not None:
             self._sums.clear()
-        self._weighted = None
+        self._backwards = 0
 
     # What scripts ask.
 
@@ -351,10 +364,9 @@ class Engine(nn.Module):
             if self.rank == 0:
                 checkpoint.commit(directory, tag)
             self._barrier()
-        except OSError as error:
-            raise checkpoint.CheckpointError(
-                f"{directory / tag}: cannot be written: {error.strerror or error}"
-            ) from None
+        except (OSError, SafetensorError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise checkpoint.CheckpointError(f"{directory / tag}: cannot be written: {why}") from None
         return directory / tag
 
     def _write(self, folder: Path, client_state: dict[str, Any]) -> None:
@@ -369,7 +381,7 @@ class Engine(nn.Module):
             "skipped_steps": self._skipped,
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
-            "lr_scheduler": None if self.lr_scheduler is None else _plain(self.lr_scheduler.state_dict()),
+            "lr_scheduler": None if self.lr_scheduler is None else _without_callables(self.lr_scheduler.state_dict()),
             "client_state": client_state,
         }
         checkpoint.write_json(folder / "state.json", state)
@@ -379,6 +391,9 @@ class Engine(nn.Module):
     ) -> tuple[str | None, dict[str, Any]]:
         """Loads ``load_dir/tag`` (default: what ``latest`` names). All ranks call it.
 
+        Of an optimizer, a schedule and a loss scale that the configuration describes, only what they have accumulated
+        is loaded: a learning rate that has been changed in the configuration holds.
+
         Returns:
             The checkpoint's path and the client_state that was saved; (None, {}) and a warning where ``load_dir``
             holds no checkpoint and none was named.
@@ -387,61 +402,93 @@ class Engine(nn.Module):
             CheckpointError: for one that is damaged or belongs to another model.
         """
         directory = Path(load_dir)
-        tag = tag or checkpoint.latest(directory)
+        tag = checkpoint.latest(directory) if tag is None else str(tag)
         if tag is None:
             log.warning("%s holds no checkpoint: nothing was loaded", directory)
             return None, {}
         folder = checkpoint.verify(directory, tag)
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        self._load_module(folder / "model.safetensors")
+        state = checkpoint.read_json(folder / "state.json")
+        if state.get("format") != 1:
+            raise checkpoint.CheckpointError(f"{folder}: format {state.get('format')} is not known to this version")
+        given = self._fitting_module(folder / "model.safetensors")
         tensors = checkpoint.read_tensors(folder / "optimizer.safetensors")
-        try:
-            self.optimizer.load_state_dict(checkpoint.unpack_optimizer(tensors, state["optimizer"]))
-        except (ValueError, RuntimeError) as error:
-            raise checkpoint.CheckpointError(f"{folder}: does not fit this optimizer: {error}") from None
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        if self.lr_scheduler is not None and state["lr_scheduler"] is not None:
-            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        self.global_steps, self.micro_steps = state["global_steps"], state["micro_steps"]
-        self._skipped = state["skipped_steps"]
+        self._load_optimizer(checkpoint.unpack_optimizer(tensors, state["optimizer"]), folder)
+        self._load_module(given, tensors)
+        self._load_scaler(state["scaler"])
+        self._load_scheduler(state["lr_scheduler"])
+        self.global_steps, self._skipped = state["global_steps"], state["skipped_steps"]
+        self.micro_steps = self.global_steps * self.gradient_accumulation_steps()  # sums in progress are not saved
         if state["world_size"] == self.world_size:
             _set_rng(checkpoint.read_tensors(folder / f"rank{self.rank}.safetensors"))
         else:
-            log.info(
-                "%d ranks wrote the checkpoint, %d read it: random states are fresh",
-                state["world_size"],
-                self.world_size,
-            )
-            self.micro_steps = self.global_steps * self.gradient_accumulation_steps()
+            log.info("written by %d rank(s), read by %d: random states start anew", state["world_size"],
+                     self.world_size)  # fmt: skip
         self.zero_grad()
         return str(folder), state["client_state"]
 
-    def _load_module(self, path: Path) -> None:
-        own = self.module.state_dict()
+    def _fitting_module(self, path: Path) -> dict[str, Tensor]:
+        wanted = checkpoint.unique(self.module.state_dict())
         given = checkpoint.read_tensors(path)
-        wanted = checkpoint.unique(own)
         wrong = sorted(wanted.keys() ^ given.keys()) or [
             name for name, t in given.items() if t.shape != wanted[name].shape
         ]
         if wrong:
             raise checkpoint.CheckpointError(f"{path}: another model: {wrong[0]!r} does not fit")
-        with torch.no_grad():
-            for name, t in given.items():
-                wanted[name].copy_(t)
+        return given
+
+    def _load_optimizer(self, given: dict[str, Any], folder: Path) -> None:
+        # A caller's scheduler steers from the learning rate that it finds: there, that is state.
+        loaded = {"params"} if self._own_scheduler else {"params", "lr", "initial_lr"}
+        configured = [{k: v for k, v in group.items() if k not in loaded} for group in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(given)
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise checkpoint.CheckpointError(f"{folder}: does not fit this optimizer: {error}") from None
+        if self._own_optimizer:
+            for group, values in zip(self.optimizer.param_groups, configured, strict=True):
+                group.update(values)
+
+    @torch.no_grad()
+    def _load_module(self, given: dict[str, Tensor], optimizer_tensors: dict[str, Tensor]) -> None:
+        """Parameters and buffers; where the precision has changed since, the fp32 values there are make up for it."""
+        own = checkpoint.unique(self.module.state_dict(keep_vars=True))
+        for name, t in given.items():
+            own[name].copy_(t)
+            master = self.optimizer.state.get(own[name], {}).get("master")
+            if master is not None and t.dtype == torch.float32:  # from an fp32 run to a 16-bit one
+                master.copy_(t)
+        for index, p in enumerate(self._params()):
+            saved = optimizer_tensors.get(f"{index}.master")
+            if saved is not None and p.dtype == torch.float32:  # from a 16-bit run to an fp32 one
+                p.copy_(saved)
+
+    def _load_scaler(self, given: dict[str, Any]) -> None:
+        own = self.scaler.state_dict()
+        if given and own:
+            fixed = ("growth_factor", "backoff_factor", "growth_interval")
+            kept = fixed if self.scaler.is_dynamic() else (*fixed, "scale")
+            self.scaler.load_state_dict({**given, **{k: own[k] for k in kept}})
+
+    def _load_scheduler(self, given: dict[str, Any] | None) -> None:
+        if given is None or self.lr_scheduler is None:
+            return
+        if not self._own_scheduler:
+            self.lr_scheduler.load_state_dict(given)
+        elif isinstance(self.lr_scheduler, LambdaLR):
+            schedule.move_to(self.lr_scheduler, given["last_epoch"])
 
     def _barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
 
 
-def _plain(value: Any) -> Any:
-    """A scheduler's state as JSON can hold it: callables are not state."""
+def _without_callables(value: Any) -> Any:
+    """A scheduler's state without its functions, which are no state."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items() if not callable(v)}
+        return {k: _without_callables(v) for k, v in value.items() if not callable(v)}
     if isinstance(value, (list, tuple)):
-        return [None if callable(v) else _plain(v) for v in value]
-    return value.item() if isinstance(value, Tensor) else value
+        return type(value)(None if callable(v) else _without_callables(v) for v in value)
+    return value
 
 
 def _rng() -> dict[str, Tensor]:
@@ -465,16 +512,32 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     return parser
 
 
-def init_distributed(*_: Any, **__: Any) -> torch.device:
+def launched() -> tuple[int, int | None]:
+    """(rank, world size) as torchrun has set them; (0, None) if this process was started by itself.
+
+    Raises:
+        UserError: where only some of the variables are set.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError(f"WORLD_SIZE is set, {' and '.join(missing)} not: start the ranks with torchrun")
+        return 0, None
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def init_distributed(*_args: Any, **_options: Any) -> torch.device:
     """Joins the process group that torchrun has set up, if it has; returns this rank's device.
 
     Takes and ignores DeepSpeed's arguments.
     """
+    world = launched()[1]
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    if world is not None and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
@@ -522,20 +585,21 @@ def initialize(
     if given is None:
         raise ConfigError("initialize(): no configuration: pass config= a dict or the path of a JSON file")
     if dist_init_required is False:
-        device = next(model.parameters()).device
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
     else:
         device = init_distributed()
     if not isinstance(given, Config):
         given = configuration.load(given if isinstance(given, dict) else configuration.read_json(given))
-        configuration.resolve_batch(given, dist.get_world_size() if dist.is_initialized() else 1)
+    configuration.resolve_batch(given, dist.get_world_size() if dist.is_initialized() else 1)
     engine = Engine(model, optimizer, model_parameters, given, device, lr_scheduler)
     loader: DataLoader[Any] | None = None
     if training_data is not None:
-        sampler: Any = DistributedSampler(training_data) if engine.world_size > 1 else None
+        whole = isinstance(training_data, torch.utils.data.IterableDataset)  # deals itself out, or not at all
+        sampler: Any = DistributedSampler(training_data) if engine.world_size > 1 and not whole else None
         loader = DataLoader(
             training_data,
             batch_size=engine.train_micro_batch_size_per_gpu(),
-            shuffle=sampler is None and not isinstance(training_data, torch.utils.data.IterableDataset),
+            shuffle=sampler is None and not whole,
             sampler=sampler,
             collate_fn=collate_fn,
         )

@@ -22,6 +22,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "gpt2-xl": {"n_layer": 48, "n_embd": 1600, "n_head": 25},
 }
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_OTHER_WEIGHTS = (".h5", ".msgpack", ".onnx", ".gguf", ".bin", ".safetensors", ".pt", ".pth")
 
 
 class ModelError(UserError):
@@ -34,9 +35,11 @@ def configuration(model_dir: str, sequence_length: int) -> tuple[GPT2Config, Pat
     Raises:
         ModelError: for a folder that holds no GPT-2, or one with too few positions.
     """
-    from transformers import GPT2Config
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = Path(model_dir)
+    if folder.is_file():
+        raise ModelError(f"model_dir={model_dir!r}: is a file; a folder in the Hugging Face layout was expected")
     if folder.is_dir():
         path = folder / "config.json"
         try:
@@ -48,7 +51,16 @@ def configuration(model_dir: str, sequence_length: int) -> tuple[GPT2Config, Pat
         kind = data.get("model_type") if isinstance(data, dict) else None
         if kind != "gpt2":
             raise ModelError(f"{path}: model_type is {kind!r}, not 'gpt2'")
-        config = GPT2Config.from_dict(data)
+        for name in ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size"):
+            value = data.get(name, 1)
+            if type(value) is not int or value < 1:
+                raise ModelError(f"{path}: describes no GPT-2: {name} is {value!r}")
+        try:
+            config = GPT2Config.from_dict(data)
+            with torch.device("meta"):
+                GPT2LMHeadModel(config)
+        except Exception as error:  # whatever the libraries below raise for values that are no shape
+            raise ModelError(f"{path}: describes no GPT-2: {_first_line(error)}") from None
         if config.n_positions < sequence_length:
             raise ModelError(
                 f"train_sequence_length={sequence_length} is more than the {config.n_positions} positions of {path}"
@@ -77,7 +89,11 @@ def tokenizer(folder: Path | None) -> PreTrainedTokenizerFast | None:
     try:
         return AutoTokenizer.from_pretrained(folder, use_fast=True)
     except Exception as error:  # whatever the libraries below raise for a broken file
-        raise ModelError(f"{folder}: its tokenizer cannot be read: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"{folder}: its tokenizer cannot be read: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def wrap(trained: Any) -> PreTrainedTokenizerFast:
@@ -95,16 +111,26 @@ def model(config: GPT2Config, folder: Path | None) -> GPT2LMHeadModel:
     """The model, fp32: with the folder's weights if there are any, else freshly initialised.
 
     Raises:
-        ModelError: for weights that are not of this shape.
+        ModelError: for weights that are not of this shape, or not all there.
     """
     from transformers import GPT2LMHeadModel
 
     if folder is None or not any((folder / name).is_file() for name in _WEIGHTS):
+        for path in () if folder is None else sorted(folder.iterdir()):
+            if path.suffix in _OTHER_WEIGHTS:
+                raise ModelError(f"{path}: weights in this form are not read: {_WEIGHTS[0]} is")
         return GPT2LMHeadModel(config)
     try:
-        return GPT2LMHeadModel.from_pretrained(folder, config=config, dtype=torch.float32)
-    except Exception as error:
-        raise ModelError(f"{folder}: its weights cannot be read: {str(error).splitlines()[0]}") from None
+        model, info = GPT2LMHeadModel.from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:  # whatever the libraries below raise for a broken file
+        raise ModelError(f"{folder}: its weights cannot be read: {_first_line(error)}") from None
+    for name, shape, wanted in sorted(info["mismatched_keys"]):
+        raise ModelError(f"{folder}: its weights do not fit: {name} is {list(shape)}, by config.json {list(wanted)}")
+    for name in sorted(info["missing_keys"]):
+        raise ModelError(f"{folder}: its weights are not whole: {name} is missing")
+    return model
 
 
 def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -131,6 +157,8 @@ def sample(model: GPT2LMHeadModel, tokens: torch.Tensor, length: int, seed: int)
             result = wide(out if past is None else out[:, -1:], past_key_values=past, use_cache=True)
             past = result.past_key_values
             best, index = result.logits[0, -1].float().topk(min(40, wide.config.vocab_size))
+            if not best.isfinite().all():
+                break  # a run that has diverged has nothing to say
             chosen = index[torch.multinomial(best.softmax(-1), 1, generator=generator)]
             out = torch.cat([out, chosen[None]], dim=1)
     return out[0].tolist()

@@ -47,6 +47,11 @@ class Precision:
             inputs, kwargs = self._cast(inputs), self._cast(kwargs)
         if self.compute_dtype == self.dtype:
             return self.module(*inputs, **kwargs)
+        if any(getattr(m, "gradient_checkpointing", False) for m in self.module.modules()):  # transformers' flag
+            raise RuntimeError(
+                "fp16 on a CPU computes with fp32 copies of the weights, which recomputed activations would not see: "
+                "turn gradient checkpointing off, or use bf16"
+            )
         wide = {name: p.to(self.compute_dtype) for name, p in self.module.named_parameters() if p.dtype == self.dtype}
         return torch.func.functional_call(self.module, wide, inputs, kwargs)
 

@@ -78,7 +78,9 @@ class LossScaler:
                     "both positive (dynamic=False takes any positive scale)"
                 )
         if not 1 <= growth_interval < 2**24 or not 1 <= hysteresis < 2**24:
-            raise ValueError(f"growth_interval {growth_interval} and hysteresis {hysteresis} must be at least 1")
+            raise ValueError(
+                f"growth_interval {growth_interval} and hysteresis {hysteresis} must lie between 1 and 2^24"
+            )
         self._enabled = enabled
         self._init_scale = float(init_scale)
         self._growth_factor = float(growth_factor)

@@ -62,3 +62,13 @@ def from_config(config: Config, optimizer: torch.optim.Optimizer) -> LambdaLR | 
             total_steps=config.num_train_steps or 0,
         ),
     )
+
+
+def move_to(scheduler: LambdaLR, step: int) -> None:
+    """Sets the learning rates to what they are after ``step`` applied steps."""
+    scheduler.last_epoch = step
+    for group, base, share in zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * share(step)
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]

@@ -7,7 +7,9 @@ import contextlib
 import importlib.util
 import json
 import logging
+import math
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -52,7 +54,7 @@ def overridden(data: dict[str, Any], settings: list[str]) -> dict[str, Any]:
             raise ConfigError(f"--set {setting}: KEY=VALUE was expected")
         try:
             value = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             value = text
         *path, last = key.split(".")
         holder = data
@@ -113,7 +115,7 @@ class Run:
     def set_aside(self) -> None:
         """Moves what an earlier run left to ``earlier/<n>``: a new run overwrites nothing."""
         left = [p for p in (self.checkpoints, self.metrics, self.model, self.plot, self.events) if p.exists()]
-        if not self.metrics.exists() or not left:
+        if not left:
             return
         earlier = self.root / "earlier"
         number = 1 + max([int(p.name) for p in earlier.glob("*") if p.name.isdigit()], default=0)
@@ -121,16 +123,20 @@ class Run:
         target.mkdir(parents=True)
         for path in left:
             os.rename(path, target / path.name)
-        log.info("%s held an earlier run: moved to %s (--resume would go on with it)", self.root, target)
+        log.info("%s held an earlier run: moved to %s", self.root, target)
 
     def read_metrics(self, until: int) -> list[dict[str, Any]]:
         """The lines of the first ``until`` steps; a line that a kill cut short is none."""
         rows = []
         with contextlib.suppress(FileNotFoundError):
-            for line in self.metrics.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
+            for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError):
                     rows.append(json.loads(line))
-        return [row for row in rows if row["step"] <= until]
+        return [row for row in rows if isinstance(row, dict) and row.get("step", until + 1) <= until]
+
+
+class _SharedError(UserError):
+    """One that rank 0 has raised, and prints."""
 
 
 @contextlib.contextmanager
@@ -149,90 +155,115 @@ def _first_on_rank_0() -> Iterator[bool]:
     if dist.is_initialized():
         dist.broadcast_object_list(failure, 0)
     if failure[0] is not None:
-        raise error or UserError(failure[0])
+        raise error or _SharedError(failure[0])
 
 
 def _prepare_data(config: Config, run: Run, gpt2_config: Any, folder: Path | None, resume: bool) -> Any:
-    """The tokenizer (None for token files) and the sequences; made by rank 0, read by all."""
+    """The tokenizer (None for token files) and the sequences; made by rank 0, read by all.
+
+    What an earlier run left is moved only when all of the new one's input is known to be good.
+    """
     from deepfast import data, gpt2
 
-    with _first_on_rank_0() as here:
-        if here and not (resume and _kept(config, run)):
-            tokenizer = gpt2.tokenizer(folder)
-            _, files = data.source_files(config.dataset_dir)
-            tokens_given = files[0].suffix.lower() == ".bin"
-            if tokenizer is None and not tokens_given:
-                log.info("training a byte-level BPE of %d tokens on %s", gpt2_config.vocab_size, config.dataset_dir)
-                tokenizer = gpt2.wrap(data.train_tokenizer(files, gpt2_config.vocab_size))
-            if tokenizer is not None and len(tokenizer) > gpt2_config.vocab_size:
+    def prepare() -> None:
+        if resume and data.complete(run.data, config.dataset_dir):
+            return
+        staged = run.root / ".new"
+        shutil.rmtree(staged, ignore_errors=True)
+        _, files = data.source_files(config.dataset_dir)
+        # A model that has been trained goes on with its tokenizer.
+        tokenizer = gpt2.tokenizer(run.model if resume else folder)
+        token_files = files[0].suffix.lower() == ".bin"
+        if tokenizer is None and not token_files:
+            log.info("training a byte-level BPE of %d tokens on %s", gpt2_config.vocab_size, config.dataset_dir)
+            tokenizer = gpt2.wrap(data.train_tokenizer(files, gpt2_config.vocab_size))
+        if tokenizer is not None:
+            if len(tokenizer) > gpt2_config.vocab_size:
                 raise gpt2.ModelError(
-                    f"{folder}: its tokenizer has {len(tokenizer)} tokens, its model only {gpt2_config.vocab_size}"
+                    f"model_dir={config.model_dir!r}: its vocab_size is {gpt2_config.vocab_size}, the tokenizer "
+                    f"needs {len(tokenizer)}"
                 )
-            if tokenizer is not None:
-                tokenizer.save_pretrained(run.model)
-            data.prepare(
-                config.dataset_dir,
-                run.data,
-                None if tokens_given or tokenizer is None else tokenizer.backend_tokenizer,
-                gpt2_config.vocab_size,
-                None if tokenizer is None else tokenizer.eos_token_id,
-            )
-    sequences = data.Sequences(run.data, config.train_sequence_length, config.seed)
-    return gpt2.tokenizer(run.model), sequences
+            tokenizer.save_pretrained(staged / "model")
+        data.prepare(
+            config.dataset_dir,
+            files,
+            staged / "data",
+            None if token_files or tokenizer is None else tokenizer.backend_tokenizer,
+            gpt2_config.vocab_size,
+            None if tokenizer is None else tokenizer.eos_token_id,
+        )
+        data.Sequences(staged / "data", config.train_sequence_length, config.seed)
+        if resume:
+            log.info("the tokens of %s are not those of the checkpoint's run: read anew", config.dataset_dir)
+        else:
+            run.set_aside()
+            if (staged / "model").is_dir():
+                os.rename(staged / "model", run.model)
+        shutil.rmtree(run.data, ignore_errors=True)
+        os.rename(staged / "data", run.data)
+        shutil.rmtree(staged)
+
+    with _first_on_rank_0() as here:
+        if here:
+            prepare()
+    return gpt2.tokenizer(run.model), data.Sequences(run.data, config.train_sequence_length, config.seed)
 
 
-def _kept(config: Config, run: Run) -> bool:
-    """Whether the tokens of this dataset are there already."""
-    try:
-        return json.loads((run.data / "tokens.json").read_text())["dataset_dir"] == config.dataset_dir
-    except (OSError, ValueError, KeyError):
-        return False
+# What the order of the data, and so the meaning of a step, depends on.
+_IDENTITY = ("dataset_dir", "seed", "train_batch_size", "train_sequence_length")
 
 
 def train(config: Config, resume: str | None = None) -> int:
     """Runs the whole training and returns the exit code: 0, or 130 and 143 after a signal, the run saved."""
+    from deepfast.engine import launched
+
     run = Run(config.output_dir)
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = launched()
     config = configuration.trainer_defaults(config)
-    configuration.resolve_batch(config, world, one_process=True)
+    configuration.resolve_batch(config, world or 1, one_process=True)
     run.check_writable()
-    if resume is not None and checkpoint.latest(run.checkpoints) is None:
-        raise UserError(f"--resume: {run.checkpoints} holds no checkpoint; leave --resume out to start anew")
-    tag = None if resume in (None, "latest") else resume
-    if resume is not None:  # before minutes go into loading
-        checkpoint.verify(run.checkpoints, tag or checkpoint.latest(run.checkpoints) or "")
+    tag = None
+    if resume is not None:
+        tag = checkpoint.latest(run.checkpoints) if resume == "latest" else resume
+        if tag is None:
+            raise UserError(f"--resume: {run.checkpoints} holds no checkpoint; leave --resume out to start anew")
+        if not (run.checkpoints / tag).is_dir():
+            checkpoint.verify(run.checkpoints, tag)
     with Stop() as stop:
-        return _train(config, run, resume is not None, tag, rank, stop)
+        return _train(config, run, tag, rank, stop)
 
 
-def _train(config: Config, run: Run, resume: bool, tag: str | None, rank: int, stop: Stop) -> int:
+def _train(config: Config, run: Run, tag: str | None, rank: int, stop: Stop) -> int:
     import transformers
 
-    from deepfast import gpt2
+    from deepfast import data, gpt2
     from deepfast.engine import init_distributed, initialize
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if tag is None:
+        data.source_files(config.dataset_dir)  # the commonest mistake, before anything takes time
     init_distributed()
-    if rank == 0 and not resume:
-        run.set_aside()
     torch.manual_seed(config.seed)
     gpt2_config, folder = gpt2.configuration(config.model_dir, config.train_sequence_length)
-    tokenizer, sequences = _prepare_data(config, run, gpt2_config, folder, resume)
     module = gpt2.model(gpt2_config, folder)
     module.train()
     if config.optimizer is None or config.optimizer.params.weight_decay is None or config.num_train_steps is None:
         raise RuntimeError("trainer_defaults() has not been called")
     groups = gpt2.parameter_groups(module, config.optimizer.params.weight_decay)
     engine, *_ = initialize(model=module, model_parameters=groups, config=config)
+    tokenizer, sequences = _prepare_data(config, run, gpt2_config, folder, resume=tag is not None)
     torch.manual_seed(config.seed + engine.rank)  # dropout differs between ranks
-    if resume:
-        path, _ = engine.load_checkpoint(run.checkpoints, tag)
+    identity = {name: getattr(config, name) for name in _IDENTITY}
+    if tag is not None:
+        path, before = engine.load_checkpoint(run.checkpoints, tag)
         log.info("resumed from %s", path)
-    parameters = sum(p.numel() for p in module.parameters())
+        for name, value in before.items():
+            if identity.get(name, value) != value:
+                log.info("%s is now %s, it was %s: the data goes on in another order", name, identity[name], value)
     log.info("%.1fM parameters, %s, %d sequences of %d tokens, batch %d = micro %d x accumulation %d x ranks %d",
-             parameters / 1e6, str(engine.dtype).removeprefix("torch."), sequences.count, sequences.length,
-             *config.batch_triple(), engine.world_size)  # fmt: skip
+             sum(p.numel() for p in module.parameters()) / 1e6, str(engine.dtype).removeprefix("torch."),
+             sequences.count, sequences.length, *config.batch_triple(), engine.world_size)  # fmt: skip
     reporter = Reporter(run, engine, config.num_train_steps) if rank == 0 else None
     try:
         while engine.global_steps < config.num_train_steps:
@@ -243,7 +274,7 @@ def _train(config: Config, run: Run, resume: bool, tag: str | None, rank: int, s
                 reporter.step(loss, lr, tokens / (time.perf_counter() - started))
             done = engine.global_steps == config.num_train_steps
             if done or stopped or engine.global_steps % config.save_steps == 0:
-                _save(engine, run, config.save_total_limit, reporter)
+                _save(engine, run, config.save_total_limit, reporter, identity)
             if stopped:
                 break
     finally:
@@ -284,12 +315,17 @@ def _step(engine: Any, sequences: Any, stop: Stop) -> tuple[float, bool]:
     return mean, stopped > 0
 
 
-def _save(engine: Any, run: Run, keep: int, reporter: Reporter | None) -> None:
+def _save(engine: Any, run: Run, keep: int, reporter: Reporter | None, identity: dict[str, Any]) -> None:
     if reporter:
         reporter.flush()
-    engine.save_checkpoint(run.checkpoints, f"step{engine.global_steps}")
+    engine.save_checkpoint(run.checkpoints, f"step{engine.global_steps}", identity)
     if engine.rank == 0:
         checkpoint.prune(run.checkpoints, keep)
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON knows neither NaN nor infinity."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 class Reporter:
@@ -311,10 +347,10 @@ class Reporter:
         engine = self.engine
         row = {
             "step": engine.global_steps,
-            "loss": loss,
+            "loss": _finite(loss),
             "lr": lr,
             "loss_scale": engine.loss_scale,
-            "grad_norm": engine.get_global_grad_norm(),
+            "grad_norm": _finite(engine.get_global_grad_norm()),
             "tokens_per_s": round(rate, 1),
             "skipped": engine.skipped_steps,
         }
@@ -322,7 +358,8 @@ class Reporter:
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         for key in ("loss", "lr", "loss_scale", "grad_norm", "tokens_per_s", "skipped"):
-            self.board.add_scalar(key, row[key], row["step"])
+            if row[key] is not None:
+                self.board.add_scalar(key, row[key], row["step"])
         self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s, loss scale {row['loss_scale']:g}")
         self.bar.update()
 
@@ -345,7 +382,7 @@ class Reporter:
         from matplotlib import pyplot as plt
 
         steps = [row["step"] for row in self.rows]
-        losses = [row["loss"] for row in self.rows]
+        losses = [math.nan if row["loss"] is None else row["loss"] for row in self.rows]
         figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1))
         top.plot(steps, losses, color="tab:blue", linewidth=1, alpha=0.4, label="loss")
         window = max(1, len(losses) // 20)
@@ -379,12 +416,12 @@ def _say_goodbye(config: Config, run: Run, module: Any, tokenizer: Any, sequence
 
 
 class _BarHandler(logging.StreamHandler):
-    """Log lines above the progress bar, not through it."""
+    """Log lines above the progress bar, not through it, and on stdout: stderr is for what went wrong."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(self.format(record), file=sys.stdout)
 
 
 def _require_extra() -> None:
@@ -394,22 +431,30 @@ def _require_extra() -> None:
         raise UserError(f"{', '.join(missing)} not installed: pip install 'deepfast[train]'")
 
 
+def _refused(message: str, rank: str) -> int:
+    line = message.replace("\n", "\\n")
+    print(f"ds_train.py: {line}" if rank == "0" else f"ds_train.py: rank {rank}: {line}", file=sys.stderr)
+    return 2
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, 2 for bad input, 130 on Ctrl-C."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = os.environ.get("RANK", "0")
     handler = _BarHandler()
     handler.setFormatter(logging.Formatter("deepfast: %(message)s"))
     log.addHandler(handler)
-    log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    log.setLevel(logging.INFO if rank == "0" else logging.ERROR)
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
         _require_extra()
         data = overridden(configuration.read_json(options.config), options.set)
         return train(configuration.load(data), options.resume)
-    except UserError as error:
-        if rank == 0:
-            print(f"ds_train.py: {error}", file=sys.stderr)
+    except _SharedError:
         return 2
+    except UserError as error:
+        return _refused(str(error), rank)
+    except OSError as error:  # a full disk, a name too long, a folder that went away
+        return _refused(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", rank)
     except KeyboardInterrupt:
         return 130
     finally:

@@ -46,10 +46,13 @@ def test_both_spellings_may_agree():
 
 
 BAD = [
-    ({"train_batch_sizes": 32}, "train_batch_sizes: unknown key: did you mean 'train_batch_size'?"),
-    ({"fp16": {"loss_scal": 1.0}}, "fp16.loss_scal: unknown key: did you mean 'loss_scale'?"),
-    ({"optimizer": {"params": {"learning_rate": 1.0}}}, "optimizer.params.learning_rate: unknown key"),
-    ({"zero_optimization": {"stagee": 1}}, "zero_optimization.stagee: unknown key: did you mean 'stage'?"),
+    ({"train_batch_sizes": 32}, "'train_batch_sizes': unknown key: did you mean 'train_batch_size'?"),
+    ({"fp16": {"loss_scal": 1.0}}, "'fp16.loss_scal': unknown key: did you mean 'loss_scale'?"),
+    (
+        {"optimizer": {"params": {"learning_rate": 1.0}}},
+        "'optimizer.params.learning_rate': unknown key: known are: adam_w_mode, amsgrad, betas",
+    ),
+    ({"zero_optimization": {"stagee": 1}}, "'zero_optimization.stagee': unknown key: did you mean 'stage'?"),
     ({"train_batch_size": "32"}, 'train_batch_size="32": it must be an integer'),
     ({"train_batch_size": 32.5}, "train_batch_size=32.5: it must be an integer"),
     ({"train_batch_size": True}, "train_batch_size=true: it must be an integer"),
@@ -64,10 +67,20 @@ BAD = [
     ({"optimizer": {"params": {"betas": [0.9, 1.0]}}}, "betas.1=1.0 must lie in [0, 1)"),
     ({"optimizer": {"type": "Lion"}}, "optimizer.type=\"Lion\": it must be 'AdamW' or 'Adam'"),
     ({"optimizer": {"params": {"adam_w_mode": False}}}, "optimizer.params.adam_w_mode=false is not built yet"),
-    ({"scheduler": {}}, "scheduler.type={}: it is required"),
+    ({"scheduler": {}}, "scheduler.type: it is required"),
     ({"train_loss_scale": 0.5, "fp16": {"loss_scale": 2.0}}, "train_loss_scale=0.5 contradicts fp16.loss_scale=2.0"),
     ({"train_micro_batch_size": 4, "train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size=4 contradicts"),
     ({"fp16": True, "bf16": True}, "fp16 and bf16 are both enabled"),
+    ({"a": 1}, "'a': unknown key: known are: activation_checkpointing, "),
+    ({"a\nb": 1}, "'a\\nb': unknown key"),
+    ({"optimizer": {"params": {"lr": float("inf")}}}, "it must be a finite number"),
+    ({"train_loss_scale": 1e300}, "train_loss_scale=1e+300: it must be less than"),
+    ({"train_loss_scale": 1e-50}, "too small for fp32"),
+    ({"seed": 10**30}, "seed="),
+    ({"output_dir": "a\0b"}, "output_dir: holds a NUL"),
+    ({"output_dir": ""}, 'output_dir="": it should have at least 1 character'),
+    ({"fp16": {"enabled": True, "hysteresis": 10**9}}, "fp16.hysteresis=1000000000: it must be less than"),
+    ({"fp16": {"fp16_master_weights_and_grads": True}}, "it must be False"),
     ({"moe": {"enabled": True}}, "moe: would change the result and is not supported: mixture of experts"),
     ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "zero_optimization.offload_optimizer: would"),
 ]
@@ -140,9 +153,31 @@ def test_json_faults_have_a_place(tmp_path):
     path.write_text('{\n "a": 1,\n "b" 2\n}')
     with pytest.raises(ConfigError, match="line 3, column 6"):
         config.read_json(path)
+    for text in ("[" * 100_000, '{"a": ' + "9" * 5000 + "}"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="cannot be read"):
+            config.read_json(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config.read_json("a\0b")
     path.write_text("[1]")
     with pytest.raises(ConfigError, match="object was expected, got a list"):
         config.read_json(path)
+
+
+def test_sections_are_off_unless_enabled_as_in_deepspeed(caplog):
+    caplog.set_level(logging.INFO, "deepfast")
+    loaded = config.load({"fp16": {"enabled": "auto", "loss_scale": 0}, "bf16": {"enabled": "auto"}})
+    assert not loaded.fp16.enabled
+    assert not loaded.bf16.enabled
+    assert "fp16: a section without" in caplog.text
+    assert config.load({"fp16": {"enabled": True, "fp16_master_weights_and_grads": False}}).fp16.enabled
+    assert config.load({"fp16": True}).fp16.enabled
+    assert config.load({"train_loss_scale": None, "fp16": {"loss_scale": 2.0}}).train_loss_scale == 2.0
+
+
+def test_a_warm_up_longer_than_the_run_is_a_warning(caplog):
+    config.trainer_defaults(config.load({"num_train_steps": 10, "num_warmup_steps": 11}))
+    assert "never reaches its peak" in caplog.text
 
 
 def test_trainer_defaults_fill_only_what_is_missing():

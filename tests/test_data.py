@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import safetensors.torch
 import torch
 
 from deepfast import data, gpt2
@@ -21,8 +22,14 @@ TEXT = "".join(f"line {i}: the quick brown fox jumps over the lazy dog\n" for i 
 def prepared(tmp_path: Path, source: Path, vocab_size: int = 300):
     _, files = data.source_files(str(source))
     tokenizer = data.train_tokenizer(files, vocab_size)
-    folder = data.prepare(str(source), tmp_path / "out", tokenizer, vocab_size, tokenizer.token_to_id(data.END_OF_TEXT))
+    end = tokenizer.token_to_id(data.END_OF_TEXT)
+    folder = data.prepare(str(source), files, tmp_path / "out", tokenizer, vocab_size, end)
     return folder, tokenizer
+
+
+def tokens_of(source: Path, tmp_path: Path, vocab_size: int) -> Path:
+    _, files = data.source_files(str(source))
+    return data.prepare(str(source), files, tmp_path / "out", None, vocab_size, None)
 
 
 def read_back(tmp_path: Path, source: Path) -> list[str]:
@@ -51,8 +58,16 @@ def test_every_kind_of_file(tmp_path, source):
     rows = pyarrow.table({"n": [1, 2, 3], "text": ["four", None, "five"]})
     pyarrow.parquet.write_table(rows, source / "e.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"body": ["six"]}), source / "f.parquet")
+    categories = pyarrow.array(["seven"]).dictionary_encode()
+    pyarrow.parquet.write_table(pyarrow.table({"text": categories}), source / "g.parquet")
+    (source / "h.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "eight"}\n')  # a byte order mark
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "i.txt").write_text("nine")
+    (source / "link").symlink_to(tmp_path / "elsewhere")
+    (source / "link" / "circle").symlink_to(source)
     (source / "ignored.csv").write_text("no")
-    expected = [TEXT, "# ümläut\n", "print('π')\n", "one", "two", "three", "four", "five", "six"]
+    expected = [TEXT, "# ümläut\n", "print('π')\n", "one", "two", "three", "four", "five", "six", "seven", "eight",
+                "nine"]  # fmt: skip
     assert read_back(tmp_path, source) == expected
 
 
@@ -63,10 +78,11 @@ def test_what_cannot_be_read_is_skipped_and_counted(tmp_path, source, caplog):
     (source / "junk.py").write_bytes(bytes(range(256)))
     (source / "broken.parquet").write_bytes(b"PAR1 not really")
     pyarrow.parquet.write_table(pyarrow.table({"n": [1]}), source / "numbers.parquet")
-    (source / "bad.jsonl").write_text('{"text": "good"}\n{"text": 3}\n{broken\n')
+    lines = ['{"text": "good"}', '{"text": 3}', "{broken", '"\\ud800"', "[" * 100_000, "9" * 5000]
+    (source / "bad.jsonl").write_text("\n".join(lines) + "\n")
     (source / "empty.txt").touch()
     assert read_back(tmp_path, source) == [TEXT, "good"]
-    assert "4 files, 2 lines" in caplog.text
+    assert "skipped: 4 files that hold no UTF-8 text, 5 lines" in caplog.text
 
 
 def test_token_files(tmp_path, source):
@@ -77,20 +93,42 @@ def test_token_files(tmp_path, source):
     with (source / "b.bin").open("wb") as file:
         header.tofile(file)
         headed.tofile(file)
-    folder = data.prepare(str(source), tmp_path / "out", None, 150, None)
+    folder = tokens_of(source, tmp_path, 150)
     assert np.fromfile(folder / "tokens.bin", dtype=np.uint16).tolist() == list(range(150))
     with pytest.raises(data.DataError, match=r"a\.bin: holds the token 99, but the model knows only 99"):
-        data.prepare(str(source), tmp_path / "out", None, 99, None)
+        tokens_of(source, tmp_path, 99)
     (source / "c.bin").write_bytes(b"odd")
-    with pytest.raises(data.DataError, match="whole number of uint16"):
-        data.prepare(str(source), tmp_path / "out", None, 150, None)
+    with pytest.raises(data.DataError, match="3 bytes are not a whole number of uint16"):
+        tokens_of(source, tmp_path, 150)
+
+
+def test_llmc_headers_are_checked(tmp_path, source):
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = 20240801, 7, 4
+    header.tofile(source / "a.bin")
+    with pytest.raises(data.DataError, match="0 bytes are not 4 tokens of uint32, as its header says"):
+        tokens_of(source, tmp_path, 10)
+    with (source / "a.bin").open("ab") as file:
+        np.arange(4, dtype=np.uint32).tofile(file)
+    (source / "README.md").write_text("about the tokens")
+    assert np.fromfile(tokens_of(source, tmp_path, 10) / "tokens.bin", dtype=np.uint16).tolist() == [0, 1, 2, 3]
+
+
+def test_tokens_are_known_to_be_whole(tmp_path, source):
+    np.arange(100, dtype=np.uint16).tofile(source / "a.bin")
+    folder = tokens_of(source, tmp_path, 100)
+    assert data.complete(folder, str(source))
+    assert not data.complete(folder, "other")
+    (folder / "tokens.bin").write_bytes((folder / "tokens.bin").read_bytes()[:-2])
+    assert not data.complete(folder, str(source))
+    assert not data.complete(tmp_path, str(source))
 
 
 def test_large_vocabularies_need_four_bytes(tmp_path, source):
     (source / "a.txt").write_text(TEXT)
     _, files = data.source_files(str(source))
     tokenizer = data.train_tokenizer(files, 300)
-    folder = data.prepare(str(source), tmp_path / "out", tokenizer, 100_000, 0)
+    folder = data.prepare(str(source), files, tmp_path / "out", tokenizer, 100_000, 0)
     assert json.loads((folder / "tokens.json").read_text())["dtype"] == "uint32"
     assert data.Sequences(folder, 8, 0)[0].max() < 300
 
@@ -121,7 +159,7 @@ def test_useless_datasets_are_refused(tmp_path, make, message):
 
 def test_each_epoch_sees_each_sequence_once_in_another_order(tmp_path, source):
     np.arange(107, dtype=np.uint16).tofile(source / "a.bin")
-    folder = data.prepare(str(source), tmp_path / "out", None, 107, None)
+    folder = tokens_of(source, tmp_path, 107)
     sequences = data.Sequences(folder, 10, seed=3)
     assert sequences.count == 10
     epochs = [[int(sequences[e * 10 + i][0]) for i in range(10)] for e in range(3)]
@@ -160,6 +198,10 @@ def test_a_folder_that_does_not_exist_means_a_fresh_model(caplog):
         ("{", "not JSON"),
         ('{"model_type": "bert"}', "model_type is 'bert'"),
         ("[]", "model_type is None"),
+        ('{"model_type": "gpt2", "n_embd": "a"}', "describes no GPT-2"),
+        ('{"model_type": "gpt2", "n_layer": -1}', "describes no GPT-2"),
+        ('{"model_type": "gpt2", "n_head": 7}', "describes no GPT-2"),
+        ('{"model_type": "gpt2", "activation_function": "nope"}', "describes no GPT-2"),
         ('{"model_type": "gpt2", "n_positions": 64}', "train_sequence_length=128 is more than the 64 positions"),
     ],
 )
@@ -176,6 +218,22 @@ def test_broken_weights_and_tokenizers(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"not tensors")
     with pytest.raises(gpt2.ModelError, match="weights cannot be read"):
         gpt2.model(config, tmp_path)
+    gpt2.model(config, None).save_pretrained(tmp_path)
+    gpt2.model(config, tmp_path)
+    whole = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    kept = {k: v for k, v in whole.items() if k != "transformer.h.2.mlp.c_fc.weight"}
+    safetensors.torch.save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(gpt2.ModelError, match=r"not whole: transformer\.h\.2\.mlp\.c_fc\.weight is missing"):
+        gpt2.model(config, tmp_path)
+    whole["transformer.ln_f.bias"] = torch.zeros(7)
+    safetensors.torch.save_file(whole, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(gpt2.ModelError, match=r"do not fit: transformer\.ln_f\.bias is \[7\], by config\.json \[192\]"):
+        gpt2.model(config, tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "tf_model.h5")
+    with pytest.raises(gpt2.ModelError, match=r"tf_model\.h5: weights in this form are not read"):
+        gpt2.model(config, tmp_path)
+    with pytest.raises(gpt2.ModelError, match="is a file"):
+        gpt2.configuration(str(tmp_path / "tf_model.h5"), 32)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(gpt2.ModelError, match="tokenizer cannot be read"):
         gpt2.tokenizer(tmp_path)

@@ -14,7 +14,7 @@ from torch import nn
 
 import deepfast
 from deepfast import checkpoint
-from deepfast.errors import ConfigError
+from deepfast.errors import ConfigError, UserError
 
 CONFIG = {"train_batch_size": 8, "gradient_accumulation_steps": 4, "optimizer": {"params": {"lr": 0.01}}}
 
@@ -100,7 +100,7 @@ def test_16_bit_gradients_are_summed_in_fp32():
 
 def test_fp16_weights_and_gradients_round_and_overflow():
     """On a CPU too: only the arithmetic is fp32."""
-    e = engine({"fp16": {"loss_scale": 1.0}, "train_batch_size": 2, "gradient_accumulation_steps": 1})
+    e = engine({"fp16": {"enabled": True, "loss_scale": 1.0}, "train_batch_size": 2, "gradient_accumulation_steps": 1})
     seen = []
     for p in e.module.parameters():
         p.register_post_accumulate_grad_hook(
@@ -144,7 +144,7 @@ def test_tied_weights_get_one_gradient_under_fp16():
     x = torch.randn(3, 4)
     (x @ exact.t() @ exact.t()).sum().backward()
     e, *_ = deepfast.initialize(
-        model=module, config={**CONFIG, "fp16": {"loss_scale": 1.0}, "gradient_accumulation_steps": 1}
+        model=module, config={**CONFIG, "fp16": {"enabled": True, "loss_scale": 1.0}, "gradient_accumulation_steps": 1}
     )
     e(x).sum().backward()
     assert module.b.weight is module.a.weight
@@ -154,7 +154,7 @@ def test_tied_weights_get_one_gradient_under_fp16():
 def test_the_scale_moves_and_the_schedule_waits_for_applied_steps():
     """ANCHORS 3.7: a scheduler that advances through skipped steps."""
     config = {
-        "fp16": {"initial_scale_power": 4, "hysteresis": 1, "loss_scale_window": 2},
+        "fp16": {"enabled": True, "initial_scale_power": 4, "hysteresis": 1, "loss_scale_window": 2},
         "gradient_accumulation_steps": 1,
         "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10, "warmup_type": "linear"}},
     }
@@ -220,7 +220,7 @@ def test_initialize_takes_what_deepspeeds_does(tmp_path, caplog):
 
 
 def test_a_foreign_optimizer_steps_under_fp16():
-    config = {"fp16": {"loss_scale": 4.0}, "gradient_clipping": 0.1}
+    config = {"fp16": {"enabled": True, "loss_scale": 4.0}, "gradient_clipping": 0.1}
     e, *_ = deepfast.initialize(
         model=model(), optimizer=lambda params: torch.optim.SGD(params, lr=0.1), config={**CONFIG, **config}
     )
@@ -242,6 +242,12 @@ def test_a_foreign_optimizer_steps_under_fp16():
     assert e.skipped_steps == 1
 
 
+def test_half_a_launch_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="RANK and MASTER_ADDR and MASTER_PORT not: start the ranks with torchrun"):
+        engine()
+
+
 def test_what_initialize_refuses():
     with pytest.raises(ConfigError, match="no configuration"):
         deepfast.initialize(model=model())
@@ -249,10 +255,50 @@ def test_what_initialize_refuses():
         deepfast.initialize(model=model(), config={"train_batch_size": 1})
     with pytest.raises(ConfigError, match="= 24"):
         deepfast.initialize(model=model(), config={**CONFIG, "train_micro_batch_size_per_gpu": 6})
+    with pytest.raises(ValueError, match="ReduceLROnPlateau"):
+        engine(lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
     with pytest.raises(ValueError, match="model is missing"):
         deepfast.initialize(config=CONFIG)
     with pytest.raises(ValueError, match="model parallelism"):
         deepfast.initialize(model=model(), config=CONFIG, mpu=object())
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adagrad])
+def test_foreign_optimizers_on_one_rank_without_accumulation(kind, cls):
+    config = {"train_batch_size": 2, "gradient_accumulation_steps": 1, kind: True}
+    e, *_ = deepfast.initialize(model=model(), optimizer=lambda p: cls(p, lr=0.1), config=config)
+    before = state(e)
+    train(e, batches(2))
+    assert not equal(before, state(e))
+
+
+def test_two_losses_in_one_step_are_summed_in_fp32():
+    e = engine({"gradient_accumulation_steps": 1, "fp16": {"enabled": True, "loss_scale": 1.0}})
+    for sign in (1.0, 1.0, -1.0):  # 40000 + 40000 is infinite in fp16
+        e.backward(e(torch.ones(2, 6)).sum() * sign * 20000)
+    e.step()
+    assert e.was_step_applied()
+
+
+def test_weights_that_make_no_sense():
+    for weight in (0.0, float("nan"), -1.0):
+        e = engine({"gradient_accumulation_steps": 2})
+        (x, y), *_ = batches(1)
+        before = state(e)
+        e.backward(nn.functional.mse_loss(e(x), y), weight), e.step()
+        e.backward(nn.functional.mse_loss(e(x), y), weight)
+        with pytest.raises(RuntimeError, match="weights of this step add up to"):
+            e.step()
+        assert equal(before, state(e))
+
+
+def test_recomputed_activations_under_fp16_on_a_cpu():
+    module = model()
+    module[0].gradient_checkpointing = True
+    e, *_ = deepfast.initialize(model=module, config={**CONFIG, "fp16": True})
+    with pytest.raises(RuntimeError, match="turn gradient checkpointing off"):
+        e(torch.ones(2, 6))
 
 
 def test_no_sync_and_zero_grad():
@@ -320,6 +366,77 @@ def test_resuming_gives_the_same_bits(tmp_path, config):
     assert first.loss_scale == second.loss_scale
 
 
+@pytest.mark.parametrize("kind", ["StepLR", "MultiStepLR", "SequentialLR"])
+def test_a_clients_scheduler_resumes_as_it_was(tmp_path, kind):
+    def make(optimizer):
+        schedulers = torch.optim.lr_scheduler
+        if kind == "StepLR":
+            return schedulers.StepLR(optimizer, 2, gamma=0.1)
+        several = schedulers.MultiStepLR(optimizer, [2, 3], gamma=0.1)  # its state has integers as keys
+        if kind == "MultiStepLR":
+            return several
+        return schedulers.SequentialLR(optimizer, [several, schedulers.ConstantLR(optimizer)], [4])
+
+    config = {"gradient_accumulation_steps": 1}
+    first, second = engine(config, lr_scheduler=make), engine(config, lr_scheduler=make)
+    train(first, batches(2))
+    first.save_checkpoint(tmp_path)
+    second.load_checkpoint(tmp_path)
+    for _ in range(3):
+        train(first, batches(1)), train(second, batches(1))
+        assert first.get_lr() == second.get_lr()
+
+
+def test_what_the_configuration_says_holds_after_loading(tmp_path):
+    def configured(lr, steps, weight_decay, **more):
+        return engine(
+            {
+                "gradient_accumulation_steps": 1,
+                "optimizer": {"params": {"lr": lr, "weight_decay": weight_decay}},
+                "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 0, "total_num_steps": steps}},
+                "fp16": {"enabled": True, **more},
+            }
+        )
+
+    first = configured(0.01, 10, 0.1, initial_scale_power=4)
+    train(first, batches(2))
+    assert first.get_lr() == [pytest.approx(0.008)]
+    first.save_checkpoint(tmp_path)
+    second = configured(0.1, 20, 0.0, loss_scale=128.0)
+    second.load_checkpoint(tmp_path)
+    assert second.get_lr() == [pytest.approx(0.09)]
+    assert second.optimizer.param_groups[0]["weight_decay"] == 0.0
+    assert second.loss_scale == 128.0
+    train(second, batches(1))
+    assert second.get_lr() == [pytest.approx(0.085)]
+    third = configured(0.01, 10, 0.1, initial_scale_power=8)
+    third.load_checkpoint(tmp_path)
+    assert third.loss_scale == 16.0, "a dynamic scale goes on from where it was"
+
+
+def test_changing_the_precision_keeps_the_fp32_values(tmp_path):
+    for i, (source, target) in enumerate((({}, {"fp16": True}), ({"bf16": True}, {}))):
+        first, second = engine(source), engine(target)
+        train(first, batches(8))
+        first.save_checkpoint(tmp_path / str(i))
+        second.load_checkpoint(tmp_path / str(i))
+        for p, q in zip(first.module.parameters(), second.module.parameters(), strict=True):
+            exact = first.optimizer.state[p].get("master", p)
+            assert torch.equal(second.optimizer.state[q].get("master", q), exact)
+
+
+def test_a_checkpoint_in_the_middle_of_a_step_goes_back_to_its_beginning(tmp_path):
+    first, second = engine(), engine(seed=3)
+    data = batches(12)
+    train(first, data[:6])
+    first.save_checkpoint(tmp_path, 5)
+    second.load_checkpoint(tmp_path, 5)
+    assert (second.global_steps, second.micro_steps) == (1, 4)
+    again = engine()
+    train(again, data[:4])
+    assert train(again, data[4:]) == train(second, data[4:])
+
+
 def test_random_state_travels(tmp_path):
     e = engine()
     e.save_checkpoint(tmp_path)
@@ -370,6 +487,21 @@ def test_checkpoints_that_are_missing_or_do_not_fit(tmp_path, caplog):
     other, *_ = deepfast.initialize(model=nn.Linear(6, 3), config=CONFIG)
     with pytest.raises(checkpoint.CheckpointError, match="another model"):
         other.load_checkpoint(tmp_path)
+    foreign, *_ = deepfast.initialize(
+        model=model(5), optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), config=CONFIG
+    )
+    before = state(foreign)
+    train(foreign, batches(4))
+    foreign.save_checkpoint(tmp_path / "sgd")
+    with pytest.raises(checkpoint.CheckpointError, match="does not fit this optimizer"):
+        e.load_checkpoint(tmp_path / "sgd")
+    assert equal(state(e), state(engine())), "a load that fails leaves the model alone"
+    assert not equal(before, state(foreign))
+    text = (tmp_path / "a" / "state.json").read_text()
+    (tmp_path / "a" / "state.json").write_text(text.replace('"format": 1', '"format": 2'))
+    (tmp_path / "a" / checkpoint.CHECKSUMS).write_text(run("sha256sum", "state.json", cwd=tmp_path / "a").stdout)
+    with pytest.raises(checkpoint.CheckpointError, match="format 2 is not known"):
+        e.load_checkpoint(tmp_path)
     with pytest.raises(checkpoint.CheckpointError, match="name of a folder"):
         e.save_checkpoint(tmp_path, "../b")
     with pytest.raises(checkpoint.CheckpointError, match=r"no pickles.*not set"):
@@ -378,6 +510,24 @@ def test_checkpoints_that_are_missing_or_do_not_fit(tmp_path, caplog):
     (tmp_path / "file").touch()
     with pytest.raises(checkpoint.CheckpointError, match="cannot be written"):
         e.save_checkpoint(tmp_path / "file")
+
+
+def test_latest_is_found_when_its_file_is_lost(tmp_path):
+    e = engine()
+    e.save_checkpoint(tmp_path, "a")
+    e.save_checkpoint(tmp_path, "b")
+    for damage in (lambda p: p.write_bytes(b"\xff"), lambda p: p.write_text(""), lambda p: p.unlink()):
+        damage(tmp_path / "latest")
+        assert checkpoint.latest(tmp_path) == "b"
+    (tmp_path / "latest").mkdir()
+    assert checkpoint.latest(tmp_path) == "b"
+
+
+def test_what_json_does_not_know_comes_back():
+    value = {"a": (1, 2.5, None), "b": {3: "x", (4,): [True]}, "c": torch.tensor([1, 2]), "d": {"__x": 1}}
+    back = checkpoint.restore(json.loads(json.dumps(checkpoint.plain(value))))
+    assert torch.equal(back.pop("c"), value.pop("c"))
+    assert back == value
 
 
 def test_saving_again_and_pruning(tmp_path):
@@ -449,7 +599,7 @@ def test_two_ranks_train_as_one(tmp_path, kind):
                                                           "--standalone", "--nproc-per-node", "2"], 2)):  # fmt: skip
         config = {**CONFIG, "gradient_accumulation_steps": accumulation}
         if kind == "fp16":
-            config["fp16"] = {"loss_scale": 8.0}
+            config["fp16"] = {"enabled": True, "loss_scale": 8.0}
         done = run(*launch, script, json.dumps(config), env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
         results.append(json.loads(done.stdout))
