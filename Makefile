@@ -2,7 +2,7 @@
 # make test    lint and the whole test suite
 # make lint    ruff, mypy, clang-format
 # make format  what lint asks for
-# make bench   the benchmarks
+# make bench   the benchmarks (RESULTS=file.json keeps the figures)
 # make readme  the README's generated tables
 
 PYTHON ?= python3
@@ -49,7 +49,7 @@ format: $(VENV)/.dev
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds
+	DEEPFAST_RESULTS=$(RESULTS) $(BIN)/python -m pytest benchmarks -s -q -p no:xdist
 
 readme: $(VENV)/.dev
 	$(BIN)/python -m deepfast readme README.md

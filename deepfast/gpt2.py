@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 log = logging.getLogger("deepfast")
 
 SHAPES: dict[str, dict[str, int]] = {
-    "gpt2-tiny": {"n_layer": 4, "n_embd": 192, "n_head": 6, "vocab_size": 1024, "n_positions": 256},
+    "gpt2-tiny": {
+        "n_layer": 4,
+        "n_embd": 192,
+        "n_head": 6,
+        "vocab_size": 1024,
+        "n_positions": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
     "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12},
     "gpt2-xl": {"n_layer": 48, "n_embd": 1600, "n_head": 25},
 }

@@ -253,6 +253,9 @@ def _train(config: Config, run: Run, tag: str | None, rank: int, stop: Stop) -> 
     groups = gpt2.parameter_groups(module, config.optimizer.params.weight_decay)
     engine, *_ = initialize(model=module, model_parameters=groups, config=config)
     tokenizer, sequences = _prepare_data(config, run, gpt2_config, folder, resume=tag is not None)
+    if tokenizer is not None:
+        for settings in (module.config, module.generation_config):
+            settings.bos_token_id, settings.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     torch.manual_seed(config.seed + engine.rank)  # dropout differs between ranks
     identity = {name: getattr(config, name) for name in _IDENTITY}
     if tag is not None:
