@@ -35,8 +35,8 @@ def test_fp32_adamw_64m(pages):
     row = compare(
         f"AdamW, fp32, 64M parameters, parameters and gradients in {pages}",
         [
-            Case("deepfast", mine.step, lambda: ours[:1000].detach()),
-            Case("torch fused", torchs.step, lambda: theirs[:1000].detach()),
+            Case("deepfast", mine.step, ours[:1000].detach),
+            Case("torch fused", torchs.step, theirs[:1000].detach),
             streaming(n),
         ],
         bytes_moved=28 * n,

@@ -187,7 +187,3 @@ def test_trainer_defaults_fill_only_what_is_missing():
     assert filled.gradient_clipping == 1.0
     assert filled.scheduler.type == "WarmupCosineLR"
     assert config.trainer_defaults(config.load({"gradient_clipping": 0.0})).gradient_clipping == 0.0
-
-
-def test_the_readme_has_the_schemas_table():
-    assert config.table() in (ROOT / "README.md").read_text(), "run: make readme"
