@@ -9,7 +9,8 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-CXX_FILES := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp')
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+CXX_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
 
 .PHONY: help train test lint format bench readme clean
 help:

@@ -9,8 +9,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from deepfast.engine import Engine, add_config_arguments, init_distributed, initialize
+    from deepfast.engine import Engine, add_config_arguments, initialize
     from deepfast.optim import AdamW
+    from deepfast.ranks import init_distributed
     from deepfast.scaler import LossScaler
 
 __version__ = "0.1.0"
@@ -20,7 +21,7 @@ _HOME = {
     "LossScaler": "deepfast.scaler",
     "Engine": "deepfast.engine",
     "initialize": "deepfast.engine",
-    "init_distributed": "deepfast.engine",
+    "init_distributed": "deepfast.ranks",
     "add_config_arguments": "deepfast.engine",
 }
 __all__ = ["AdamW", "Engine", "LossScaler", "add_config_arguments", "init_distributed", "initialize"]

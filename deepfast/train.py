@@ -7,12 +7,10 @@ import contextlib
 import importlib.util
 import json
 import logging
-import math
 import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +23,8 @@ from deepfast import checkpoint
 from deepfast import config as configuration
 from deepfast.config import Config
 from deepfast.errors import ConfigError, UserError
+from deepfast.ranks import init_distributed, launched
+from deepfast.run import Reporter, Run
 
 log = logging.getLogger("deepfast")
 
@@ -90,49 +90,6 @@ class Stop:
     @property
     def exit_code(self) -> int:
         return 128 + self.signal if self.signal else 0
-
-
-class Run:
-    """The files of one run: ``output_dir/`` and what stands in it."""
-
-    def __init__(self, output_dir: str) -> None:
-        self.root = Path(output_dir)
-        self.checkpoints = self.root / "checkpoints"
-        self.metrics = self.root / "metrics.jsonl"
-        self.data = self.root / "data"
-        self.model = self.root / "model"
-        self.plot = self.root / "loss.png"
-        self.events = self.root / "tensorboard"
-
-    def check_writable(self) -> None:
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.root):
-                pass
-        except OSError as error:
-            raise ConfigError(f"output_dir={str(self.root)!r}: cannot be written: {error.strerror}") from None
-
-    def set_aside(self) -> None:
-        """Moves what an earlier run left to ``earlier/<n>``: a new run overwrites nothing."""
-        left = [p for p in (self.checkpoints, self.metrics, self.model, self.plot, self.events) if p.exists()]
-        if not left:
-            return
-        earlier = self.root / "earlier"
-        number = 1 + max([int(p.name) for p in earlier.glob("*") if p.name.isdigit()], default=0)
-        target = earlier / str(number)
-        target.mkdir(parents=True)
-        for path in left:
-            os.rename(path, target / path.name)
-        log.info("%s held an earlier run: moved to %s", self.root, target)
-
-    def read_metrics(self, until: int) -> list[dict[str, Any]]:
-        """The lines of the first ``until`` steps; a line that a kill cut short is none."""
-        rows = []
-        with contextlib.suppress(FileNotFoundError):
-            for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError):
-                    rows.append(json.loads(line))
-        return [row for row in rows if isinstance(row, dict) and row.get("step", until + 1) <= until]
 
 
 class _SharedError(UserError):
@@ -215,8 +172,6 @@ _IDENTITY = ("dataset_dir", "seed", "train_batch_size", "train_sequence_length")
 
 def train(config: Config, resume: str | None = None) -> int:
     """Runs the whole training and returns the exit code: 0, or 130 and 143 after a signal, the run saved."""
-    from deepfast.engine import launched
-
     run = Run(config.output_dir)
     rank, world = launched()
     config = configuration.trainer_defaults(config)
@@ -237,7 +192,7 @@ def _train(config: Config, run: Run, tag: str | None, rank: int, stop: Stop) -> 
     import transformers
 
     from deepfast import data, gpt2
-    from deepfast.engine import init_distributed, initialize
+    from deepfast.engine import initialize
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -324,85 +279,6 @@ def _save(engine: Any, run: Run, keep: int, reporter: Reporter | None, identity:
     engine.save_checkpoint(run.checkpoints, f"step{engine.global_steps}", identity)
     if engine.rank == 0:
         checkpoint.prune(run.checkpoints, keep)
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON knows neither NaN nor infinity."""
-    return value if value is not None and math.isfinite(value) else None
-
-
-class Reporter:
-    """metrics.jsonl, TensorBoard, the progress bar, and in the end loss.png."""
-
-    def __init__(self, run: Run, engine: Any, total: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-        from tqdm import tqdm
-
-        self.run, self.engine = run, engine
-        self.rows = run.read_metrics(engine.global_steps)
-        checkpoint.write_atomically(run.metrics, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self.file = run.metrics.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(run.events), purge_step=engine.global_steps + 1)
-        self.bar = tqdm(total=total, initial=engine.global_steps, unit="step", dynamic_ncols=True)
-
-    def step(self, loss: float, lr: float, rate: float) -> None:
-        """Notes the step that the engine has just made: its mean loss, its learning rate, its tokens a second."""
-        engine = self.engine
-        row = {
-            "step": engine.global_steps,
-            "loss": _finite(loss),
-            "lr": lr,
-            "loss_scale": engine.loss_scale,
-            "grad_norm": _finite(engine.get_global_grad_norm()),
-            "tokens_per_s": round(rate, 1),
-            "skipped": engine.skipped_steps,
-        }
-        self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        for key in ("loss", "lr", "loss_scale", "grad_norm", "tokens_per_s", "skipped"):
-            if row[key] is not None:
-                self.board.add_scalar(key, row[key], row["step"])
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s, loss scale {row['loss_scale']:g}")
-        self.bar.update()
-
-    def flush(self) -> None:
-        os.fsync(self.file.fileno())
-        self.board.flush()
-
-    def close(self) -> None:
-        self.bar.close()
-        self.file.close()
-        self.board.close()
-
-    def plot(self) -> None:
-        """loss.png: the loss, and beneath it learning rate and loss scale."""
-        if not self.rows:
-            return
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-
-        steps = [row["step"] for row in self.rows]
-        losses = [math.nan if row["loss"] is None else row["loss"] for row in self.rows]
-        figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1))
-        top.plot(steps, losses, color="tab:blue", linewidth=1, alpha=0.4, label="loss")
-        window = max(1, len(losses) // 20)
-        smooth = [sum(losses[max(0, i - window) : i + 1]) / (i + 1 - max(0, i - window)) for i in range(len(losses))]
-        top.plot(steps, smooth, color="tab:blue", linewidth=2, label=f"mean of the last {window + 1} steps")
-        top.set_ylabel("loss (nats a token)")
-        top.legend()
-        top.grid(alpha=0.3)
-        bottom.plot(steps, [row["lr"] for row in self.rows], color="tab:green")
-        bottom.set_ylabel("learning rate", color="tab:green")
-        bottom.set_xlabel("optimizer step")
-        scales = bottom.twinx()
-        scales.plot(steps, [row["loss_scale"] for row in self.rows], color="tab:red", linestyle="--")
-        scales.set_ylabel("loss scale", color="tab:red")
-        figure.tight_layout()
-        figure.savefig(self.run.plot, dpi=120)
-        plt.close(figure)
 
 
 def _say_goodbye(config: Config, run: Run, module: Any, tokenizer: Any, sequences: Any, device: torch.device) -> None:

@@ -1,0 +1,41 @@
+"""Who else trains: what torchrun says of this process."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deepfast.errors import UserError
+
+
+def launched() -> tuple[int, int | None]:
+    """(rank, world size) as torchrun has set them; (0, None) if this process was started by itself.
+
+    Raises:
+        UserError: where only some of the variables are set.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError(f"WORLD_SIZE is set, {' and '.join(missing)} not: start the ranks with torchrun")
+        return 0, None
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def init_distributed(*_args: Any, **_options: Any) -> torch.device:
+    """Joins the process group that torchrun has set up, if it has; returns this rank's device.
+
+    Takes and ignores DeepSpeed's arguments.
+    """
+    world = launched()[1]
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world is not None and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
