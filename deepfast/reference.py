@@ -7,6 +7,7 @@ reads a value back to the host.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -71,13 +72,20 @@ def decide_(
     record.copy_(torch.stack([(clip / scale).float(), found, norm]))
 
 
+def _average(old: Tensor, weight: Tensor, *x: Tensor) -> None:
+    """old <- (1 - weight) * old + weight * product of x; the two shares of an fp32 weight add up to exactly 1."""
+    weight = weight.to(old.dtype).double()
+    new = weight * math.prod(t.double() for t in x)
+    old.copy_((old.double() * (1 - weight) + new).clamp_(max=torch.finfo(old.dtype).max))
+
+
 def _adamw(p: Tensor, g: Tensor, moments: list[Tensor], t: Tensor, hyper: Tensor) -> Tensor:
     lr, beta1, beta2, eps, weight_decay = hyper.unbind()
     m, v = moments[:2]
     p = p * (1 - lr * weight_decay).to(p.dtype)
-    weight1, weight2 = (1 - beta1).to(p.dtype), (1 - beta2).to(p.dtype)
-    m.sub_(weight1 * m).add_(weight1 * g)
-    v.sub_(weight2 * v).add_(weight2 * g * g).clamp_(max=torch.finfo(v.dtype).max).add_(0 * g)
+    _average(m, 1 - beta1, g)
+    _average(v, 1 - beta2, g, g)
+    v.add_(0 * g)
     if len(moments) == 3:
         v = moments[2].copy_(torch.maximum(moments[2], v))
     denominator = v.sqrt() * (1 - beta2**t).rsqrt().to(p.dtype) + eps.to(p.dtype)

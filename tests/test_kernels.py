@@ -10,6 +10,7 @@ from conftest import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import deepfast
 from deepfast import build, ops, reference
 
 native = torch.ops.deepfast
@@ -133,6 +134,21 @@ def test_statistics(parts):
     got, expected = native.statistics(grads), reference.statistics(grads)
     assert (got[1] > 0) == (expected[1] > 0)
     torch.testing.assert_close(got[0], expected[0], rtol=1e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("master", ["fp32", "none"])
+def test_weights_written_past_the_caches_are_the_same(dtype, master):
+    """From 4M elements on; here of a misaligned view, against its two halves."""
+    n = (4 << 20) + 77
+    whole = torch.linspace(-3, 3, n + 1).to(dtype)[1:]
+    grad = torch.sin(torch.arange(n, dtype=torch.float32)).to(dtype)
+    halves = [t.clone() for t in whole.chunk(2)]
+    for p, g in ((whole, grad), *zip(halves, grad.chunk(2), strict=True)):
+        p.requires_grad_()
+        p.grad = g.clone()
+        deepfast.AdamW([p], lr=1e-2, master=master, backend="cpu").step()
+    assert torch.equal(whole, torch.cat(halves))
 
 
 def test_accumulate_sums_in_fp32():

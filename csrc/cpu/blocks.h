@@ -14,21 +14,21 @@
 
 namespace deepfast::cpu {
 
-constexpr int64_t kBlock = 2048;             // elements: the staging buffers of a block stay in L1
+constexpr int64_t kBlock = 1024;             // elements: the staging buffers of a block stay in L1
 constexpr int64_t kSerialBelow = 32 * 1024;  // elements: less is not worth waking a thread for
 
 class Blocks {
  public:
   Blocks(const Span* spans, int64_t count) : spans_(spans), first_(count + 1, 0) {
-    int64_t elements = 0;
     for (int64_t i = 0; i < count; ++i) {
       first_[i + 1] = first_[i] + (spans[i].numel + kBlock - 1) / kBlock;
-      elements += spans[i].numel;
+      elements_ += spans[i].numel;
     }
-    threads_ = elements < kSerialBelow ? 1 : static_cast<int>(std::min<int64_t>(omp_get_max_threads(), size()));
+    threads_ = elements_ < kSerialBelow ? 1 : static_cast<int>(std::min<int64_t>(omp_get_max_threads(), size()));
   }
 
   int64_t size() const { return first_.back(); }
+  int64_t elements() const { return elements_; }
 
   // body(span index, offset of the block's first element, its number of elements, block index)
   template <class Body>
@@ -49,6 +49,7 @@ class Blocks {
  private:
   const Span* spans_;
   std::vector<int64_t> first_;  // block index at which each span begins
+  int64_t elements_ = 0;
   int threads_;
 };
 

@@ -26,19 +26,32 @@ inline void decode_fp16(const uint16_t* __restrict src, float* __restrict dst, i
   for (; i < n; ++i) dst[i] = Fp16::decode(src[i]);
 }
 
+#if defined(__AVX512F__)
+// Fp16::saturate, 16 at a time: min and max return their second operand for NaN, so NaN stays; infinity is put back.
+inline __m512 saturate_fp16(__m512 x) {
+  const __m512 largest = _mm512_set1_ps(65504.0f), smallest = _mm512_set1_ps(-65504.0f);
+  const __mmask16 infinite = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(INFINITY), _CMP_EQ_OQ);
+  return _mm512_mask_mov_ps(_mm512_min_ps(largest, _mm512_max_ps(smallest, x)), infinite, x);
+}
+#endif
+
 // dst[n] = src[n] rounded half to even; kSaturate: by the rule for weights with a master.
 template <bool kSaturate>
 inline void encode_fp16(const float* __restrict src, uint16_t* __restrict dst, int64_t n) {
   const auto prepare = [](float x) { return kSaturate ? Fp16::saturate(x) : x; };
   int64_t i = 0;
-#if defined(__F16C__)
-  alignas(64) float staged[16];
+#if defined(__AVX512F__)
   for (; i + 16 <= n; i += 16) {
-    for (int j = 0; j < 16; ++j) staged[j] = prepare(src[i + j]);
-    for (int j = 0; j < 16; j += 8) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i + j),
-                       _mm256_cvtps_ph(_mm256_load_ps(staged + j), _MM_FROUND_TO_NEAREST_INT));
-    }
+    __m512 x = _mm512_loadu_ps(src + i);
+    if constexpr (kSaturate) x = saturate_fp16(x);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + i), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+#elif defined(__F16C__)
+  alignas(32) float staged[8];
+  for (; i + 8 <= n; i += 8) {
+    for (int j = 0; j < 8; ++j) staged[j] = prepare(src[i + j]);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i),
+                     _mm256_cvtps_ph(_mm256_load_ps(staged), _MM_FROUND_TO_NEAREST_INT));
   }
 #endif
   for (; i < n; ++i) dst[i] = Fp16::nearest_even(prepare(src[i]));
@@ -54,6 +67,20 @@ inline const float* decode(const void* src, DType dtype, int64_t offset, int64_t
     for (int64_t i = 0; i < n; ++i) staging[i] = Bf16::decode(half[i]);
   }
   return staging;
+}
+
+// dst[n] = src[n] past the caches. A plain store would read the line first, and evict what the step still needs.
+inline void stream(const uint16_t* __restrict src, uint16_t* __restrict dst, int64_t n) {
+  int64_t i = 0;
+#if defined(__AVX2__)
+  for (; i < n && reinterpret_cast<uintptr_t>(dst + i) % 32 != 0; ++i) dst[i] = src[i];
+  for (; i + 16 <= n; i += 16) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(dst + i),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i)));
+  }
+  _mm_sfence();  // such stores are ordered with nothing; whoever reads the weights next waits for a barrier only
+#endif
+  for (; i < n; ++i) dst[i] = src[i];
 }
 
 // Stores fp32 `src` as `dtype` (16 bits wide). master: by the rule for weights with a master, else torch's.

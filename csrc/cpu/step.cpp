@@ -10,6 +10,9 @@
 namespace deepfast::cpu {
 namespace {
 
+// Elements from which 16-bit weights are written past the caches: below, the next forward pass finds them there.
+constexpr int64_t kStreamFrom = 4 << 20;
+
 // p[n], g[n], each moment[n]: a formula that knows nothing of loops, in a loop that knows nothing of formulas.
 template <class Rule, class... Moment>
 void update(const Rule rule, float multiplier, int64_t n, float* __restrict p, const float* __restrict g,
@@ -51,7 +54,13 @@ void step_with(const Span* spans, int64_t count, const double* hyper, int64_t hy
     [&]<size_t... K>(std::index_sequence<K...>) {
       update(rules[s], record.multiplier * sign, n, p, g, (span.moment[K] + offset)...);
     }(std::make_index_sequence<Rule::kMoments>());
-    if (!wide) encode(p, span.param, span.param_dtype, offset, n, span.master != nullptr);
+    if (!wide && blocks.elements() >= kStreamFrom) {
+      alignas(64) uint16_t weights[kBlock];
+      encode(p, weights, span.param_dtype, 0, n, span.master != nullptr);
+      stream(weights, static_cast<uint16_t*>(span.param) + offset, n);
+    } else if (!wide) {
+      encode(p, span.param, span.param_dtype, offset, n, span.master != nullptr);
+    }
     if (reset_grad) reset(span, offset, n);
   });
 }
