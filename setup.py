@@ -6,6 +6,7 @@ The sources, flags and names are those of the first import (deepfast/build.py), 
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,13 +16,15 @@ from setuptools.command.build_py import build_py
 
 class BuildWithKernels(build_py):
     def run(self) -> None:
+        prebuilt = Path(self.build_lib) / "deepfast" / "prebuilt"
+        shutil.rmtree(prebuilt, ignore_errors=True)  # of an earlier build in the same folder
         super().run()
         if os.environ.get("DEEPFAST_PREBUILD", "0") in ("", "0"):
             return
         sys.path.insert(0, str(Path(__file__).parent))
         from deepfast import build
 
-        build.build(Path(self.build_lib) / "deepfast" / "prebuilt")
+        build.build(prebuilt)
 
 
 setup(cmdclass={"build_py": BuildWithKernels})

@@ -143,9 +143,13 @@ def test_no_compiler_at_all(tmp_path, built):
 
 @pytest.fixture
 def clone(tmp_path) -> Path:
-    """The sources, to be spoilt."""
+    """The sources, to be spoilt or installed."""
     for name in ("deepfast", "csrc"):
-        shutil.copytree(ROOT / name, tmp_path / "clone" / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / name, tmp_path / "clone" / name, ignore=shutil.ignore_patterns("__pycache__", "prebuilt")
+        )
+    for name in ("setup.py", "pyproject.toml", "README.md", "ds_train.py"):
+        shutil.copy(ROOT / name, tmp_path / "clone")
     return tmp_path / "clone"
 
 
@@ -241,12 +245,12 @@ def test_jit_can_be_forbidden(tmp_path, built):
     assert str(built) in done.stdout
 
 
-def test_prebuilt_and_installed(tmp_path):
+def test_prebuilt_and_installed(tmp_path, clone):
     """An installed package compiles itself, or comes with its kernels; then it needs no compiler and no cache."""
     target = tmp_path / "site"
     done = run(
         sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index",
-        "--target", target, ROOT,
+        "--target", target, clone,
         env={"DEEPFAST_PREBUILD": "1", "DEEPFAST_CACHE_DIR": str(tmp_path / "cache")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <deque>
 #include <string>
 #include <utility>
 #include <vector>
@@ -44,18 +45,21 @@ float* fp32_values(const Tensor& t, int64_t numel, const char* what) {
 // the copy is copied back: a transposed gradient or a strided parameter is slower, never wrong.
 class ElementOrder {
  public:
-  // From here on, the order of `param`: its own where it is dense in memory, else the contiguous one.
+  // From here on, the order of `param`: its own where it is dense in memory, else the contiguous one. `param` stays.
   void follow(const Tensor& param) {
-    sizes_ = param.sizes().vec();
-    strides_ = param.is_non_overlapping_and_dense() ? param.strides().vec() : param.contiguous().strides().vec();
+    sizes_ = param.sizes();
+    strides_ = param.strides();
+    if (!param.is_non_overlapping_and_dense()) {
+      copies_.push_back(param.new_empty(sizes_));
+      strides_ = copies_.back().strides();
+    }
   }
 
   void* read(const Tensor& t, const char* what) {
     TORCH_CHECK(t.device().is_cpu() && t.layout() == at::kStrided, "deepfast: ", what,
                 " must be a dense CPU tensor, got ", t.layout(), " on ", t.device());
-    TORCH_CHECK(t.sizes() == at::IntArrayRef(sizes_), "deepfast: ", what, " has shape ", t.sizes(), ", its parameter ",
-                at::IntArrayRef(sizes_));
-    if (t.strides() == at::IntArrayRef(strides_) || t.numel() == 0) return t.data_ptr();
+    TORCH_CHECK(t.sizes() == sizes_, "deepfast: ", what, " has shape ", t.sizes(), ", its parameter ", sizes_);
+    if (t.strides() == strides_ || t.numel() == 0) return t.data_ptr();
     copies_.push_back(t.new_empty_strided(sizes_, strides_).copy_(t));
     return copies_.back().data_ptr();
   }
@@ -78,8 +82,8 @@ class ElementOrder {
   }
 
  private:
-  std::vector<int64_t> sizes_, strides_;
-  std::vector<Tensor> copies_;
+  at::IntArrayRef sizes_, strides_;
+  std::deque<Tensor> copies_;  // strides_ may point into one
   std::vector<std::pair<Tensor, Tensor>> written_;
 };
 
@@ -94,8 +98,7 @@ Tensor statistics(TensorList grads) {
   ElementOrder order;
   std::vector<Span> spans(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
-    const bool overlaps = at::has_internal_overlap(grads[i]) == at::MemOverlap::Yes;
-    order.follow(overlaps ? grads[i].new_empty(grads[i].sizes()) : grads[i]);
+    order.follow(grads[i]);
     spans[i].grad = order.read(grads[i], "a gradient");
     spans[i].grad_dtype = dtype_of(grads[i], "a gradient");
     spans[i].numel = grads[i].numel();

@@ -288,6 +288,7 @@ class Optimizer(torch.optim.Optimizer):
     def _launches(self) -> list[_Launch]:
         """The parameters that have a gradient, by backend, device and rule; their state made where it is missing."""
         launches: dict[Any, _Launch] = {}
+        kinds: dict[Any, _Launch] = {}  # most parameters are of a kind already seen
         fresh = []
         for index, group in enumerate(self.param_groups):
             rule, moments = self._rule(group), self._moments(group)
@@ -296,16 +297,20 @@ class Optimizer(torch.optim.Optimizer):
                 grad = p.grad
                 if grad is None:
                     continue
-                if grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"{type(self).__name__} does not support sparse gradients: the parameter of shape "
-                        f"{tuple(p.shape)} has one ({grad.layout}); build its layer with sparse=False"
-                    )
-                backend = ops.select(backend_name, p.device, p.dtype, grad.dtype)
+                kind = (index, p.device, p.dtype, grad.dtype, grad.layout)
+                launch = kinds.get(kind)
+                if launch is None:
+                    if grad.layout != torch.strided:
+                        raise RuntimeError(
+                            f"{type(self).__name__} does not support sparse gradients: the parameter of shape "
+                            f"{tuple(p.shape)} has one ({grad.layout}); build its layer with sparse=False"
+                        )
+                    backend = ops.select(backend_name, p.device, p.dtype, grad.dtype)
+                    launch = launches.setdefault((id(backend), p.device, rule), _Launch(backend, rule, moments))
+                    kinds[kind] = launch
                 state = self.state.get(p)
                 if not state or moments[-1] not in state or ("master" in state) != self._keeps_master(p):
                     fresh.append((p, group))
-                launch = launches.setdefault((id(backend), p.device, rule), _Launch(backend, rule, moments))
                 if grad.is_neg():  # a lazy view: its memory holds the opposite
                     launch.lazy.append(grad)
                     grad = grad.resolve_neg()
