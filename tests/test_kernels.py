@@ -225,6 +225,15 @@ def test_reference_takes_the_same_arguments(rule, dtype):
             torch.testing.assert_close(x, y)
 
 
+def test_any_found_inf_above_zero_skips():
+    arguments = list(step_arguments())
+    before = [p.clone() for p in arguments[1]]
+    arguments[8] = torch.tensor([1.0, 2.0, 0.0])
+    native.step_(*arguments)
+    assert all(torch.equal(p, b) for p, b in zip(arguments[1], before, strict=True))
+    assert not any(g.any() for g in arguments[2]), "the reset happens all the same"
+
+
 def wrong(index, value):
     arguments = list(step_arguments())
     arguments[index] = value

@@ -38,7 +38,6 @@ inline __m512 saturate_fp16(__m512 x) {
 // dst[n] = src[n] rounded half to even; kSaturate: by the rule for weights with a master.
 template <bool kSaturate>
 inline void encode_fp16(const float* __restrict src, uint16_t* __restrict dst, int64_t n) {
-  const auto prepare = [](float x) { return kSaturate ? Fp16::saturate(x) : x; };
   int64_t i = 0;
 #if defined(__AVX512F__)
   for (; i + 16 <= n; i += 16) {
@@ -49,12 +48,12 @@ inline void encode_fp16(const float* __restrict src, uint16_t* __restrict dst, i
 #elif defined(__F16C__)
   alignas(32) float staged[8];
   for (; i + 8 <= n; i += 8) {
-    for (int j = 0; j < 8; ++j) staged[j] = prepare(src[i + j]);
+    for (int j = 0; j < 8; ++j) staged[j] = kSaturate ? Fp16::saturate(src[i + j]) : src[i + j];
     _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i),
                      _mm256_cvtps_ph(_mm256_load_ps(staged), _MM_FROUND_TO_NEAREST_INT));
   }
 #endif
-  for (; i < n; ++i) dst[i] = Fp16::nearest_even(prepare(src[i]));
+  for (; i < n; ++i) dst[i] = kSaturate ? Fp16::master(src[i]) : Fp16::nearest_even(src[i]);
 }
 
 // The block as fp32: in place where it is fp32 already, else decoded into `staging`.
