@@ -53,7 +53,7 @@ bench: $(VENV)/.dev
 	DEEPFAST_RESULTS=$(RESULTS) $(BIN)/python -m pytest benchmarks -s -q -p no:xdist
 
 readme: $(VENV)/.dev
-	$(BIN)/python -m deepfast readme README.md
+	$(BIN)/python tools/readme.py
 
 clean:
 	rm -rf $(VENV) build output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

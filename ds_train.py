@@ -1,4 +1,6 @@
 #!/usr/bin/env python3
+"""Trains a GPT-2 from a configuration file; see README.md."""
+
 try:
     from deepfast.train import main
 

@@ -27,7 +27,12 @@ _HOME = {
 __all__ = ["AdamW", "Engine", "LossScaler", "add_config_arguments", "init_distributed", "initialize"]
 
 
+_NOT_YET = frozenset(("Adam", "SGD", "Lion", "LAMB", "Adagrad", "comm", "step_in_backward"))
+
+
 def __getattr__(name: str):
+    if name in _NOT_YET:
+        raise AttributeError(f"deepfast.{name} is not built yet (README.md says what is)")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     try:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import platform
 import shutil
 import sys
 import warnings
 from pathlib import Path
-
-_EXTRA = ("transformers", "tokenizers", "pyarrow", "matplotlib", "tensorboard", "tqdm")
 
 
 def doctor() -> int:
@@ -19,6 +16,8 @@ def doctor() -> int:
 
     import deepfast
     from deepfast import build
+    from deepfast.errors import ConfigError
+    from deepfast.train import missing_extra
 
     def line(name: str, value: object) -> None:
         print(f"{name:<14} {value}")
@@ -35,15 +34,19 @@ def doctor() -> int:
     except build.BuildError as error:
         line("cache", f"none: {error}")
     line("GPU", _gpu())
-    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+    missing = missing_extra()
     line("trainer", f"missing {', '.join(missing)}: pip install 'deepfast[train]'" if missing else "ready")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from deepfast import ops
     line("CPU kernels", ops.LIBRARY or f"none: {ops.BUILD_ERROR}")
-    chosen = ops.forced()
-    native = ops.LIBRARY is not None and chosen in ("auto", "cpu")
-    line("on a CPU", "compiled kernels" if native else f"the reference, in plain torch (DEEPFAST_BACKEND={chosen})")
+    try:
+        chosen = ops.forced()
+        native = ops.LIBRARY is not None and chosen != "reference"
+        why = f"DEEPFAST_BACKEND={chosen}" if ops.LIBRARY else "there are no compiled kernels"
+        line("on a CPU", "compiled kernels" if native else f"the reference, in plain torch ({why})")
+    except ConfigError as error:
+        line("on a CPU", f"nothing: DEEPFAST_BACKEND: {error}")
     line("on a GPU", "the reference, in plain torch: CUDA and Triton kernels are not built yet")
     return 0 if ops.LIBRARY else 1
 
@@ -79,27 +82,15 @@ def build_kernels() -> int:
     return 0
 
 
-def readme(path: Path) -> int:
-    """Puts the configuration table, generated from the schema, between its markers in a Markdown file."""
-    from deepfast import config
-
-    begin, end = "<!-- configuration -->\n", "<!-- /configuration -->"
-    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
-    _, _, after = rest.partition(end)
-    path.write_text(f"{before}{begin}{config.table()}\n{end}{after}", encoding="utf-8")
-    return 0
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m deepfast")
     commands = parser.add_subparsers(dest="command", required=True, metavar="doctor | build")
     commands.add_parser("doctor", help="what was found, built and would be used, and why not")
     commands.add_parser("build", help="compile the kernels now")
-    commands.add_parser("readme").add_argument("path", type=Path)
     options = parser.parse_args()
     if options.command == "doctor":
         return doctor()
-    return build_kernels() if options.command == "build" else readme(options.path)
+    return build_kernels()
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ log = logging.getLogger("deepfast")
 
 # DeepSpeed keys that tune speed, memory or logging, at the top level. Accepted, unused.
 UNUSED = frozenset(
-    """activation_checkpointing aio allgather_bucket_size autotuning comms_logger communication_data_type
-    csv_monitor dataloader_drop_last disable_allgather dump_state flops_profiler fp32_allreduce memory_breakdown
+    """activation_checkpointing aio allgather_bucket_size autotuning checkpoint comms_logger communication_data_type
+    csv_monitor disable_allgather dump_state flops_profiler fp32_allreduce memory_breakdown
     prescale_gradients steps_per_print tensorboard use_node_local_storage wall_clock_breakdown wandb
     zero_allow_untested_optimizer zero_force_ds_cpu_optimizer compile timers""".split()
 )
@@ -35,7 +35,6 @@ UNUSED = frozenset(
 REFUSED = {
     "amp": "use fp16 or bf16",
     "torch_autocast": "use fp16 or bf16",
-    "checkpoint": "checkpoints have one format here",
     "compression_training": "not built yet",
     "curriculum_learning": "not built yet",
     "data_efficiency": "not built yet",
@@ -74,7 +73,6 @@ class Section(BaseModel):
 
 class Fp16(Section):
     enabled: bool = Field(False, description="train with fp16 weights and gradients (`fp16: true` for short)")
-    loss_scale: float = Field(0.0, ge=0, description="static loss scale; 0 = dynamic")
     initial_scale_power: int = Field(16, ge=0, le=24, description="a dynamic scale starts at 2 to this power")
     loss_scale_window: int = Field(1000, gt=0, lt=2**24, description="clean steps until a dynamic scale doubles")
     hysteresis: int = Field(2, gt=0, lt=2**24, description="overflows until a dynamic scale halves")
@@ -111,16 +109,15 @@ class OptimizerSection(Section):
 class SchedulerParams(Section):
     warmup_min_lr: float = Field(0.0, ge=0, description="learning rate at the start of the warm-up")
     warmup_max_lr: float | None = Field(None, gt=0, description="after it; default: the optimizer's lr")
-    warmup_num_steps: int | None = Field(None, ge=0, description="as num_warmup_steps")
-    total_num_steps: int | None = Field(None, gt=0, description="as num_train_steps")
     warmup_type: Literal["log", "linear"] = Field("log", description="shape of the warm-up")
     cos_min_ratio: float = Field(0.0001, ge=0, le=1, description="WarmupCosineLR ends at this share of the peak")
     warmup_min_ratio: float = Field(0.0, ge=0, le=1, description="WarmupCosineLR starts at this share of the peak")
 
 
 class SchedulerSection(Section):
-    type: Literal["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"] = Field(
-        description="after the warm-up: constant, linear to zero, or cosine"
+    type: Literal["WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "WarmupCosine"] = Field(
+        description="DeepSpeed's (after the warm-up constant, linear, cosine), or the trainer's: a linear warm-up from "
+        "the first step on, then a cosine to a tenth"
     )
     params: SchedulerParams = Field(default_factory=SchedulerParams, description="its settings")
 
@@ -141,7 +138,7 @@ class Config(Section):
     )
     train_micro_batch_size: int | None = Field(None, gt=0, lt=2**31, description="sequences a forward pass, one rank")
     gradient_accumulation_steps: int | None = Field(
-        None, gt=0, lt=2**31, description="micro-batches an optimizer step; in the trainer, of one process (see below)"
+        None, gt=0, lt=2**31, description="micro-batches an optimizer step; in the trainer, of one process"
     )
     train_sequence_length: int = Field(512, gt=1, lt=2**31, description="tokens a sequence")
     fp16: Fp16 | None = Field(None, description="true, false or a section: fp16 weights and gradients")
@@ -167,12 +164,12 @@ class Config(Section):
     optimizer: OptimizerSection | None = Field(None, description="which optimizer; the trainer's is AdamW")
     scheduler: SchedulerSection | None = Field(
         None,
-        description="learning rate over time, as in DeepSpeed; the trainer's is a linear warm-up, then a cosine to a "
-        "tenth",
+        description="learning rate over time; the trainer's is WarmupCosine",
     )
     gradient_clipping: float | None = Field(
         None, ge=0, description="clip to this global norm; 0 = off; the trainer's default is 1.0"
     )
+    dataloader_drop_last: bool = Field(False, description="`initialize`'s loader leaves out a last, smaller batch")
     data_types: DataTypes = Field(default_factory=DataTypes, description="")
     zero_optimization: Zero = Field(default_factory=Zero, description="")
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, data order and dropout")
@@ -211,9 +208,7 @@ def trainer_defaults(config: Config) -> Config:
             config.num_warmup_steps,
             config.num_train_steps,
         )
-    config.scheduler = config.scheduler or SchedulerSection(
-        type="WarmupCosineLR", params=SchedulerParams(warmup_type="linear", cos_min_ratio=0.1)
-    )
+    config.scheduler = config.scheduler or SchedulerSection(type="WarmupCosine")
     return config
 
 
@@ -280,7 +275,7 @@ def load(data: dict[str, Any]) -> Config:
     except ValidationError as error:
         raise ConfigError(_one_line(error, spelled)) from None
     if unused:
-        log.info("configuration keys without effect here: %s", ", ".join(unused))
+        log.warning("configuration keys without effect here: %s", ", ".join(unused))
     _check(config)
     return config
 
@@ -346,7 +341,7 @@ def _refuse(key: str, value: Any, why: str) -> None:
         isinstance(value, dict) and (value.get("enabled") is False or value.get("device") == "none")
     )
     if not off:
-        raise ConfigError(f"{key}: would change the result and is not supported: {why}; take it out")
+        raise ConfigError(f"{key}: is not supported, and cannot be ignored: {why}; take it out")
 
 
 def _unify(data: dict[str, Any]) -> dict[str, str]:
@@ -444,8 +439,6 @@ def table() -> str:
         for name, field, section in _fields(model):
             key = prefix + name
             same = [".".join(SPELLINGS[key])] if key in SPELLINGS else []
-            if any(key == ".".join(spelling) for spelling in SPELLINGS.values()):
-                continue  # stands beside its flat spelling
             if section and not field.description:
                 add(section, key + ".")
                 continue

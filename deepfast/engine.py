@@ -102,12 +102,10 @@ class Engine(nn.Module):
             chosen = self.config.optimizer.params.model_dump(
                 include={"lr", "betas", "eps", "weight_decay", "amsgrad"}, exclude_none=True
             )
-            optimizer = AdamW(parameters, **chosen)
+            optimizer = AdamW(parameters, **{"weight_decay": 0.0, **chosen})  # DeepSpeed's default
         elif type(optimizer) is torch.optim.AdamW and not optimizer.state:
-            log.info("torch.optim.AdamW is replaced by deepfast.AdamW: the same update, in one pass")
-            # The very same group dicts: a scheduler that was made for the old optimizer keeps steering.
-            optimizer._opt_called = True  # type: ignore[attr-defined]  # so that it does not miss the old one's steps
-            optimizer = AdamW(optimizer.param_groups, **{k: optimizer.defaults[k] for k in ("lr", "betas", "eps")})
+            log.warning("torch.optim.AdamW is replaced by deepfast.AdamW: the same update, in one pass")
+            optimizer = _replacement(optimizer)
         if isinstance(optimizer, Optimizer):
             optimizer._measure_norm = True
             optimizer.max_grad_norm = clip or optimizer.max_grad_norm
@@ -172,10 +170,12 @@ class Engine(nn.Module):
 
     def _optimizer_step(self) -> None:
         optimizer = self.optimizer
+        if self._backwards == 0:
+            raise RuntimeError("step(): there was no backward() since the last optimizer step")
         divisor = 1.0
         if self._sums is not None:
             if self.world_size > 1:
-                self._sums.reduce(None)
+                self._sums.reduce()
             divisor = self._sums.divisor(self.gradient_accumulation_steps() * self.world_size)
             self._sums.hand_over()
         step = self._fused_step if isinstance(optimizer, Optimizer) else self._foreign_step
@@ -258,6 +258,32 @@ class Engine(nn.Module):
     @property
     def skipped_steps(self) -> int:
         return self._skipped
+
+    @property
+    def local_rank(self) -> int:
+        return int(os.environ.get("LOCAL_RANK", "0"))
+
+    @property
+    def global_rank(self) -> int:
+        return self.rank
+
+    @property
+    def global_samples(self) -> int:
+        """Samples in all optimizer steps so far."""
+        return self.global_steps * self.train_batch_size()
+
+    def fp16_enabled(self) -> bool:
+        return self.dtype == torch.float16
+
+    def bfloat16_enabled(self) -> bool:
+        return self.dtype == torch.bfloat16
+
+    def zero_optimization(self) -> bool:
+        """Whether states are sharded: not built yet."""
+        return False
+
+    def zero_optimization_stage(self) -> int:
+        return 0
 
     def train_batch_size(self) -> int:
         return self.config.batch_triple()[0]
@@ -413,6 +439,18 @@ class Engine(nn.Module):
             dist.barrier()
 
 
+def _replacement(theirs: torch.optim.AdamW) -> AdamW:
+    """deepfast.AdamW in the place of torch's: its very group dicts and hooks, so whoever steers it goes on doing so."""
+    defaults = {k: v for k, v in theirs.defaults.items() if k not in ("decoupled_weight_decay", "fused", "foreach")}
+    for group in theirs.param_groups:
+        group["fused"] = group["foreach"] = None
+    ours = AdamW(theirs.param_groups, **defaults)
+    ours._optimizer_step_pre_hooks = theirs._optimizer_step_pre_hooks
+    ours._optimizer_step_post_hooks = theirs._optimizer_step_post_hooks
+    theirs._opt_called = True  # type: ignore[attr-defined]  # so that its scheduler does not miss its steps
+    return ours
+
+
 def _without_callables(value: Any) -> Any:
     """A scheduler's state without its functions, which are no state."""
     if isinstance(value, dict):
@@ -503,5 +541,6 @@ def initialize(
             shuffle=sampler is None and not whole,
             sampler=sampler,
             collate_fn=collate_fn,
+            drop_last=given.dataloader_drop_last,
         )
     return engine, engine.optimizer, loader, engine.lr_scheduler

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from deepfast import build, reference
+from deepfast.errors import ConfigError
 
-BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
+BACKENDS = ("auto", "cpu", "reference")
 KERNEL_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
 LIBRARY: Path | None = None
@@ -40,10 +41,12 @@ else:
 
 
 def forced(backend: str = "auto") -> str:
-    """``backend``, or where that is "auto" what ``$DEEPFAST_BACKEND`` says."""
+    """``backend``, or where that is "auto" what ``$DEEPFAST_BACKEND`` says. Raises ConfigError for an unknown one."""
     chosen = os.environ.get("DEEPFAST_BACKEND", "auto") if backend == "auto" else backend
+    if chosen in ("cuda", "triton"):
+        raise ConfigError(f"deepfast: backend {chosen!r} is not built yet: choose one of {', '.join(BACKENDS)}")
     if chosen not in BACKENDS:
-        raise ValueError(f"deepfast: unknown backend {chosen!r}: choose one of {', '.join(BACKENDS)}")
+        raise ConfigError(f"deepfast: unknown backend {chosen!r}: choose one of {', '.join(BACKENDS)}")
     return chosen
 
 
@@ -67,8 +70,6 @@ def select(backend: str, device: torch.device, *dtypes: torch.dtype) -> Any:
     """
     if backend == "reference":
         return reference
-    if backend in ("cuda", "triton"):
-        raise RuntimeError(f"deepfast: backend={backend!r} is not built yet: use 'auto', 'cpu' or 'reference'")
     if backend == "cpu":
         if device.type != "cpu":
             raise RuntimeError(f"deepfast: backend='cpu' was asked for a parameter on {device}")

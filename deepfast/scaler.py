@@ -175,6 +175,8 @@ class LossScaler:
             raise RuntimeError("a closure cannot be used while loss scaling is enabled")
         if id(optimizer) in self._stepped:
             raise RuntimeError("step() has already been called since the last update().")
+        if not _grads_of(optimizer):
+            raise RuntimeError("No inf checks were recorded for this optimizer: none of its parameters has a gradient.")
         if isinstance(optimizer, Optimizer):
             result, found = self._step_inside(optimizer, self._unscaled.get(id(optimizer)), **kwargs)
         else:

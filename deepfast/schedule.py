@@ -1,4 +1,7 @@
-"""Learning rate over time: DeepSpeed's three schedules as functions of the number of steps that were applied."""
+"""Learning rate over time, as a function of the number of steps that were applied.
+
+DeepSpeed's three schedules step for step (its first two steps both have the warm-up's lowest rate), and the trainer's.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ from deepfast.config import Config, SchedulerSection
 from deepfast.errors import ConfigError
 
 
-def warmup(step: int, steps: int, kind: str) -> float:
-    """Share of the peak after ``step`` of ``steps`` warm-up steps."""
-    if step >= steps:
-        return 1.0
-    return step / steps if kind == "linear" else math.log(step + 1) / math.log(max(steps, 2))
+def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
+    """A linear warm-up that begins to rise with the first step, then a cosine to a tenth."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+    return 0.1 + 0.9 * (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
 def factor(step: int, section: SchedulerSection, peak: float, warmup_steps: int, total_steps: int) -> float:
@@ -26,16 +30,25 @@ def factor(step: int, section: SchedulerSection, peak: float, warmup_steps: int,
         peak: the learning rate at 1.0, in which ``warmup_min_lr`` is expressed.
         total_steps: where a decay ends; not read by WarmupLR.
     """
-    params = section.params
-    if step < warmup_steps:
-        floor = params.warmup_min_ratio if section.type == "WarmupCosineLR" else params.warmup_min_lr / peak
-        return floor + (1.0 - floor) * warmup(step + 1, warmup_steps, params.warmup_type)
-    if section.type == "WarmupLR":
-        return 1.0
-    progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
-    if section.type == "WarmupDecayLR":
-        return 1.0 - progress
-    return params.cos_min_ratio + (1.0 - params.cos_min_ratio) * (1.0 + math.cos(math.pi * progress)) / 2.0
+    if section.type == "WarmupCosine":
+        return warmup_cosine(step, warmup_steps, total_steps)
+    params, warmup_steps = section.params, max(warmup_steps, 2)
+    cosine = section.type == "WarmupCosineLR"
+    floor = params.warmup_min_ratio if cosine else params.warmup_min_lr / peak
+    position = max(step - 1, 0)  # DeepSpeed counts from -1
+    if position < warmup_steps:
+        linear = params.warmup_type == "linear"
+        share = position / warmup_steps if linear else math.log(position + 1) / math.log(warmup_steps)
+    elif section.type == "WarmupLR":
+        share = 1.0
+    else:
+        left = max(total_steps - warmup_steps, 1)
+        if cosine:
+            progress = min((position - warmup_steps + 1) / left, 1.0)
+            floor, share = params.cos_min_ratio, (1.0 + math.cos(math.pi * progress)) / 2.0
+        else:
+            share = max((total_steps - position) / left, 0.0)
+    return floor + (1.0 - floor) * share
 
 
 def from_config(config: Config, optimizer: torch.optim.Optimizer) -> LambdaLR | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,15 +50,15 @@ class GradientSums:
         backend = ops.select(ops.forced(), self.flat.device, *(g.dtype for g in grads))
         backend.accumulate_([self.sums[i] for i in chosen], grads, weight, overwrite)
 
-    def reduce(self, group: Any) -> None:
-        """Sums over the ranks of ``group``."""
+    def reduce(self) -> None:
+        """Sums over all ranks."""
         for total, present in zip(self.sums, self.present, strict=True):
             if not present:
                 total.zero_()
         self.tail.copy_(torch.tensor([*map(float, self.present), self.weight, float(bool(self.weighted))]))
-        dist.all_reduce(self.flat, group=group)
+        dist.all_reduce(self.flat)
         *ranks_with_gradient, self.weight, ranks_with_weight = self.tail.tolist()
-        if ranks_with_weight not in (0.0, float(dist.get_world_size(group))):
+        if ranks_with_weight not in (0.0, float(dist.get_world_size())):
             raise RuntimeError("backward(): give the micro-batches of every rank a weight, or of none")
         self.present = [ranks > 0 for ranks in ranks_with_gradient]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import logging
@@ -12,7 +11,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -68,6 +67,10 @@ def overridden(data: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     return data
 
 
+class _StoppedTwiceError(Exception):
+    """The user does not want to wait for the checkpoint."""
+
+
 class Stop:
     """Turns the first SIGINT or SIGTERM into a flag that the loop looks at between steps; a second one is final."""
 
@@ -84,8 +87,9 @@ class Stop:
 
     def _note(self, number: int, _: object) -> None:
         if self.signal:
-            raise KeyboardInterrupt
+            raise _StoppedTwiceError("stopped at once by a second signal: what came after the last checkpoint is lost")
         self.signal = number
+        print("\nstopping after this step, with a checkpoint (a second signal: at once, without)", file=sys.stderr)
 
     @property
     def exit_code(self) -> int:
@@ -96,19 +100,15 @@ class _SharedError(UserError):
     """One that rank 0 has raised, and prints."""
 
 
-@contextlib.contextmanager
-def _first_on_rank_0() -> Iterator[bool]:
-    """The block runs on rank 0 alone (yields True there); a UserError raised in it is raised on every rank."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
+def _on_rank_0(work: Callable[[], None]) -> None:
+    """Does ``work`` on rank 0, the others wait; a UserError raised in it is raised on every rank."""
     failure: list[str | None] = [None]
     error: UserError | None = None
-    if rank == 0:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            yield True
+            work()
         except UserError as raised:
             failure, error = [str(raised)], raised
-    else:
-        yield False
     if dist.is_initialized():
         dist.broadcast_object_list(failure, 0)
     if failure[0] is not None:
@@ -160,9 +160,7 @@ def _prepare_data(config: Config, run: Run, gpt2_config: Any, folder: Path | Non
         os.rename(staged / "data", run.data)
         shutil.rmtree(staged)
 
-    with _first_on_rank_0() as here:
-        if here:
-            prepare()
+    _on_rank_0(prepare)
     return gpt2.tokenizer(run.model), data.Sequences(run.data, config.train_sequence_length, config.seed)
 
 
@@ -303,11 +301,12 @@ class _BarHandler(logging.StreamHandler):
         tqdm.write(self.format(record), file=sys.stdout)
 
 
-def _require_extra() -> None:
-    needed = ("matplotlib", "numpy", "pyarrow", "tensorboard", "tokenizers", "tqdm", "transformers")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"{', '.join(missing)} not installed: pip install 'deepfast[train]'")
+EXTRA = ("matplotlib", "numpy", "pyarrow", "tensorboard", "tokenizers", "tqdm", "transformers")
+
+
+def missing_extra() -> list[str]:
+    """What the trainer needs and is not installed."""
+    return [name for name in EXTRA if importlib.util.find_spec(name) is None]
 
 
 def _refused(message: str, rank: str) -> int:
@@ -325,7 +324,8 @@ def main(argv: list[str] | None = None) -> int:
     log.setLevel(logging.INFO if rank == "0" else logging.ERROR)
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
-        _require_extra()
+        if missing := missing_extra():
+            raise UserError(f"{', '.join(missing)} not installed: pip install 'deepfast[train]'")
         data = overridden(configuration.read_json(options.config), options.set)
         return train(configuration.load(data), options.resume)
     except _SharedError:
@@ -334,6 +334,13 @@ def main(argv: list[str] | None = None) -> int:
         return _refused(str(error), rank)
     except OSError as error:  # a full disk, a name too long, a folder that went away
         return _refused(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", rank)
+    except _StoppedTwiceError as error:
+        print(f"ds_train.py: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+            return _refused("not enough memory: lower train_micro_batch_size or train_sequence_length", rank)
+        raise
     except KeyboardInterrupt:
         return 130
     finally:

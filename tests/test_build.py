@@ -312,3 +312,7 @@ def test_doctor(tmp_path):
     assert "none: install g++ or set CXX" in done.stdout
     assert "on a CPU       the reference" in done.stdout
     assert done.stderr == ""
+    done = run(sys.executable, "-m", "deepfast", "doctor", env={"DEEPFAST_BACKEND": "tpu"})
+    assert done.returncode == 0
+    assert "unknown backend 'tpu'" in done.stdout
+    assert "Lion is not built yet" in python("import deepfast; deepfast.Lion").stderr

@@ -13,7 +13,8 @@ from conftest import ROOT, run
 from torch import nn
 
 import deepfast
-from deepfast import checkpoint
+from deepfast import checkpoint, schedule
+from deepfast import config as configuration
 from deepfast.errors import ConfigError, UserError
 
 CONFIG = {"train_batch_size": 8, "gradient_accumulation_steps": 4, "optimizer": {"params": {"lr": 0.01}}}
@@ -53,7 +54,7 @@ def equal(a, b) -> bool:
 
 def test_accumulation_is_the_mean_of_the_micro_batches():
     e, plain = engine(), model()
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.0)
     for start in (0, 4, 8):
         data = batches(12)[start : start + 4]
         train(e, data)
@@ -74,7 +75,7 @@ def test_weights_are_normalized_over_the_step():
     data = [(x[:n], y[:n]) for (x, y), n in zip(batches(4, size=5), (5, 1, 3, 2), strict=True)]
     e, plain = engine(), model()
     train(e, data, weights=[5, 1.0, torch.tensor(3.0), 2])
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.0)
     x, y = (torch.cat(t) for t in zip(*data, strict=True))
     nn.functional.mse_loss(plain(x), y).backward()
     optimizer.step()
@@ -166,14 +167,14 @@ def test_the_scale_moves_and_the_schedule_waits_for_applied_steps():
         scales.append(e.loss_scale)
         lrs.append(e.get_lr()[0])
     assert scales == [16, 8, 4, 4, 8, 8]
-    assert lrs == pytest.approx([0.002, 0.002, 0.002, 0.003, 0.004, 0.005])
+    assert lrs == pytest.approx([0.0, 0.0, 0.0, 0.001, 0.002, 0.003])
     assert e.skipped_steps == 2
 
 
 def test_clipping():
     clipped = engine({"gradient_clipping": 1e-3, "gradient_accumulation_steps": 1})
     plain = model()
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.0)
     for x, y in batches(3):
         train(clipped, [(x, y)])
         optimizer.zero_grad()
@@ -183,6 +184,60 @@ def test_clipping():
         assert clipped.get_global_grad_norm() == pytest.approx(norm.item(), rel=1e-5)
     for p, q in zip(clipped.module.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"type": "WarmupLR", "params": {"warmup_min_lr": 0.1, "warmup_type": "linear"}},
+         [0.1, 0.1, 0.4, 0.7, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ({"type": "WarmupDecayLR", "params": {"warmup_min_lr": 0.1, "warmup_type": "linear"}},
+         [0.1, 0.1, 0.4, 0.7, 1.0, 0.7, 0.4, 0.1, 0.1]),
+        ({"type": "WarmupLR", "params": {}}, [0.0, 0.0, 0.63093, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ({"type": "WarmupCosineLR", "params": {"cos_min_ratio": 0.2, "warmup_type": "linear"}},
+         [0.0, 0.0, 1 / 3, 2 / 3, 0.8, 0.4, 0.2, 0.2, 0.2]),
+        ({"type": "WarmupCosine"}, [1 / 3, 2 / 3, 1.0, 1.0, 0.775, 0.325, 0.1, 0.1, 0.1]),
+    ],
+)  # fmt: skip
+def test_schedules(section, expected):
+    """DeepSpeed's, by its formulas: 3 warm-up steps of 6, its iteration count one behind ours."""
+    parsed = configuration.SchedulerSection.model_validate(section)
+    got = [schedule.factor(step, parsed, 1.0, 3, 6) for step in range(9)]
+    assert got == pytest.approx(expected, abs=1e-5)
+
+
+def test_replacing_torchs_adamw_keeps_what_hangs_on_it():
+    m = model()
+    theirs = torch.optim.AdamW(m.parameters(), lr=0.5, weight_decay=0.5, amsgrad=True, fused=True)
+    seen = []
+    theirs.register_step_post_hook(lambda *_: seen.append(1))
+    e, optimizer, *_ = deepfast.initialize(model=m, optimizer=theirs, config=CONFIG)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    assert optimizer.param_groups[1]["weight_decay"] == 0.5
+    assert optimizer.param_groups[1]["amsgrad"]
+    train(e, batches(4))
+    assert seen == [1]
+
+
+def test_deepspeeds_defaults_and_questions():
+    e = engine({"optimizer": {"type": "Adam", "params": {"lr": 1e-3}}, "bf16": True, "dataloader_drop_last": True},
+               training_data=[(torch.zeros(6), torch.zeros(3))] * 9)  # fmt: skip
+    group = e.optimizer.param_groups[0]
+    assert (group["weight_decay"], group["betas"], group["eps"]) == (0.0, (0.9, 0.999), 1e-8)
+    assert (e.local_rank, e.global_rank, e.world_size, e.global_samples) == (0, 0, 1, 0)
+    assert (e.fp16_enabled(), e.bfloat16_enabled()) == (False, True)
+    assert (e.zero_optimization(), e.zero_optimization_stage()) == (False, 0)
+    for drop, count in ((True, 4), (False, 5)):
+        config = {**CONFIG, "dataloader_drop_last": drop}
+        data = [(torch.zeros(6), torch.zeros(3))] * 9
+        assert len(deepfast.initialize(model=model(), training_data=data, config=config)[2]) == count
+
+
+def test_a_step_without_a_backward_is_refused():
+    e = engine({"gradient_accumulation_steps": 1})
+    with pytest.raises(RuntimeError, match="no backward"):
+        e.step()
+    assert e.global_steps == 0
 
 
 def test_initialize_takes_what_deepspeeds_does(tmp_path, caplog):
@@ -313,8 +368,6 @@ def test_no_sync_and_zero_grad():
     with torch.no_grad():
         assert not any(e._sums.present)
     assert equal(before, state(e))
-    e.step()
-    assert e.is_gradient_accumulation_boundary()
 
 
 def test_parameters_without_a_gradient_are_left_alone():
@@ -393,22 +446,22 @@ def test_what_the_configuration_says_holds_after_loading(tmp_path):
             {
                 "gradient_accumulation_steps": 1,
                 "optimizer": {"params": {"lr": lr, "weight_decay": weight_decay}},
-                "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 0, "total_num_steps": steps}},
+                "scheduler": {"type": "WarmupCosine", "params": {"warmup_num_steps": 0, "total_num_steps": steps}},
                 "fp16": {"enabled": True, **more},
             }
         )
 
     first = configured(0.01, 10, 0.1, initial_scale_power=4)
     train(first, batches(2))
-    assert first.get_lr() == [pytest.approx(0.008)]
+    assert first.get_lr() == [pytest.approx(0.01 * schedule.warmup_cosine(2, 0, 10))]
     first.save_checkpoint(tmp_path)
     second = configured(0.1, 20, 0.0, loss_scale=128.0)
     second.load_checkpoint(tmp_path)
-    assert second.get_lr() == [pytest.approx(0.09)]
+    assert second.get_lr() == [pytest.approx(0.1 * schedule.warmup_cosine(2, 0, 20))]
     assert second.optimizer.param_groups[0]["weight_decay"] == 0.0
     assert second.loss_scale == 128.0
     train(second, batches(1))
-    assert second.get_lr() == [pytest.approx(0.085)]
+    assert second.get_lr() == [pytest.approx(0.1 * schedule.warmup_cosine(3, 0, 20))]
     third = configured(0.01, 10, 0.1, initial_scale_power=8)
     third.load_checkpoint(tmp_path)
     assert third.loss_scale == 16.0, "a dynamic scale goes on from where it was"

@@ -291,6 +291,8 @@ def test_order_of_calls_is_checked():
     scaler = deepfast.LossScaler()
     with pytest.raises(RuntimeError, match="No inf checks"):
         scaler.update()
+    with pytest.raises(RuntimeError, match="none of its parameters has a gradient"):
+        scaler.step(optimizer)
     backward(scaler, p)
     scaler.unscale_(optimizer)
     with pytest.raises(RuntimeError, match="already been called"):

@@ -207,7 +207,23 @@ def test_sigterm_saves_and_a_second_signal_is_final(place):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 143
     assert "Traceback" not in err
+    assert "stopping after this step, with a checkpoint" in err
     assert (place / "output" / "checkpoints" / "latest").exists()
+    shutil.rmtree(place / "output")
+    # Steps long enough for a second signal to come within one.
+    configure(place, num_train_steps=10, train_batch_size=20_000, train_micro_batch_size=20)
+    process = start(place)
+    deadline = time.monotonic() + 120
+    while not (place / "output" / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    time.sleep(0.3)
+    process.terminate()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "stopped at once by a second signal" in err.splitlines()[-1]
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("changes", [{"num_train_steps": 4}, {"num_train_steps": 4, "fp16": None}])
@@ -373,6 +389,16 @@ def test_a_full_disk_is_one_line(place):
     assert done.returncode == 2
     assert "step3: cannot be written: No space left on device" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_too_little_memory_is_one_line(place):
+    tiny = json.loads((place / "tiny" / "config.json").read_text())
+    (place / "tiny" / "config.json").write_text(json.dumps({**tiny, "n_positions": 10**9}))
+    assert "not enough memory" in says_one_line(train(place))
+
+
+def test_an_unknown_backend_is_one_line(place):
+    assert "unknown backend 'tpu'" in says_one_line(train(place, DEEPFAST_BACKEND="tpu"))
 
 
 def test_errors_of_one_rank_are_seen(place):

@@ -1,9 +1,9 @@
 // fp16 and bf16 as bit patterns: how a value is stored, never what it means. Load decodes to fp32, store encodes.
 //
-// Two rules of rounding. `nearest_even` is torch's and overflows to infinity. `master` is for a weight whose fp32 value
-// is kept elsewhere: it saturates at the largest finite value, and bf16 rounds half away from zero, so that a 16-bit
-// remainder can represent the difference exactly (round-half-even cannot: an even bf16 has 65,537 fp32 preimages).
-// Infinities and NaN stay what they are under both.
+// Two rules of rounding. `nearest_even` is torch's and overflows to infinity. `from_master` is for a weight whose fp32
+// value is kept elsewhere: it saturates at the largest finite value, and bf16 rounds half away from zero, so that a
+// 16-bit remainder can represent the difference exactly (round-half-even cannot: an even bf16 has 65,537 fp32
+// preimages). Infinities and NaN stay what they are under both.
 #pragma once
 
 #include "../math/numeric.h"
@@ -41,7 +41,7 @@ struct Fp16 {
     return over ? from_bits((to_bits(x) & kSign) | 0x477fe000u) : x;
   }
 
-  static DF_INLINE uint16_t master(float x) { return nearest_even(saturate(x)); }
+  static DF_INLINE uint16_t from_master(float x) { return nearest_even(saturate(x)); }
 };
 
 struct Bf16 {
@@ -53,7 +53,7 @@ struct Bf16 {
     return static_cast<uint16_t>((bits & ~kSign) > kInfinity ? (bits >> 16) | 0x40u : rounded);
   }
 
-  static DF_INLINE uint16_t master(float x) {
+  static DF_INLINE uint16_t from_master(float x) {
     const uint32_t bits = to_bits(x), magnitude = bits & ~kSign;
     uint32_t rounded = (magnitude + 0x8000u) >> 16;
     rounded = rounded > 0x7f7fu ? 0x7f7fu : rounded;                        // saturate

@@ -53,7 +53,7 @@ inline void encode_fp16(const float* __restrict src, uint16_t* __restrict dst, i
                      _mm256_cvtps_ph(_mm256_load_ps(staged), _MM_FROUND_TO_NEAREST_INT));
   }
 #endif
-  for (; i < n; ++i) dst[i] = kSaturate ? Fp16::master(src[i]) : Fp16::nearest_even(src[i]);
+  for (; i < n; ++i) dst[i] = kSaturate ? Fp16::from_master(src[i]) : Fp16::nearest_even(src[i]);
 }
 
 // The block as fp32: in place where it is fp32 already, else decoded into `staging`.
@@ -88,7 +88,7 @@ inline void encode(const float* __restrict src, void* dst, DType dtype, int64_t 
   if (dtype == DType::kFloat16) {
     master ? encode_fp16<true>(src, half, n) : encode_fp16<false>(src, half, n);
   } else if (master) {
-    for (int64_t i = 0; i < n; ++i) half[i] = Bf16::master(src[i]);
+    for (int64_t i = 0; i < n; ++i) half[i] = Bf16::from_master(src[i]);
   } else {
     for (int64_t i = 0; i < n; ++i) half[i] = Bf16::nearest_even(src[i]);
   }

@@ -5,7 +5,7 @@
 
 namespace deepfast {
 
-// Lies in a tensor of three fp32 values beside the optimizer's state.
+// Lies in a tensor of three fp32 values.
 struct StepRecord {
   float multiplier;  // what every gradient is multiplied by: clip coefficient / gradient scale
   float found_inf;   // > 0: this step writes nothing but the gradient reset

@@ -86,6 +86,7 @@ class Optimizer(torch.optim.Optimizer):
         self.max_grad_norm = max_grad_norm
         self.reset_grad = reset_grad
         self.backend = ops.forced(backend)
+        self._versions: dict[Tensor, int] = {}  # of 16-bit parameters, after the last step
         super().__init__(params, defaults)
 
     # What a subclass says of itself.
@@ -108,7 +109,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """torch keeps only defaults, state and groups of an optimizer that is copied or pickled; we have options."""
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in _OPTIONS}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _OPTIONS}, "_versions": {}}
 
     # State.
 
@@ -153,18 +154,16 @@ class Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def refresh_master(self) -> None:
-        """Takes over parameters that were written from outside, by ``model.load_state_dict`` say."""
+        """Takes over parameters that were written from outside.
+
+        In-place writes (``model.load_state_dict``, ``p.clamp_()``) are noticed at the next step by themselves; those
+        past autograd's eyes (``p.data``) are not.
+        """
         for p, state in self.state.items():
             if "master" in state:
-                state["master"].copy_(p)
-
-    def state_dict(self, *, compact: bool = False) -> dict[str, Any]:
-        """torch's state_dict, with a ``master`` for each 16-bit parameter; loads into torch's optimizer of this name.
-
-        Args:
-            compact: keep the storage form. All forms there are so far are the same either way.
-        """
-        return super().state_dict()
+                master = state["master"]
+                # Only where they differ: what the master knows beyond 16 bits stays.
+                master.copy_(torch.where(reference.round_master(master, p.dtype) == p, master, p.float()))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads our state_dict or torch's, in place and without loss.
@@ -283,13 +282,14 @@ class Optimizer(torch.optim.Optimizer):
             for launch in launches:
                 for grad in launch.lazy:
                     grad.zero_()
+        self._versions = {p: p._version for launch in launches for p in launch.params if p.dtype in HALF}
         return loss
 
     def _launches(self) -> list[_Launch]:
         """The parameters that have a gradient, by backend, device and rule; their state made where it is missing."""
         launches: dict[Any, _Launch] = {}
         kinds: dict[Any, _Launch] = {}  # most parameters are of a kind already seen
-        fresh = []
+        fresh, written = [], False
         for index, group in enumerate(self.param_groups):
             rule, moments = self._rule(group), self._moments(group)
             backend_name = "reference" if group.get("fused") is False else self.backend
@@ -311,6 +311,8 @@ class Optimizer(torch.optim.Optimizer):
                 state = self.state.get(p)
                 if not state or moments[-1] not in state or ("master" in state) != self._keeps_master(p):
                     fresh.append((p, group))
+                elif self._versions.get(p, p._version) != p._version:
+                    written = True
                 if grad.is_neg():  # a lazy view: its memory holds the opposite
                     launch.lazy.append(grad)
                     grad = grad.resolve_neg()
@@ -318,6 +320,8 @@ class Optimizer(torch.optim.Optimizer):
                 launch.grads.append(grad)
                 launch.groups.append(index)
         self._init_state(fresh)
+        if written:
+            self.refresh_master()
         return list(launches.values())
 
     def _decide(self, launches: Sequence[_Launch]) -> dict[torch.device, Tensor]:
