@@ -196,12 +196,8 @@ class Engine(nn.Module):
 
     def _fused_step(self, optimizer: Any, divisor: float) -> Tensor | None:
         """Unscales, checks, clips and updates in one pass. Returns the gradients' norm."""
-        if divisor != 1.0:
-            optimizer.grad_scale = torch.tensor(divisor, device=self.device)
-        try:
+        with optimizer._scaled(None if divisor == 1.0 else torch.tensor(divisor, device=self.device)):
             self.scaler.step(optimizer)
-        finally:
-            optimizer.__dict__.pop("grad_scale", None)
         return optimizer.grad_norm
 
     def _foreign_step(self, optimizer: torch.optim.Optimizer, divisor: float) -> Tensor | None:

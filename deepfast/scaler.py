@@ -191,21 +191,12 @@ class LossScaler:
 
     def _step_inside(self, optimizer: Optimizer, unscaled: Tensor | None, **kwargs: Any) -> tuple[Any, Tensor]:
         """The optimizer unscales, checks and skips in its own pass. Returns what it returned, and found_inf."""
-        factor = getattr(optimizer, "grad_scale", None)  # the user's own, as with GradScaler
-        grads = _grads_of(optimizer)
-        home = grads[0].device if grads else torch.device("cpu")
+        home = _grads_of(optimizer)[0].device
+        scale = getattr(optimizer, "grad_scale", None)  # the engine's, or the user's as with GradScaler
         if unscaled is None:
-            scale = self._scale_used(home)
-            optimizer.grad_scale = scale if factor is None else scale * factor
-        optimizer.found_inf = unscaled
-        optimizer._check_finite = unscaled is None
-        try:
+            scale = self._scale_used(home) if scale is None else self._scale_used(home) * scale
+        with optimizer._scaled(scale, found_inf=unscaled, check_finite=unscaled is None):
             result = optimizer.step(**kwargs)
-        finally:
-            for name in ("grad_scale", "found_inf", "_check_finite"):
-                optimizer.__dict__.pop(name, None)
-            if factor is not None:
-                optimizer.grad_scale = factor
         decided = optimizer._found_inf
         return result, torch.zeros((), dtype=torch.float32, device=home) if decided is None else decided
 

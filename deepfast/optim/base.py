@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,10 +55,10 @@ class Optimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     grad_norm: Tensor | None = None
-    grad_scale: Tensor  # there only while a scaler has set them
+    grad_scale: Tensor | None  # there only while a scaler has set them
     found_inf: Tensor | None
     _measure_norm = False  # set by deepfast.Engine: fill grad_norm even where nothing clips
-    _check_finite = False  # set by deepfast.LossScaler around a step: find non-finite gradients, and skip it
+    _check_finite = False  # see _scaled
     _found_inf: Tensor | None = None  # what the last step decided
 
     def __init__(
@@ -245,6 +246,25 @@ class Optimizer(torch.optim.Optimizer):
                     self.state[p][key] = value.clone() if isinstance(value, Tensor) else value
 
     # The step.
+
+    @contextlib.contextmanager
+    def _scaled(
+        self, grad_scale: Tensor | None, found_inf: Tensor | None = None, check_finite: bool = False
+    ) -> Iterator[None]:
+        """A step inside the block unscales its gradients, and is skipped where ``found_inf`` > 0.
+
+        check_finite: it also looks for non-finite gradients itself, and is skipped where it finds one. The first two
+        are the attributes by which torch's GradScaler says the same.
+        """
+        outer = self.__dict__.copy()
+        self.__dict__.update(grad_scale=grad_scale, found_inf=found_inf, _check_finite=check_finite)
+        try:
+            yield
+        finally:
+            for name in ("grad_scale", "found_inf", "_check_finite"):
+                self.__dict__.pop(name, None)
+                if name in outer:
+                    self.__dict__[name] = outer[name]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
