@@ -479,6 +479,14 @@ def test_in_place_writes_from_outside_are_noticed(dtype, backend):
     # What was not written keeps what only the master knows.
     assert torch.equal(optimizer.state[model.weight]["master"][20:], masters[0][20:])
     assert torch.equal(optimizer.state[model.bias]["master"], masters[1])
+    for p in model.parameters():  # also of a parameter that a step in between has left out
+        p.grad = None
+    other = nn.Parameter(torch.ones(3))
+    other.grad = torch.ones(3)
+    optimizer.add_param_group({"params": [other]})
+    optimizer.step()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
     model.load_state_dict({k: torch.full_like(v, 2.0) for k, v in model.state_dict().items()})
     optimizer.step()
     assert all((p == 2.0).all() for p in model.parameters())

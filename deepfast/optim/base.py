@@ -302,7 +302,7 @@ class Optimizer(torch.optim.Optimizer):
             for launch in launches:
                 for grad in launch.lazy:
                     grad.zero_()
-        self._versions = {p: p._version for launch in launches for p in launch.params if p.dtype in HALF}
+        self._versions.update((p, p._version) for launch in launches for p in launch.params if p.dtype in HALF)
         return loss
 
     def _launches(self) -> list[_Launch]:
@@ -331,8 +331,8 @@ class Optimizer(torch.optim.Optimizer):
                 state = self.state.get(p)
                 if not state or moments[-1] not in state or ("master" in state) != self._keeps_master(p):
                     fresh.append((p, group))
-                elif self._versions.get(p, p._version) != p._version:
-                    written = True
+                elif "master" in state and self._versions.get(p, p._version) != p._version:
+                    written = True  # from outside, since the last step
                 if grad.is_neg():  # a lazy view: its memory holds the opposite
                     launch.lazy.append(grad)
                     grad = grad.resolve_neg()
