@@ -159,19 +159,18 @@ class Engine(nn.Module):
         """At a gradient accumulation boundary, reduces the gradients and steps the optimizer; before it, only counts.
 
         Raises:
-            RuntimeError: inside ``no_sync``.
+            RuntimeError: inside ``no_sync``, and at a boundary without a ``backward`` before it.
         """
         if not self._sync:
             raise RuntimeError("step() must not be called inside no_sync()")
-        boundary = self.is_gradient_accumulation_boundary()
-        self.micro_steps += 1
-        if boundary:
+        if self.is_gradient_accumulation_boundary():
+            if self._backwards == 0:
+                raise RuntimeError("step(): there was no backward() since the last optimizer step")
             self._optimizer_step()
+        self.micro_steps += 1
 
     def _optimizer_step(self) -> None:
         optimizer = self.optimizer
-        if self._backwards == 0:
-            raise RuntimeError("step(): there was no backward() since the last optimizer step")
         divisor = 1.0
         if self._sums is not None:
             if self.world_size > 1:

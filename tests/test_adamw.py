@@ -213,6 +213,20 @@ def test_overlapping_parameters_are_refused():
         deepfast.AdamW([p]).step()
 
 
+def test_dtensor_parameters_are_refused(tmp_path):
+    from torch import distributed as dist
+    from torch.distributed.tensor import distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        p = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh))
+        with pytest.raises(ValueError, match="DTensor parameters are not built yet"):
+            deepfast.AdamW([nn.Parameter(torch.ones(3)), p])
+    finally:
+        dist.destroy_process_group()
+
+
 def test_sparse_gradients_are_refused():
     layer = nn.Embedding(10, 3, sparse=True)
     layer(torch.tensor([1])).sum().backward()

@@ -237,7 +237,7 @@ def test_a_step_without_a_backward_is_refused():
     e = engine({"gradient_accumulation_steps": 1})
     with pytest.raises(RuntimeError, match="no backward"):
         e.step()
-    assert e.global_steps == 0
+    assert (e.global_steps, e.micro_steps) == (0, 0)
 
 
 def test_initialize_takes_what_deepspeeds_does(tmp_path, caplog):

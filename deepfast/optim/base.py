@@ -121,6 +121,8 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._check(self.param_groups[-1])
+            if any(hasattr(p, "to_local") for p in self.param_groups[-1]["params"]):
+                raise ValueError("deepfast: DTensor parameters are not built yet: use torch's optimizer for this model")
             _check_not_differentiable(self.param_groups[-1])
         except Exception:
             self.param_groups.pop()
