@@ -18,7 +18,7 @@ struct Span {
   void* grad;                  // [numel] grad_dtype
   float* master;               // [numel] the parameter's fp32 value where param_dtype is 16 bits wide, or null
   float* moment[kMaxMoments];  // [numel] each, as many as the rule keeps
-  float* step;                 // [1] this parameter's step count
+  float* step;                 // [1] this parameter's step count, where the rule counts
   int64_t numel;
   int32_t group;  // row of the hyperparameter table
   DType param_dtype;

@@ -10,24 +10,35 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from deepfast.engine import Engine, add_config_arguments, initialize
-    from deepfast.optim import AdamW
+    from deepfast.optim import LAMB, SGD, Adagrad, Adam, AdamW, Lion
     from deepfast.ranks import init_distributed
     from deepfast.scaler import LossScaler
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "AdamW": "deepfast.optim",
+    **dict.fromkeys(("Adam", "AdamW", "SGD", "Lion", "LAMB", "Adagrad"), "deepfast.optim"),
     "LossScaler": "deepfast.scaler",
     "Engine": "deepfast.engine",
     "initialize": "deepfast.engine",
     "init_distributed": "deepfast.ranks",
     "add_config_arguments": "deepfast.engine",
 }
-__all__ = ["AdamW", "Engine", "LossScaler", "add_config_arguments", "init_distributed", "initialize"]
+__all__ = [
+    "LAMB",
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Engine",
+    "Lion",
+    "LossScaler",
+    "add_config_arguments",
+    "init_distributed",
+    "initialize",
+]
 
-
-_NOT_YET = frozenset(("Adam", "SGD", "Lion", "LAMB", "Adagrad", "comm", "step_in_backward"))
+_NOT_YET = frozenset(("comm", "step_in_backward"))
 
 
 def __getattr__(name: str):

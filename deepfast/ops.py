@@ -1,13 +1,14 @@
 """Which code runs: finds or compiles the kernels on import and hands out backends.
 
-A backend is a module-like object with the functions of :mod:`deepfast.reference`: ``torch.ops.deepfast`` for the
-compiled kernels, :mod:`deepfast.reference` itself where there are none.
+A backend is an object with the functions of :mod:`deepfast.reference` and its ``Plan``: ``native`` for the compiled
+kernels, :mod:`deepfast.reference` itself where there are none.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ BACKENDS = ("auto", "cpu", "reference")
 KERNEL_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
 LIBRARY: Path | None = None
+native: Any = None
+"""The compiled operators (``torch.ops.deepfast``) and ``Plan`` (``torch.classes.deepfast``), if there are any."""
 BUILD_ERROR: str | None = None
 """Why there are no compiled kernels, if there are none."""
 
@@ -38,6 +41,10 @@ else:
     for _name in ("decide_", "step_", "accumulate_", "scaler_update_"):
         torch.library.register_fake(f"deepfast::{_name}", lambda *args, **kwargs: None)
     torch.library.register_fake("deepfast::statistics", lambda grads: torch.empty(2, dtype=torch.float64))
+    _OPERATORS = ("statistics", "decide_", "step_", "accumulate_", "scaler_update_")
+    native = types.SimpleNamespace(
+        Plan=torch.classes.deepfast.Plan, **{name: getattr(torch.ops.deepfast, name) for name in _OPERATORS}
+    )
 
 
 def forced(backend: str = "auto") -> str:
@@ -78,5 +85,5 @@ def select(backend: str, device: torch.device, *dtypes: torch.dtype) -> Any:
     if device.type != "cpu":
         _warn_reference(device.type)
     if device.type == "cpu" and LIBRARY is not None and KERNEL_DTYPES.issuperset(dtypes):
-        return torch.ops.deepfast
+        return native
     return reference

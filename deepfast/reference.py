@@ -1,14 +1,15 @@
 """Every operation in plain torch, in any dtype up to fp64 and complex.
 
 The oracle in tests, and what runs where no kernel does: slower, the same result to rounding. The functions have the
-names and arguments of ``torch.ops.deepfast``, so a backend is whichever of the two modules is asked. None of them
-reads a value back to the host.
+names and arguments of the compiled operators, so a backend is whichever of the two is asked (:mod:`deepfast.ops`).
+None of them reads a value back to the host.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,24 +80,216 @@ def _average(old: Tensor, weight: Tensor, *x: Tensor) -> None:
     old.copy_((old.double() * (1 - weight) + new).clamp_(max=torch.finfo(old.dtype).max))
 
 
-def _adamw(p: Tensor, g: Tensor, moments: list[Tensor], t: Tensor, hyper: Tensor) -> Tensor:
-    lr, beta1, beta2, eps, weight_decay = hyper.unbind()
-    m, v = moments[:2]
-    p = p * (1 - lr * weight_decay).to(p.dtype)
+def _penalized(g: Tensor, decay: Tensor, p: Tensor) -> Tensor:
+    """Weight decay as a penalty; an infinite parameter does no harm where there is none."""
+    return torch.where(decay == 0, g, g + decay.to(p.dtype) * p)
+
+
+def _adam_moments(g: Tensor, m: Tensor, v: Tensor, beta1: Tensor, beta2: Tensor) -> None:
     _average(m, 1 - beta1, g)
     _average(v, 1 - beta2, g, g)
-    v.add_(0 * g)
+    v.add_(0 * g)  # it stays finite; an infinite gradient still gives NaN
+
+
+def _adam(p: Tensor, g: Tensor, moments: list[Tensor], t: Tensor, hyper: Tensor) -> Tensor:
+    lr, beta1, beta2, eps, weight_decay, penalty = hyper.unbind()
+    m, v = moments[:2]
+    _adam_moments(_penalized(g, penalty, p), m, v, beta1, beta2)
     if len(moments) == 3:
         v = moments[2].copy_(torch.maximum(moments[2], v))
+    p = p * (1 - lr * weight_decay).to(p.dtype)
     denominator = v.sqrt() * (1 - beta2**t).rsqrt().to(p.dtype) + eps.to(p.dtype)
     return p - (lr / (1 - beta1**t)).to(p.dtype) * (m / denominator)
 
 
-# rule -> (how many moments it keeps, its formula)
-RULES: dict[str, tuple[int, Callable[[Tensor, Tensor, list[Tensor], Tensor, Tensor], Tensor]]] = {
-    "adamw": (2, _adamw),
-    "adamw_amsgrad": (3, _adamw),
+def _sgd(p: Tensor, g: Tensor, moments: list[Tensor], t: Tensor, hyper: Tensor) -> Tensor:
+    lr, momentum, dampening, penalty, nesterov = hyper.unbind()
+    g = _penalized(g, penalty, p)
+    if moments:
+        weight = torch.where(t == 1, 1.0, 1 - dampening).to(p.dtype)
+        buffer = moments[0].mul_(momentum.to(p.dtype)).add_(weight * g)
+        g = torch.where(nesterov != 0, g + momentum.to(p.dtype) * buffer, buffer)
+    return p - lr.to(p.dtype) * g
+
+
+def _lion(p: Tensor, g: Tensor, moments: list[Tensor], t: Tensor, hyper: Tensor) -> Tensor:
+    lr, beta1, beta2, weight_decay = hyper.unbind()
+    c = moments[0].clone()
+    _average(c, 1 - beta1, g)
+    _average(moments[0], 1 - beta2, g)
+    return p * (1 - lr * weight_decay).to(p.dtype) - lr.to(p.dtype) * torch.where(c.isnan(), c, c.sign())
+
+
+def _adagrad(p: Tensor, g: Tensor, moments: list[Tensor], t: Tensor, hyper: Tensor) -> Tensor:
+    lr, lr_decay, penalty, eps = hyper.unbind()
+    g = _penalized(g, penalty, p)
+    total = moments[0].add_(g * g)
+    return p - (lr / (1 + (t - 1) * lr_decay)).to(p.dtype) * (g / (total.sqrt() + eps.to(p.dtype)))
+
+
+def _lamb_direction(p: Tensor, g: Tensor, moments: list[Tensor], t: Tensor, hyper: Tensor) -> Tensor:
+    _, beta1, beta2, eps, weight_decay, _, _ = hyper.unbind()
+    m, v = moments
+    _adam_moments(g, m, v, beta1, beta2)
+    denominator = v.sqrt() * (1 - beta2**t).rsqrt().to(p.dtype) + eps.to(p.dtype)
+    return _penalized(m * (1 / (1 - beta1**t)).to(p.dtype) / denominator, weight_decay, p)
+
+
+def _lamb(p: Tensor, direction: Tensor, norms: Tensor, hyper: Tensor) -> Tensor:
+    lr, lower, upper = hyper[0], hyper[5], hyper[6]
+    length, unscaled = norms.sqrt().unbind()
+    phi = torch.minimum(torch.maximum(length, lower), upper)
+    ratio = torch.where((length > 0) & (unscaled > 0), phi / unscaled, 1.0)
+    return p - (lr * ratio).to(p.dtype) * direction
+
+
+def _version(p: Tensor) -> int:
+    return 0 if p.is_inference() else p._version
+
+
+class Rule(NamedTuple):
+    moments: int
+    # (parameter, gradient, moments, step count, hyperparameters) -> new parameter; the moments are updated in place
+    formula: Callable[[Tensor, Tensor, list[Tensor], Tensor, Tensor], Tensor]
+    counts_steps: bool = True
+    # Where norms of whole parameters are needed, the formula gives a direction, and this the new parameter:
+    # (parameter, direction, sums of squares of both, hyperparameters) -> new parameter
+    adapt: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
+
+
+RULES: dict[str, Rule] = {
+    "adam": Rule(2, _adam),
+    "adam_amsgrad": Rule(3, _adam),
+    "sgd": Rule(0, _sgd, counts_steps=False),
+    "sgd_momentum": Rule(1, _sgd),
+    "lion": Rule(1, _lion, counts_steps=False),
+    "lamb": Rule(2, _lamb_direction, adapt=_lamb),
+    "adagrad": Rule(1, _adagrad),
 }
+
+
+class Plan:
+    """An optimizer's parameters and their state, as the kernels' ``Plan`` keeps them (``csrc/bindings/plan.h``).
+
+    Args:
+        rule: a key of ``RULES``.
+        params: n tensors, any floating dtype and layout.
+        masters: n fp32 tensors, an empty one where there is none.
+        moments: as many times n as the rule keeps, all first moments first.
+        steps: n one-element tensors, or none where the rule does not count.
+        groups: int32 [n], each parameter's row of hyperparameters.
+        waiting: parameters without state; should one of them have a gradient, the plan is stale.
+    """
+
+    STALE = -1
+
+    def __init__(
+        self,
+        rule: str,
+        params: Sequence[Tensor],
+        masters: Sequence[Tensor],
+        moments: Sequence[Tensor],
+        steps: Sequence[Tensor],
+        groups: Tensor,
+        waiting: Sequence[Tensor],
+    ) -> None:
+        self._rule = RULES[rule]
+        self._params, self._masters, self._moments, self._steps = params, masters, moments, steps
+        self._groups = groups.tolist()
+        self._waiting = waiting
+        self._places = [(p.device, p.dtype) for p in params]
+        self._versions = [_version(p) for p in params]
+        self._grads: list[Tensor | None] = []
+        self._reset_grad = False
+        self._directions: list[Tensor] = []
+
+    def needs_norms(self) -> bool:
+        return self._rule.adapt is not None
+
+    def versions(self) -> list[int]:
+        """Each parameter's version counter after the last step."""
+        return self._versions
+
+    def gather(self, grads: Sequence[Tensor | None], reset_grad: bool) -> int:
+        """Finds the gradients (each parameter's own, unless they are given) and returns how many there are.
+
+        ``STALE`` where a parameter has changed its type or place or was written to from outside, one that was waiting
+        has a gradient, or a gradient is sparse.
+        """
+        found = list(grads) or [p.grad for p in self._params]
+        written = any(
+            master.numel() and _version(p) != version
+            for p, master, version in zip(self._params, self._masters, self._versions, strict=True)
+        )
+        if (
+            written
+            or any(p.grad is not None for p in self._waiting)
+            or self._places != [(p.device, p.dtype) for p in self._params]
+            or any(g is not None and g.layout != torch.strided for g in found)
+        ):
+            return self.STALE
+        self._grads, self._reset_grad = found, reset_grad
+        return sum(g is not None for g in found)
+
+    def _active(self) -> Iterator[tuple[int, Tensor]]:
+        return ((i, g) for i, g in enumerate(self._grads) if g is not None)
+
+    def statistics(self) -> Tensor:
+        return statistics([g for _, g in self._active()])
+
+    def _weight(self, i: int) -> Tensor:
+        return self._masters[i] if self._masters[i].numel() else self._params[i]
+
+    def _formula(self, i: int, grad: Tensor, hyper: Tensor, record: Tensor) -> Tensor:
+        """Moves the moments of parameter ``i`` on, unless the step is skipped. Returns what the formula gives."""
+        multiplier, found_inf, _ = record.unbind()
+        p = _wide(self._weight(i))
+        row = hyper[self._groups[i]].to(p.device)
+        moments = [_real(m) for m in self._moments[i :: len(self._params)][: self._rule.moments]]
+        new_moments = [_wide(m).clone() for m in moments]
+        g = _wide(grad.resolve_conj()).to(p.dtype) * (multiplier * row[0]).to(p.dtype)
+        t = (self._steps[i] + 1).double().reshape(()) if self._rule.counts_steps else torch.zeros((), device=p.device)
+        new = self._rule.formula(p, g, new_moments, t, row[1:])
+        for old, updated in zip(moments, new_moments, strict=True):
+            old.copy_(torch.where(found_inf > 0, old, updated.to(old.dtype)))
+        return new
+
+    def norms(self, hyper: Tensor, record: Tensor) -> Tensor:
+        """fp64 [gradients, 2]: sums of squares of each parameter and its direction. Moves the moments on."""
+        self._directions = [self._formula(i, grad, hyper, record) for i, grad in self._active()]
+        pairs = [
+            [_wide(self._weight(i)).double().square().sum(), direction.double().square().sum()]
+            for (i, _), direction in zip(self._active(), self._directions, strict=True)
+        ]
+        return torch.tensor([]).reshape(0, 2) if not pairs else torch.stack([torch.stack(pair) for pair in pairs])
+
+    def step(self, hyper: Tensor, record: Tensor, norms: Tensor | None) -> None:
+        """One step over all parameters that have a gradient.
+
+        Args:
+            hyper: fp64 [groups, k], a row being the gradient's sign (-1 to maximize) and the rule's own values.
+            record: fp32 [3], as ``decide_`` fills it. Where found_inf > 0 nothing is written but the gradient reset.
+            norms: what :meth:`norms` gave (summed over ranks), where the rule needs norms.
+        """
+        skipped = record[1] > 0
+        for nth, (i, grad) in enumerate(self._active()):
+            weight, param = self._weight(i), self._params[i]
+            p = _wide(weight)
+            if self._rule.adapt is None or norms is None:
+                new = self._formula(i, grad, hyper, record)
+            else:
+                row = hyper[self._groups[i]].to(p.device)
+                new = self._rule.adapt(p, self._directions[nth], norms[nth], row[1:])
+            new = torch.where(skipped, p, new)
+            if weight is not param:
+                param.copy_(torch.where(skipped, param, round_master(new, param.dtype)))
+            _real(weight).copy_(new)
+            if self._rule.counts_steps:
+                self._steps[i].copy_(torch.where(skipped, self._steps[i], self._steps[i] + 1))
+            if self._reset_grad:
+                grad.zero_()
+        self._versions = [_version(p) for p in self._params]
+        self._grads, self._directions = [], []
 
 
 def step_(
@@ -111,42 +304,10 @@ def step_(
     record: Tensor,
     reset_grad: bool,
 ) -> None:
-    """One step of ``rule`` over all parameters.
-
-    Args:
-        rule: a key of ``RULES``.
-        params, grads: n tensors each, any floating dtype and layout, grads[i] shaped like params[i].
-        masters: n fp32 tensors, an empty one where there is none.
-        moments: as many times n as the rule keeps, all first moments first.
-        steps: n one-element tensors.
-        hyper: fp64 [groups, k], a row being the gradient's sign (-1 to maximize) and the rule's own values.
-        groups: int32 [n], each parameter's row.
-        record: fp32 [3], as ``decide_`` fills it. Where found_inf > 0 nothing is written but the gradient reset.
-        reset_grad: zero the gradients as well.
-    """
-    kept, formula = RULES[rule]
-    multiplier, found_inf, _ = record.unbind()
-    skipped = found_inf > 0
-    for i, (param, grad, master, count, group) in enumerate(
-        zip(params, grads, masters, steps, groups.tolist(), strict=True)
-    ):
-        own = [_real(m) for m in moments[i :: len(params)][:kept]]
-        kept_param = master if master.numel() else param
-        p = _wide(kept_param)
-        new_moments = [_wide(m).clone() for m in own]
-        row = hyper[group].to(param.device)
-        t = count + 1
-        g = _wide(grad.resolve_conj()).to(p.dtype) * (multiplier * row[0]).to(p.dtype)
-        new = formula(p, g, new_moments, t.double().reshape(()), row[1:])
-        new = torch.where(skipped, p, new)
-        if master.numel():
-            param.copy_(torch.where(skipped, param, round_master(new, param.dtype)))
-        _real(kept_param).copy_(new)
-        for old, updated in zip(own, new_moments, strict=True):
-            old.copy_(torch.where(skipped, old, updated.to(old.dtype)))
-        count.copy_(torch.where(skipped, count, t))
-        if reset_grad:
-            grad.zero_()
+    """One step of ``rule`` without keeping a plan; the arguments are those of :class:`Plan` and its ``step``."""
+    plan = Plan(rule, params, masters, moments, steps, groups, [])
+    plan.gather(grads, reset_grad)
+    plan.step(hyper, record, plan.norms(hyper, record) if plan.needs_norms() else None)
 
 
 def accumulate_(sums: Sequence[Tensor], grads: Sequence[Tensor], weight: float, overwrite: bool) -> None:

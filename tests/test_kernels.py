@@ -97,7 +97,7 @@ def encoded(x: torch.Tensor, dtype: torch.dtype, master: bool) -> torch.Tensor:
     zeros = [torch.zeros(numel) for _ in range(3)]
     hyper = torch.tensor([[1.0, 0.0, 0.9, 0.99, 1.0, 0.0]], dtype=torch.float64)
     record = torch.tensor([1.0, 0.0, 0.0])
-    native.step_("adamw", [p], [zeros[0]], [x.clone() if master else torch.empty(0)], zeros[1:], [torch.zeros(())],
+    native.step_("adam", [p], [zeros[0]], [x.clone() if master else torch.empty(0)], zeros[1:], [torch.zeros(())],
                  hyper, torch.zeros(1, dtype=torch.int32), record, False)  # fmt: skip
     return p
 
@@ -172,7 +172,7 @@ def test_accumulate_any_layout(layout):
     torch.testing.assert_close(sums, expected)
 
 
-def step_arguments(dtype=torch.float32, rule="adamw"):
+def step_arguments(dtype=torch.float32, rule="adam"):
     n, moments = 3, 3 if rule.endswith("amsgrad") else 2
     params = [torch.randn(4, 3).to(dtype) for _ in range(n)]
     masters = [p.float() if dtype != torch.float32 else torch.empty(0) for p in params]

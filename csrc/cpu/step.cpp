@@ -2,10 +2,11 @@
 #include <cstring>
 #include <utility>
 
-#include "../math/adam.h"
+#include "../math/rules.h"
 #include "blocks.h"
 #include "convert.h"
 #include "kernels.h"
+#include "reduce.h"
 
 namespace deepfast::cpu {
 namespace {
@@ -15,12 +16,33 @@ constexpr int64_t kStreamFrom = 4 << 20;
 
 // p[n], g[n], each moment[n]: a formula that knows nothing of loops, in a loop that knows nothing of formulas.
 template <class Rule, class... Moment>
-void update(const Rule rule, float multiplier, int64_t n, float* __restrict p, const float* __restrict g,
-            Moment* __restrict... moment) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    p[i] = rule.update(p[i], g[i] * multiplier, moment[i]...);
+void update(const Rule rule, float multiplier, int64_t n, float* p, const float* g, Moment*... moment) {
+  const auto element = [=](int64_t i) { p[i] = rule.update(p[i], g[i] * multiplier, moment[i]...); };
+  if constexpr (Rule::kNeedsNorms) {
+    for_each(n, element, p, moment...);
+  } else {
+    for_each(n, element, p, g, moment...);
   }
+}
+
+template <class Rule, class... Moment>
+void direct(const Rule rule, float multiplier, int64_t n, const float* p, const float* g, float* direction,
+            Moment*... moment) {
+  for_each(n, [=](int64_t i) { direction[i] = rule.direct(p[i], g[i] * multiplier, moment[i]...); }, p, g, moment...);
+}
+
+// call(span.moment[0] + offset, span.moment[1] + offset, ...), as many as the rule keeps
+template <class Rule, class Call>
+void with_moments(const Span& span, int64_t offset, const Call& call) {
+  [&]<size_t... K>(std::index_sequence<K...>) {
+    call((span.moment[K] + offset)...);
+  }(std::make_index_sequence<Rule::kMoments>());
+}
+
+// The block's weights in fp32: the master's where there is one, else decoded into `staging` (or in place).
+float* weights(const Span& span, int64_t offset, int64_t n, float* staging) {
+  if (span.master) return span.master + offset;
+  return const_cast<float*>(decode(span.param, span.param_dtype, offset, n, staging));
 }
 
 void reset(const Span& span, int64_t offset, int64_t n) {
@@ -28,36 +50,55 @@ void reset(const Span& span, int64_t offset, int64_t n) {
   std::memset(static_cast<char*>(span.grad) + offset * width, 0, n * width);
 }
 
+struct Table {
+  const Span* spans;
+  int64_t count;
+  const double* hyper;  // [groups, stride], a row being the gradient's sign and what the rule's prepare() takes
+  int64_t stride;
+
+  const double* row(int64_t s) const { return hyper + spans[s].group * stride; }
+
+  // Whether span s takes what its predecessor was prepared with.
+  bool same(int64_t s) const {
+    if (s == 0 || spans[s].group != spans[s - 1].group) return false;
+    return !spans[s].step || *spans[s].step == *spans[s - 1].step;
+  }
+
+  template <class Rule>
+  Rule prepare(int64_t s, int64_t ahead) const {
+    const int64_t t = Rule::kCountsSteps ? static_cast<int64_t>(*spans[s].step) + ahead : 0;
+    return Rule::prepare(row(s) + 1, t);
+  }
+};
+
 template <class Rule>
-void step_with(const Span* spans, int64_t count, const double* hyper, int64_t hyper_stride, const StepRecord& record,
-               bool reset_grad) {
-  const Blocks blocks(spans, count);
+void step_with(const Table& table, const StepRecord& record, const Norms* norms, bool reset_grad) {
+  const Span* spans = table.spans;
+  const Blocks blocks(spans, table.count);
   if (record.skipped()) {
     if (reset_grad) {
       blocks.parallel_for([&](int64_t s, int64_t offset, int64_t n, int64_t) { reset(spans[s], offset, n); });
     }
     return;
   }
-  std::vector<Rule> rules(count);
-  for (int64_t s = 0; s < count; ++s) {
-    *spans[s].step += 1.0f;
-    rules[s] = Rule::prepare(hyper + spans[s].group * hyper_stride + 1, static_cast<int64_t>(*spans[s].step));
+  std::vector<Rule> rules(table.count);
+  for (int64_t s = 0; s < table.count; ++s) {
+    if constexpr (Rule::kCountsSteps) *spans[s].step += 1.0f;
+    rules[s] = table.same(s) ? rules[s - 1] : table.prepare<Rule>(s, 0);
+    if constexpr (Rule::kNeedsNorms) rules[s].adapt(norms[s]);
   }
   blocks.parallel_for([&](int64_t s, int64_t offset, int64_t n, int64_t) {
     const Span& span = spans[s];
-    const bool wide = span.param_dtype == DType::kFloat32;
     alignas(64) float staged_param[kBlock], staged_grad[kBlock];
-    const float* g = decode(span.grad, span.grad_dtype, offset, n, staged_grad);
-    float* p = span.master ? span.master + offset
-                           : const_cast<float*>(decode(span.param, span.param_dtype, offset, n, staged_param));
-    const float sign = static_cast<float>(hyper[span.group * hyper_stride]);
-    [&]<size_t... K>(std::index_sequence<K...>) {
-      update(rules[s], record.multiplier * sign, n, p, g, (span.moment[K] + offset)...);
-    }(std::make_index_sequence<Rule::kMoments>());
+    const float* g = Rule::kNeedsNorms ? staged_grad : decode(span.grad, span.grad_dtype, offset, n, staged_grad);
+    float* p = weights(span, offset, n, staged_param);
+    const float multiplier = record.multiplier * static_cast<float>(*table.row(s));
+    with_moments<Rule>(span, offset, [&](auto*... moment) { update(rules[s], multiplier, n, p, g, moment...); });
+    const bool wide = span.param_dtype == DType::kFloat32;
     if (!wide && blocks.elements() >= kStreamFrom) {
-      alignas(64) uint16_t weights[kBlock];
-      encode(p, weights, span.param_dtype, 0, n, span.master != nullptr);
-      stream(weights, static_cast<uint16_t*>(span.param) + offset, n);
+      alignas(64) uint16_t encoded[kBlock];
+      encode(p, encoded, span.param_dtype, 0, n, span.master != nullptr);
+      stream(encoded, static_cast<uint16_t*>(span.param) + offset, n);
     } else if (!wide) {
       encode(p, span.param, span.param_dtype, offset, n, span.master != nullptr);
     }
@@ -65,22 +106,54 @@ void step_with(const Span* spans, int64_t count, const double* hyper, int64_t hy
   });
 }
 
+// The first pass of a rule that needs norms: moves the moments on, and measures.
+template <class Rule>
+void norms_with(const Table& table, const StepRecord& record, Norms* out) {
+  std::fill(out, out + table.count, Norms{0.0, 0.0});
+  if (record.skipped()) return;
+  const Span* spans = table.spans;
+  const Blocks blocks(spans, table.count);
+  std::vector<Rule> rules(table.count);
+  for (int64_t s = 0; s < table.count; ++s) rules[s] = table.same(s) ? rules[s - 1] : table.prepare<Rule>(s, 1);
+  struct Partial {
+    int64_t span;
+    Norms norms;
+  };
+  std::vector<Partial> partial(blocks.size());
+  blocks.parallel_for([&](int64_t s, int64_t offset, int64_t n, int64_t block) {
+    const Span& span = spans[s];
+    alignas(64) float staged_param[kBlock], staged_grad[kBlock], direction[kBlock];
+    const float* g = decode(span.grad, span.grad_dtype, offset, n, staged_grad);
+    const float* p = weights(span, offset, n, staged_param);
+    const float multiplier = record.multiplier * static_cast<float>(*table.row(s));
+    with_moments<Rule>(span, offset,
+                       [&](auto*... moment) { direct(rules[s], multiplier, n, p, g, direction, moment...); });
+    partial[block] = {s, {sum_of_squares(p, n).sum_of_squares, sum_of_squares(direction, n).sum_of_squares}};
+  });
+  for (const auto& [s, block] : partial) {
+    out[s].param += block.param;
+    out[s].direction += block.direction;
+  }
+}
+
 struct Entry {
   const char* name;
-  RuleSize size;
-  decltype(&step_with<AdamW<false>>) run;
+  RuleInfo info;
+  decltype(&step_with<SGD<false>>) step;
+  decltype(&norms_with<LAMB>) norms;  // null where the rule needs none
 };
 
 template <class Rule>
 constexpr Entry entry(const char* name) {
-  return {name, {Rule::kMoments, 1 + Rule::kHyper}, &step_with<Rule>};
+  Entry result = {
+      name, {Rule::kMoments, 1 + Rule::kHyper, Rule::kCountsSteps, Rule::kNeedsNorms}, &step_with<Rule>, {}};
+  if constexpr (Rule::kNeedsNorms) result.norms = &norms_with<Rule>;
+  return result;
 }
 
-// One line a rule.
-constexpr Entry kRules[] = {
-    entry<AdamW<false>>("adamw"),
-    entry<AdamW<true>>("adamw_amsgrad"),
-};
+#define DEEPFAST_ENTRY(name, Rule) entry<Rule>(name),
+constexpr Entry kRules[] = {DEEPFAST_RULES(DEEPFAST_ENTRY)};
+#undef DEEPFAST_ENTRY
 
 const Entry* find(const char* name) {
   for (const Entry& rule : kRules) {
@@ -91,14 +164,19 @@ const Entry* find(const char* name) {
 
 }  // namespace
 
-RuleSize size_of(const char* name) {
+std::optional<RuleInfo> info(const char* name) {
   const Entry* rule = find(name);
-  return rule ? rule->size : RuleSize{-1, 0};
+  return rule ? std::optional(rule->info) : std::nullopt;
+}
+
+void norms(const char* name, const Span* spans, int64_t count, const double* hyper, int64_t hyper_stride,
+           const StepRecord& record, Norms* out) {
+  find(name)->norms({spans, count, hyper, hyper_stride}, record, out);
 }
 
 void step(const char* name, const Span* spans, int64_t count, const double* hyper, int64_t hyper_stride,
-          const StepRecord& record, bool reset_grad) {
-  find(name)->run(spans, count, hyper, hyper_stride, record, reset_grad);
+          const StepRecord& record, const Norms* norms, bool reset_grad) {
+  find(name)->step({spans, count, hyper, hyper_stride}, record, norms, reset_grad);
 }
 
 }  // namespace deepfast::cpu

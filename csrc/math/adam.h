@@ -9,25 +9,38 @@
 
 namespace deepfast {
 
-template <bool kAmsgrad>
-struct AdamW {
-  static constexpr int kMoments = kAmsgrad ? 3 : 2;  // exp_avg, exp_avg_sq, max_exp_avg_sq
-  static constexpr int kHyper = 5;                   // lr, beta1, beta2, eps, weight_decay
+// exp_avg and exp_avg_sq moved on by the gradient g; Adam and LAMB share them.
+struct AdamMoments {
+  float one_minus_beta1, one_minus_beta2;
 
-  float keep;             // 1 - lr * weight_decay
-  float one_minus_beta1;  //
-  float one_minus_beta2;  //
-  float step_size;        // lr / (1 - beta1^t)
-  float inv_sqrt_bias2;   // 1 / sqrt(1 - beta2^t)
-  float eps;              //
+  DF_INLINE void average(float g, float& m, float& v) const {
+    m = moving_average(m, one_minus_beta1, g);
+    v = moving_average(v, one_minus_beta2, g, g);
+    // At infinity v would stay, and the parameter with it, for ever. 0 * g: an infinite gradient still gives NaN.
+    v = fma(0.0f, g, v > FLT_MAX ? FLT_MAX : v);
+  }
+};
+
+template <bool kAmsgrad>
+struct Adam {
+  static constexpr int kMoments = kAmsgrad ? 3 : 2;  // exp_avg, exp_avg_sq, max_exp_avg_sq
+  static constexpr int kHyper = 6;                   // lr, beta1, beta2, eps, weight_decay (decoupled), penalty (not)
+  static constexpr bool kCountsSteps = true, kNeedsNorms = false;
+
+  float keep;     // 1 - lr * weight_decay
+  float penalty;  //
+  AdamMoments moments;
+  float step_size;       // lr / (1 - beta1^t)
+  float inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^t)
+  float eps;             //
 
   // hyper: kHyper values; t: this parameter's step count, from 1.
-  static DF_INLINE AdamW prepare(const double* hyper, int64_t t) {
+  static DF_INLINE Adam prepare(const double* hyper, int64_t t) {
     const double lr = hyper[0], beta1 = hyper[1], beta2 = hyper[2], eps = hyper[3], weight_decay = hyper[4];
     return {
         static_cast<float>(1.0 - lr * weight_decay),
-        static_cast<float>(1.0 - beta1),
-        static_cast<float>(1.0 - beta2),
+        static_cast<float>(hyper[5]),
+        {static_cast<float>(1.0 - beta1), static_cast<float>(1.0 - beta2)},
         static_cast<float>(lr / (1.0 - power(beta1, t))),
         static_cast<float>(1.0 / std::sqrt(1.0 - power(beta2, t))),
         static_cast<float>(eps),
@@ -36,24 +49,17 @@ struct AdamW {
 
   // p: parameter, g: gradient (unscaled and clipped); the moments are updated. Returns the new parameter.
   DF_INLINE float update(float p, float g, float& m, float& v) const {
-    average(g, m, v);
+    moments.average(penalized(g, penalty, p), m, v);
     return descend(p, m, v);
   }
 
   DF_INLINE float update(float p, float g, float& m, float& v, float& v_max) const {
-    average(g, m, v);
+    moments.average(penalized(g, penalty, p), m, v);
     v_max = v_max < v ? v : v_max;
     return descend(p, m, v_max);
   }
 
  private:
-  DF_INLINE void average(float g, float& m, float& v) const {
-    m = moving_average(m, one_minus_beta1, g);
-    v = moving_average(v, one_minus_beta2, g, g);
-    // At infinity v would stay, and the parameter with it, for ever. 0 * g: an infinite gradient still gives NaN.
-    v = fma(0.0f, g, v > FLT_MAX ? FLT_MAX : v);
-  }
-
   DF_INLINE float descend(float p, float m, float v) const {
     p *= keep;
     return fma(-step_size, m / fma(std::sqrt(v), inv_sqrt_bias2, eps), p);

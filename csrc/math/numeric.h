@@ -40,6 +40,9 @@ DF_INLINE float moving_average(float old, float weight, float a, float b = 1.0f)
   return fma(weight * a, b, fma(-weight, old, old));
 }
 
+// Weight decay as a penalty: the gradient of decay / 2 * p^2 added to g. Without decay an infinite p does no harm.
+DF_INLINE float penalized(float g, float decay, float p) { return decay == 0.0f ? g : fma(decay, p, g); }
+
 DF_INLINE uint32_t to_bits(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);

@@ -1,4 +1,4 @@
-"""Adam with decoupled weight decay."""
+"""Adam, and Adam with decoupled weight decay."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from deepfast.optim.base import Optimizer
+from deepfast.optim.base import Optimizer, Value, check_betas, check_lr, require
 
 
-class AdamW(Optimizer):
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), a drop-in for :class:`torch.optim.AdamW`.
+class Adam(Optimizer):
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980), a drop-in for :class:`torch.optim.Adam`.
 
     Args:
         params: parameters or parameter groups, any floating dtype; groups may override every option below up to
             ``maximize``.
         lr, betas, eps, weight_decay, amsgrad, maximize: as in torch. lr and betas may be one-element tensors.
+        decoupled_weight_decay: True makes it AdamW.
         foreach, capturable: accepted for compatibility; the step is always one fused pass.
         fused: False runs the plain-torch reference.
         differentiable: must be False.
@@ -35,14 +36,15 @@ class AdamW(Optimizer):
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        weight_decay: float = 0.0,
         amsgrad: bool = False,
         *,
-        maximize: bool = False,
         foreach: bool | None = None,
+        maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
         **options: Any,
     ) -> None:
         defaults = {
@@ -56,30 +58,68 @@ class AdamW(Optimizer):
             "capturable": capturable,
             "differentiable": differentiable,
             "fused": fused,
-            "decoupled_weight_decay": True,  # torch writes it into a state_dict
+            "decoupled_weight_decay": decoupled_weight_decay,
         }
         super().__init__(params, defaults, **options)
 
     def _check(self, group: dict[str, Any]) -> None:
-        beta1, beta2 = group["betas"]
-        for name, value in (("lr", group["lr"]), ("betas[0]", beta1), ("betas[1]", beta2)):
-            if isinstance(value, Tensor) and value.numel() != 1:
-                raise ValueError(f"Tensor {name} must be 1-element")
-        if not 0.0 <= group["lr"]:
-            raise ValueError(f"Invalid learning rate: {group['lr']}")
-        if not 0.0 <= group["eps"]:
-            raise ValueError(f"Invalid epsilon value: {group['eps']}")
-        for i, beta in enumerate((beta1, beta2)):
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-        if not 0.0 <= group["weight_decay"]:
-            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+        check_lr(group)
+        check_betas(group)
+        require(0.0 <= group["eps"], f"Invalid epsilon value: {group['eps']}")
+        require(0.0 <= group["weight_decay"], f"Invalid weight_decay value: {group['weight_decay']}")
+        tensors = [isinstance(beta, Tensor) for beta in group["betas"]]
+        require(all(tensors) or not any(tensors), "betas must be either both floats or both Tensors")
+        if group["foreach"] and not group["capturable"]:
+            for name, value in (("lr", group["lr"]), ("betas[0]", group["betas"][0])):
+                unsupported = f"{name} as a Tensor is not supported for capturable=False and foreach=True"
+                require(not isinstance(value, Tensor), unsupported)
 
     def _rule(self, group: dict[str, Any]) -> str:
-        return "adamw_amsgrad" if group["amsgrad"] else "adamw"
+        return "adam_amsgrad" if group["amsgrad"] else "adam"
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
-    def _hyper(self, group: dict[str, Any]) -> tuple[float | Tensor, ...]:
-        return (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+    def _hyper(self, group: dict[str, Any]) -> tuple[Value, ...]:
+        decay = group["weight_decay"]
+        decays = (decay, 0.0) if group["decoupled_weight_decay"] else (0.0, decay)
+        return (group["lr"], *group["betas"], group["eps"], *decays)
+
+
+class AdamW(Adam):
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), a drop-in for :class:`torch.optim.AdamW`.
+
+    :class:`Adam` with decoupled weight decay: p -= lr · weight_decay · p, beside the step instead of through it.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+            **options,
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,25 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from deepfast import memory, ops, reference
+from deepfast.optim.launch import Launch
+from deepfast.optim.shards import Shards, copy_into, is_sharded, local
 
 Value = float | Tensor
 HALF = frozenset((torch.float16, torch.bfloat16))
 _OPTIONS = ("master", "max_grad_norm", "reset_grad", "backend", "_measure_norm")
 
 
-@dataclasses.dataclass
-class _Launch:
-    """The parameters that one call of a backend takes: one device, one rule."""
+class _Identity(TorchFunctionMode):
+    """Within, a tensor equals itself alone: lists of thousands are compared by identity at the speed of C."""
 
-    backend: Any
-    rule: str
-    moments: tuple[str, ...]
-    params: list[Tensor] = dataclasses.field(default_factory=list)
-    grads: list[Tensor] = dataclasses.field(default_factory=list)
-    groups: list[int] = dataclasses.field(default_factory=list)
-    lazy: list[Tensor] = dataclasses.field(default_factory=list)  # gradients of which a copy is among `grads`
+    def __torch_function__(self, *_: Any, **__: Any) -> bool:
+        return False
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -88,6 +84,9 @@ class Optimizer(torch.optim.Optimizer):
         self.reset_grad = reset_grad
         self.backend = ops.forced(backend)
         self._versions: dict[Tensor, int] = {}  # of 16-bit parameters, after the last step
+        self._launches: list[Launch] = []
+        self._planned: tuple[list[Any], list[Any]] | None = None  # what the launches were made from
+        self._check(defaults)
         super().__init__(params, defaults)
 
     # What a subclass says of itself.
@@ -104,13 +103,22 @@ class Optimizer(torch.optim.Optimizer):
         """torch's names of the tensors that the rule keeps, in the kernels' order."""
         raise NotImplementedError
 
+    def _counts_steps(self, group: dict[str, Any]) -> bool:
+        """Whether the rule needs to know how many steps a parameter has seen."""
+        return True
+
+    def _initial(self, group: dict[str, Any]) -> float:
+        """What the moments begin at."""
+        return 0.0
+
     def _hyper(self, group: dict[str, Any]) -> tuple[Value, ...]:
         """The values that the rule's ``prepare`` takes."""
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         """torch keeps only defaults, state and groups of an optimizer that is copied or pickled; we have options."""
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in _OPTIONS}, "_versions": {}}
+        plan: dict[str, Any] = {"_versions": {}, "_launches": [], "_planned": None}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _OPTIONS}, **plan}
 
     # State.
 
@@ -121,9 +129,11 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._check(self.param_groups[-1])
-            if any(hasattr(p, "to_local") for p in self.param_groups[-1]["params"]):
-                raise ValueError("deepfast: DTensor parameters are not built yet: use torch's optimizer for this model")
-            _check_not_differentiable(self.param_groups[-1])
+            if any(
+                is_sharded(p) and any(q.is_partial() for q in p.placements) for p in self.param_groups[-1]["params"]
+            ):
+                raise ValueError("deepfast: a parameter is a DTensor of partial sums: redistribute() it first")
+            _check_flags(self.param_groups[-1])
         except Exception:
             self.param_groups.pop()
             raise
@@ -134,23 +144,33 @@ class Optimizer(torch.optim.Optimizer):
 
     def _init_state(self, wanted: Iterable[tuple[Tensor, dict[str, Any]]]) -> None:
         """What the given parameters' state lacks, one allocation per device, dtype and kind."""
-        shares: dict[tuple[torch.device, torch.dtype, str], list[Tensor]] = defaultdict(list)
+        missing: dict[tuple[torch.device, torch.dtype, str, float], list[Tensor]] = defaultdict(list)
         for p, group in wanted:
             state = self.state[p]
             if not self._keeps_master(p):
                 state.pop("master", None)  # a model that was cast to fp32 is its own master
             elif "master" not in state:
-                shares[p.device, torch.float32, "master"].append(p)
+                missing[p.device, torch.float32, "master", 0.0].append(p)
             for name in self._moments(group):
                 if name not in state:
-                    shares[p.device, _moment_dtype(p), name].append(p)
-            if "step" not in state:
-                shares[p.device, torch.float32, "step"].append(p)
-        for (device, dtype, name), params in shares.items():
-            like = [p.new_empty((), device="meta") for p in params] if name == "step" else params
-            _, views = memory.zeros_like_each(like, dtype, device)
-            for p, t in zip(params, views, strict=True):
-                self.state[p][name] = t.copy_(p.detach()) if name == "master" else t
+                    missing[p.device, _moment_dtype(p), name, self._initial(group)].append(p)
+            if "step" not in state and self._counts_steps(group):
+                missing[p.device, torch.float32, "step", 0.0].append(p)
+        for (device, dtype, name, initial), params in missing.items():
+            like = [p.new_empty((), device="meta") if name == "step" else local(p).detach() for p in params]
+            flat, views = memory.zeros_like_each(like, dtype, device)
+            if initial:
+                flat.fill_(complex(initial, initial) if dtype.is_complex else initial)
+            for p, model, t in zip(params, like, views, strict=True):
+                if name == "master":
+                    t.copy_(model)
+                shards = None if name == "step" else Shards.of(p)
+                self.state[p][name] = t if shards is None else shards.wrap(t, p)
+
+    def _has_state(self, p: Tensor, group: dict[str, Any]) -> bool:
+        state = self.state.get(p, {})
+        names = (*self._moments(group), "step") if self._counts_steps(group) else self._moments(group)
+        return all(name in state for name in names) and ("master" in state) == self._keeps_master(p)
 
     def _keeps_master(self, p: Tensor) -> bool:
         return p.dtype in HALF and self.master != "none"
@@ -164,9 +184,9 @@ class Optimizer(torch.optim.Optimizer):
         """
         for p, state in self.state.items():
             if "master" in state:
-                master = state["master"]
+                master, weight = local(state["master"]), local(p)
                 # Only where they differ: what the master knows beyond 16 bits stays.
-                master.copy_(torch.where(reference.round_master(master, p.dtype) == p, master, p.float()))
+                master.copy_(torch.where(reference.round_master(master, p.dtype) == weight, master, weight.float()))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads our state_dict or torch's, in place and without loss.
@@ -204,13 +224,13 @@ class Optimizer(torch.optim.Optimizer):
             for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
         ]
         for group, own in zip(groups, self.param_groups, strict=True):
-            _check_not_differentiable(group)
+            _check_flags(group)
             for name, p in zip(group["params"], own["params"], strict=False):
                 self._check_state(state_dict["state"].get(name), p, group)
         return {**state_dict, "param_groups": groups}
 
     def _check_state(self, values: dict[str, Any] | None, p: Tensor, group: dict[str, Any]) -> None:
-        for name in self._moments(group) if values else ():
+        for name in self._moments(group) if _begun(values) else ():
             value = None if values is None else values.get(name)
             if value is None and not name.startswith("max_"):  # that one may begin at zero: amsgrad turned on later
                 raise ValueError(
@@ -227,23 +247,23 @@ class Optimizer(torch.optim.Optimizer):
         names = itertools.chain.from_iterable(group["params"] for group in given["param_groups"])
         params = [(p, group) for group in self.param_groups for p in group["params"]]
         saved = {p: given["state"].get(name) for name, (p, _) in zip(names, params, strict=True)}
+        saved = {p: dict(values) for p, values in saved.items() if _begun(values)}
         for p, _ in params:
-            if not saved[p]:
+            if p not in saved:
                 self.state.pop(p, None)
-        self._init_state((p, group) for p, group in params if saved[p])
+        self._init_state((p, group) for p, group in params if p in saved)
         for p, values in saved.items():
-            if not values:
-                continue
-            values = dict(values)
+            if "step" in self.state[p]:
+                values.setdefault("step", 1.0)  # torch's SGD does not count, but what it has kept has begun
             # A master that is missing, or that a torch optimizer has carried along and cast to 16 bits: it knows
             # nothing of that one's steps. The parameter does.
             master = values.pop("master", None)
             if "master" in self.state[p]:
-                self.state[p]["master"].copy_(p if master is None or master.dtype != torch.float32 else master)
+                copy_into(self.state[p]["master"], p if master is None or master.dtype != torch.float32 else master)
             for key, value in values.items():
                 kept = self.state[p].get(key)
                 if isinstance(kept, Tensor):
-                    kept.copy_(torch.as_tensor(value))
+                    copy_into(kept, value)
                 else:
                     self.state[p][key] = value.clone() if isinstance(value, Tensor) else value
 
@@ -279,80 +299,106 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        launches = self._launches()
+        launches = self._gather()
         self.grad_norm = self._found_inf = None
         if not launches:
             return loss
         records = self._decide(launches)
         hyper = self._hyper_table()
-        empty = torch.empty(0, dtype=torch.float32, device="cpu")
         for launch in launches:
-            states = [self.state[p] for p in launch.params]
-            launch.backend.step_(
-                launch.rule,
-                launch.params,
-                launch.grads,
-                [s.get("master", empty) for s in states],
-                [s[name] for name in launch.moments for s in states],
-                [s["step"] for s in states],
-                hyper,
-                torch.tensor(launch.groups, dtype=torch.int32, device="cpu"),
-                records[launch.params[0].device],
-                self.reset_grad,
-            )
-        if self.reset_grad:
-            for launch in launches:
-                for grad in launch.lazy:
-                    grad.zero_()
-        self._versions.update((p, p._version) for launch in launches for p in launch.params if p.dtype in HALF)
+            launch.step(hyper, records[launch.device], self.reset_grad)
         return loss
 
-    def _launches(self) -> list[_Launch]:
-        """The parameters that have a gradient, by backend, device and rule; their state made where it is missing."""
-        launches: dict[Any, _Launch] = {}
-        kinds: dict[Any, _Launch] = {}  # most parameters are of a kind already seen
+    def _gather(self) -> list[Launch]:
+        """The launches of this step; what does not change from step to step is looked at once."""
+        options = [(self._rule(g), self._moments(g), g.get("fused") is False) for g in self.param_groups]
+        objects = self._objects()
+        if self._planned is not None:
+            known_options, known = self._planned
+            with _Identity():
+                same = known == objects
+            if not (same and known_options == options and self._found_gradients()):
+                self._planned = None
+        if self._planned is None:
+            self._plan()
+            if not self._found_gradients():
+                raise RuntimeError("deepfast: the parameters changed while the step looked at them")
+            self._planned = options, self._objects()
+        # A rank without gradients of its own still takes part in the sums over the ranks.
+        return [launch for launch in self._launches if launch.gradients or launch.shards]
+
+    def _found_gradients(self) -> bool:
+        """False: some launch's plan is stale. All are asked: another rank may be waiting for this one."""
+        found = [launch.gather(self.reset_grad) for launch in self._launches]
+        return all(found)
+
+    def _objects(self) -> list[Any]:
+        """Everything that a plan holds on to. Somebody may have put other parameters or states in their places."""
+        flatten = itertools.chain.from_iterable
+        params = flatten(group["params"] for group in self.param_groups)
+        return [*params, *self.state, *flatten(map(dict.values, self.state.values()))]
+
+    def _plan(self) -> None:
+        """Deals the parameters out to launches, and makes their state where it is missing."""
+        for launch in self._launches:
+            self._versions.update(launch.versions())
+        launches: dict[Any, Launch] = {}
         fresh, written = [], False
         for index, group in enumerate(self.param_groups):
-            rule, moments = self._rule(group), self._moments(group)
-            backend_name = "reference" if group.get("fused") is False else self.backend
+            rule, backend = self._rule(group), "reference" if group.get("fused") is False else self.backend
             for p in group["params"]:
                 grad = p.grad
-                if grad is None:
-                    continue
-                kind = (index, p.device, p.dtype, grad.dtype, grad.layout)
-                launch = kinds.get(kind)
-                if launch is None:
-                    if grad.layout != torch.strided:
-                        raise RuntimeError(
-                            f"{type(self).__name__} does not support sparse gradients: the parameter of shape "
-                            f"{tuple(p.shape)} has one ({grad.layout}); build its layer with sparse=False"
-                        )
-                    backend = ops.select(backend_name, p.device, p.dtype, grad.dtype)
-                    launch = launches.setdefault((id(backend), p.device, rule), _Launch(backend, rule, moments))
-                    kinds[kind] = launch
-                state = self.state.get(p)
-                if not state or moments[-1] not in state or ("master" in state) != self._keeps_master(p):
+                shards = Shards.of(p)
+                launch = self._launch_of(launches, p, grad, rule, backend, shards, group)
+                if not self._has_state(p, group):
+                    if grad is None:
+                        launch.waiting.append(p)
+                        continue
                     fresh.append((p, group))
-                elif "master" in state and self._versions.get(p, p._version) != p._version:
+                elif "master" in self.state.get(p, ()) and self._versions.get(p, _version(p)) != _version(p):
                     written = True  # from outside, since the last step
-                if grad.is_neg():  # a lazy view: its memory holds the opposite
-                    launch.lazy.append(grad)
-                    grad = grad.resolve_neg()
                 launch.params.append(p)
-                launch.grads.append(grad)
                 launch.groups.append(index)
         self._init_state(fresh)
         if written:
             self.refresh_master()
-        return list(launches.values())
+        self._launches = list(launches.values())
+        for launch in self._launches:
+            launch.build(self.state)
 
-    def _decide(self, launches: Sequence[_Launch]) -> dict[torch.device, Tensor]:
+    def _launch_of(
+        self,
+        launches: dict[Any, Launch],
+        p: Tensor,
+        grad: Tensor | None,
+        rule: str,
+        backend_name: str,
+        shards: Shards | None,
+        group: dict[str, Any],
+    ) -> Launch:
+        dtype = p.dtype
+        if grad is not None:
+            if grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"{type(self).__name__} does not support sparse gradients: the parameter of shape "
+                    f"{tuple(p.shape)} has one ({grad.layout}); build its layer with sparse=False"
+                )
+            dtype = grad.dtype
+            if grad.is_neg():  # a lazy view, whose memory holds the opposite
+                backend_name = "reference"
+        backend = ops.select(backend_name, p.device, p.dtype, dtype)
+        key = (id(backend), p.device, rule, shards)
+        if key not in launches:
+            launches[key] = Launch(backend, p.device, rule, self._moments(group), self._counts_steps(group), shards)
+        return launches[key]
+
+    def _decide(self, launches: Sequence[Launch]) -> dict[torch.device, Tensor]:
         """Whether to skip, and what to multiply gradients by: a record for each device."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        home = launches[0].params[0].device
+        home = launches[0].device
         statistics = None
         if self.max_grad_norm is not None or self._check_finite or self._measure_norm:
-            parts = [launch.backend.statistics(launch.grads).to(home) for launch in launches]
+            parts = [launch.statistics().to(home) for launch in launches]
             statistics = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
         backend = launches[0].backend if len(launches) == 1 else reference
         record = torch.empty(3, dtype=torch.float32, device=home)
@@ -367,7 +413,7 @@ class Optimizer(torch.optim.Optimizer):
         if statistics is not None:
             self.grad_norm = record[2]
         self._found_inf = record[1]
-        return {launch.params[0].device: record.to(launch.params[0].device) for launch in launches}
+        return {launch.device: record.to(launch.device) for launch in launches}
 
     def _hyper_table(self) -> Tensor:
         """fp64 [groups, 1 + the rule's values]: the gradient's sign, then what ``_hyper`` says."""
@@ -375,9 +421,39 @@ class Optimizer(torch.optim.Optimizer):
         return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
-def _check_not_differentiable(group: dict[str, Any]) -> None:
+def require(condition: bool | Tensor, message: str) -> None:
+    """For hyperparameters: raises ValueError with torch's words."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_lr(group: dict[str, Any]) -> None:
+    lr = group["lr"]
+    require(not isinstance(lr, Tensor) or lr.numel() == 1, "Tensor lr must be 1-element")
+    require(0.0 <= lr, f"Invalid learning rate: {lr}")
+
+
+def check_betas(group: dict[str, Any]) -> None:
+    for i, beta in enumerate(group["betas"]):
+        require(not isinstance(beta, Tensor) or beta.numel() == 1, f"Tensor betas[{i}] must be 1-element")
+        require(0.0 <= beta < 1.0, f"Invalid beta parameter at index {i}: {beta}")
+
+
+def _check_flags(group: dict[str, Any]) -> None:
+    """What torch's optimizers take beside hyperparameters: how a step is done."""
     if group.get("differentiable"):
         raise ValueError("deepfast: differentiable=True is not supported: the step happens in place")
+    if group.get("fused") and group.get("foreach"):
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+
+def _begun(values: dict[str, Any] | None) -> bool:
+    """Whether a loaded state holds anything. (torch's SGD has once written momentum_buffer: None.)"""
+    return values is not None and any(value is not None for value in values.values())
+
+
+def _version(p: Tensor) -> int:
+    return 0 if p.is_inference() else local(p)._version
 
 
 def _moment_dtype(p: Tensor) -> torch.dtype:
@@ -389,4 +465,6 @@ def _moment_dtype(p: Tensor) -> torch.dtype:
 def _on(value: Tensor | float | None, device: torch.device) -> Tensor | None:
     if value is None:
         return None
+    if is_sharded(value):
+        value = value.full_tensor()  # type: ignore[union-attr]
     return torch.as_tensor(value, dtype=torch.float32, device=device)

@@ -1,0 +1,85 @@
+"""Which parameters a kernel takes together."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepfast.optim.shards import Shards, local
+
+STALE = -1
+
+
+@dataclasses.dataclass
+class Launch:
+    """The parameters of one call of a backend: one device, one rule, one way of lying over the ranks.
+
+    ``build`` looks at their state once; after that a step only looks for gradients.
+    """
+
+    backend: Any
+    device: torch.device
+    rule: str
+    moments: tuple[str, ...]
+    counts_steps: bool
+    shards: Shards | None
+    params: list[Tensor] = dataclasses.field(default_factory=list)
+    groups: list[int] = dataclasses.field(default_factory=list)
+    waiting: list[Tensor] = dataclasses.field(default_factory=list)  # neither state nor gradient so far
+    gradients: int = 0  # found for this step
+    _copied: list[Tensor] = dataclasses.field(default_factory=list)  # gradients that lie differently
+
+    def build(self, state: Any) -> None:
+        empty = torch.empty(0, dtype=torch.float32, device="cpu")
+        states = [state[p] for p in self.params]
+        self._locals = [local(p) for p in self.params]
+        self._plan = self.backend.Plan(
+            self.rule,
+            self._locals,
+            [local(s.get("master", empty)) for s in states],
+            [local(s[name]) for name in self.moments for s in states],
+            [s["step"] for s in states] if self.counts_steps else [],
+            torch.tensor(self.groups, dtype=torch.int32, device="cpu"),
+            [] if self.shards else self.waiting,
+        )
+
+    def gather(self, reset_grad: bool) -> bool:
+        """Finds the gradients of this step. False: the plan is stale."""
+        if self.shards is None:
+            self.gradients = self._plan.gather([], reset_grad)
+        else:
+            self.gradients = self._gather_shards(self.shards, reset_grad)
+        return self.gradients != STALE
+
+    def _gather_shards(self, shards: Shards, reset_grad: bool) -> int:
+        if any(p.grad is not None for p in self.waiting):
+            return STALE
+        if not all(map(operator.is_, map(local, self.params), self._locals)):
+            return STALE
+        own = [p.grad for p in self.params]
+        grads = [None if grad is None else shards.local_grad(grad) for grad in own]
+        self._copied = [g for g in own if g is not None and not shards.fit(g)] if reset_grad else []
+        return self._plan.gather(grads, reset_grad) if grads else 0
+
+    def statistics(self) -> Tensor:
+        """fp64 [2]: sum of squares and number of non-finite elements, over all ranks."""
+        found = self._plan.statistics()
+        return found if self.shards is None else self.shards.sum_(found)
+
+    def step(self, hyper: Tensor, record: Tensor, reset_grad: bool) -> None:
+        norms = self._plan.norms(hyper, record) if self._plan.needs_norms() else None
+        if norms is not None and self.shards is not None:
+            self.shards.sum_(norms)
+        self._plan.step(hyper, record, norms)
+        if self.shards is not None:
+            torch.autograd.graph.increment_version([p for p in self.params if p.grad is not None])
+            for grad in self._copied:
+                grad.zero_()
+
+    def versions(self) -> dict[Tensor, int]:
+        """Of parameters with a master: their version counters after the last step."""
+        return dict(zip(self.params, self._plan.versions(), strict=True))

@@ -1,0 +1,73 @@
+"""Parameters that are cut over several ranks (DTensors): the kernels see each rank's shard."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_sharded(t: Any) -> bool:
+    """Whether ``t`` is a DTensor. (Importing its class would take longer than everything else here.)"""
+    return hasattr(t, "_local_tensor")
+
+
+def local(t: Any) -> Tensor:
+    """This rank's shard of a DTensor, any other tensor itself."""
+    if not is_sharded(t):
+        return t
+    shard = t.to_local()
+    return shard if type(shard) is Tensor or not hasattr(shard, "wait") else shard.wait()  # still on its way
+
+
+class Shards(NamedTuple):
+    """How a DTensor lies over the ranks."""
+
+    mesh: Any
+    placements: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, p: Tensor) -> Shards | None:
+        return cls(p.device_mesh, p.placements) if is_sharded(p) else None  # type: ignore[attr-defined]
+
+    def fit(self, t: Any) -> bool:
+        return t.placements == self.placements and t.device_mesh == self.mesh
+
+    def local_grad(self, grad: Tensor) -> Tensor:
+        """The shard of ``grad`` that belongs to the parameter's; partial sums are added up."""
+        placed: Any = grad
+        return local(grad if self.fit(grad) else placed.redistribute(self.mesh, self.placements))
+
+    def wrap(self, shard: Tensor, like: Tensor) -> Tensor:
+        """A DTensor of ``like``'s global shape around this rank's ``shard``."""
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(
+            shard, self.mesh, self.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
+
+    def distribute(self, full: Tensor) -> Tensor:
+        """Cuts a tensor that every rank has whole."""
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(full, self.mesh, self.placements)
+
+    def sum_(self, t: Tensor) -> Tensor:
+        """Adds up a local figure over the ranks that hold different shards; replicas count once."""
+        for dimension, placement in enumerate(self.placements):
+            if not placement.is_replicate() and self.mesh.size(dimension) > 1:
+                dist.all_reduce(t, group=self.mesh.get_group(dimension))
+        return t
+
+
+def copy_into(kept: Tensor, value: Any) -> None:
+    """``kept.copy_(value)`` where either may be a DTensor and the other a whole tensor."""
+    value = torch.as_tensor(value)
+    shards = Shards.of(kept)
+    if shards is None and is_sharded(value):
+        value = value.full_tensor()
+    elif shards is not None and not is_sharded(value):
+        value = shards.distribute(value.to(kept.device))
+    kept.copy_(value)
