@@ -85,6 +85,11 @@ def _penalized(g: Tensor, decay: Tensor, p: Tensor) -> Tensor:
     return torch.where(decay == 0, g, g + decay.to(p.dtype) * p)
 
 
+def _descended(p: Tensor, step: Tensor, decay: Tensor) -> Tensor:
+    """One step down with decoupled weight decay; an infinite parameter stays what it is."""
+    return p - torch.where(p.isinf(), step, step + decay.to(p.dtype) * p)
+
+
 def _adam_moments(g: Tensor, m: Tensor, v: Tensor, beta1: Tensor, beta2: Tensor) -> None:
     _average(m, 1 - beta1, g)
     _average(v, 1 - beta2, g, g)
@@ -97,9 +102,8 @@ def _adam(p: Tensor, g: Tensor, moments: list[Tensor], t: Tensor, hyper: Tensor)
     _adam_moments(_penalized(g, penalty, p), m, v, beta1, beta2)
     if len(moments) == 3:
         v = moments[2].copy_(torch.maximum(moments[2], v))
-    p = p * (1 - lr * weight_decay).to(p.dtype)
     denominator = v.sqrt() * (1 - beta2**t).rsqrt().to(p.dtype) + eps.to(p.dtype)
-    return p - (lr / (1 - beta1**t)).to(p.dtype) * (m / denominator)
+    return _descended(p, (lr / (1 - beta1**t)).to(p.dtype) * (m / denominator), lr * weight_decay)
 
 
 def _sgd(p: Tensor, g: Tensor, moments: list[Tensor], t: Tensor, hyper: Tensor) -> Tensor:
@@ -117,7 +121,7 @@ def _lion(p: Tensor, g: Tensor, moments: list[Tensor], t: Tensor, hyper: Tensor)
     c = moments[0].clone()
     _average(c, 1 - beta1, g)
     _average(moments[0], 1 - beta2, g)
-    return p * (1 - lr * weight_decay).to(p.dtype) - lr.to(p.dtype) * torch.where(c.isnan(), c, c.sign())
+    return _descended(p, lr.to(p.dtype) * torch.where(c.isnan(), c, c.sign()), lr * weight_decay)
 
 
 def _adagrad(p: Tensor, g: Tensor, moments: list[Tensor], t: Tensor, hyper: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ struct Adam {
   static constexpr int kHyper = 6;                   // lr, beta1, beta2, eps, weight_decay (decoupled), penalty (not)
   static constexpr bool kCountsSteps = true, kNeedsNorms = false;
 
-  float keep;     // 1 - lr * weight_decay
+  float decay;    // lr * weight_decay
   float penalty;  //
   AdamMoments moments;
   float step_size;       // lr / (1 - beta1^t)
@@ -38,7 +38,7 @@ struct Adam {
   static DF_INLINE Adam prepare(const double* hyper, int64_t t) {
     const double lr = hyper[0], beta1 = hyper[1], beta2 = hyper[2], eps = hyper[3], weight_decay = hyper[4];
     return {
-        static_cast<float>(1.0 - lr * weight_decay),
+        static_cast<float>(lr * weight_decay),
         static_cast<float>(hyper[5]),
         {static_cast<float>(1.0 - beta1), static_cast<float>(1.0 - beta2)},
         static_cast<float>(lr / (1.0 - power(beta1, t))),
@@ -55,14 +55,13 @@ struct Adam {
 
   DF_INLINE float update(float p, float g, float& m, float& v, float& v_max) const {
     moments.average(penalized(g, penalty, p), m, v);
-    v_max = v_max < v ? v : v_max;
+    v_max = v > v_max || v != v ? v : v_max;  // NaN is not lost
     return descend(p, m, v_max);
   }
 
  private:
   DF_INLINE float descend(float p, float m, float v) const {
-    p *= keep;
-    return fma(-step_size, m / fma(std::sqrt(v), inv_sqrt_bias2, eps), p);
+    return descended(p, step_size * (m / fma(std::sqrt(v), inv_sqrt_bias2, eps)), decay);
   }
 };
 

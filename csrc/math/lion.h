@@ -11,13 +11,13 @@ struct Lion {
   static constexpr bool kCountsSteps = false, kNeedsNorms = false;
 
   float lr;
-  float keep;  // 1 - lr * weight_decay
+  float decay;  // lr * weight_decay
   float one_minus_beta1, one_minus_beta2;
 
   static DF_INLINE Lion prepare(const double* hyper, int64_t) {
     return {
         static_cast<float>(hyper[0]),
-        static_cast<float>(1.0 - hyper[0] * hyper[3]),
+        static_cast<float>(hyper[0] * hyper[3]),
         static_cast<float>(1.0 - hyper[1]),
         static_cast<float>(1.0 - hyper[2]),
     };
@@ -27,8 +27,7 @@ struct Lion {
     const float c = moving_average(m, one_minus_beta1, g);
     m = moving_average(m, one_minus_beta2, g);
     const float sign = c > 0.0f ? 1.0f : c < 0.0f ? -1.0f : c;  // zero stays zero, NaN stays NaN
-    p *= keep;
-    return fma(-lr, sign, p);
+    return descended(p, lr * sign, decay);
   }
 };
 

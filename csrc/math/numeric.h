@@ -43,6 +43,13 @@ DF_INLINE float moving_average(float old, float weight, float a, float b = 1.0f)
 // Weight decay as a penalty: the gradient of decay / 2 * p^2 added to g. Without decay an infinite p does no harm.
 DF_INLINE float penalized(float g, float decay, float p) { return decay == 0.0f ? g : fma(decay, p, g); }
 
+// One step down with decoupled weight decay: p - (step + decay * p), decay being lr * weight_decay. The sum is formed
+// first, so only one rounding is of p's own size; a factor 1 - decay would in fp32 be off by up to 3e-8, always to the
+// same side. An infinite p stays what it is.
+DF_INLINE float descended(float p, float step, float decay) {
+  return p - (std::fabs(p) > FLT_MAX ? step : fma(decay, p, step));
+}
+
 DF_INLINE uint32_t to_bits(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);

@@ -146,7 +146,7 @@ class Optimizer(torch.optim.Optimizer):
         """What the given parameters' state lacks, one allocation per device, dtype and kind."""
         missing: dict[tuple[torch.device, torch.dtype, str, float], list[Tensor]] = defaultdict(list)
         for p, group in wanted:
-            state = self.state[p]
+            state = self.state.get(p, {})
             if not self._keeps_master(p):
                 state.pop("master", None)  # a model that was cast to fp32 is its own master
             elif "master" not in state:

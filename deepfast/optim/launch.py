@@ -35,7 +35,7 @@ class Launch:
 
     def build(self, state: Any) -> None:
         empty = torch.empty(0, dtype=torch.float32, device="cpu")
-        states = [state[p] for p in self.params]
+        states = [state.get(p, {}) for p in self.params]  # plain SGD keeps nothing
         self._locals = [local(p) for p in self.params]
         self._plan = self.backend.Plan(
             self.rule,

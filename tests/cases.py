@@ -1,0 +1,159 @@
+"""The six optimizers, each with its peer and its variants; parameters and gradients to feed them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import deepfast
+
+
+class PaperLion(torch.optim.Optimizer):
+    """arXiv:2302.06675, algorithm 2, word for word; and how close to zero the sign's argument has come."""
+
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, maximize=False):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            lr, (beta1, beta2), decay = group["lr"], group["betas"], group["weight_decay"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g = -p.grad if group["maximize"] else p.grad
+                state = self.state[p]
+                m = state.setdefault("exp_avg", torch.zeros_like(p))
+                c = beta1 * m + (1 - beta1) * g
+                state["closest"] = torch.minimum(state.get("closest", c.abs()), c.abs())
+                p.copy_(p - lr * (torch.where(c.isnan(), c, c.sign()) + decay * p))
+                m.copy_(beta2 * m + (1 - beta2) * g)
+
+
+class PaperLAMB(torch.optim.Optimizer):
+    """arXiv:1904.00962, algorithm 2, word for word."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01,
+                 phi=(0.0, float("inf")), maximize=False):  # fmt: skip
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "phi": phi,
+                                  "maximize": maximize})  # fmt: skip
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            lr, (beta1, beta2), decay = group["lr"], group["betas"], group["weight_decay"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g = -p.grad if group["maximize"] else p.grad
+                state = self.state[p]
+                if not state:
+                    state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                state["step"] += 1
+                m, v, t = state["exp_avg"], state["exp_avg_sq"], state["step"].item()
+                m.copy_(beta1 * m + (1 - beta1) * g)
+                v.copy_(beta2 * v + (1 - beta2) * g * g)
+                r = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + group["eps"])
+                u = r + decay * p
+                length, norm = p.norm().item(), u.norm().item()
+                ratio = min(max(length, group["phi"][0]), group["phi"][1]) / norm if length > 0 and norm > 0 else 1.0
+                p.copy_(p - lr * ratio * u)
+
+
+NAMES = ("Adam", "AdamW", "SGD", "Lion", "LAMB", "Adagrad")
+OURS = {name: getattr(deepfast, name) for name in NAMES}
+PEERS = {
+    "Lion": PaperLion,
+    "LAMB": PaperLAMB,
+    **{n: getattr(torch.optim, n) for n in ("Adam", "AdamW", "SGD", "Adagrad")},
+}
+
+_ADAM = {
+    "plain": {},
+    "amsgrad": {"amsgrad": True},
+    "maximize": {"maximize": True},
+    "decay": {"weight_decay": 0.3},
+    "everything": {"weight_decay": 0.1, "amsgrad": True, "maximize": True},
+    "betas": {"betas": (0.5, 0.6), "eps": 1e-3},
+    "zero betas": {"betas": (0.0, 0.0)},
+}
+VARIANTS = {
+    "Adam": {**_ADAM, "decoupled": {"weight_decay": 0.3, "decoupled_weight_decay": True}},
+    "AdamW": _ADAM,
+    "SGD": {
+        "plain": {},
+        "momentum": {"momentum": 0.9},
+        "dampening": {"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1},
+        "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+        "maximize": {"momentum": 0.5, "maximize": True, "weight_decay": 0.1},
+        "decay": {"weight_decay": 0.3},
+    },
+    "Lion": {
+        "plain": {},
+        "decay": {"weight_decay": 0.3},
+        "maximize": {"maximize": True},
+        "betas": {"betas": (0.5, 0.0)},
+    },
+    "LAMB": {
+        "plain": {},
+        "no decay": {"weight_decay": 0.0},
+        "decay": {"weight_decay": 0.3},
+        "maximize": {"maximize": True},
+        "betas": {"betas": (0.0, 0.5), "eps": 1e-3},
+        "phi": {"phi": (2.0, 10.0)},
+    },
+    "Adagrad": {
+        "plain": {},
+        "decays": {"lr_decay": 0.5, "weight_decay": 0.1},
+        "initial": {"initial_accumulator_value": 0.1, "eps": 1e-3},
+        "maximize": {"maximize": True},
+    },
+}
+EVERY = [(name, variant) for name in NAMES for variant in VARIANTS[name]]
+# One of each that uses all it has: moments, decay, what the first step does differently.
+TYPICAL = {
+    "Adam": {"weight_decay": 0.1},
+    "AdamW": {"weight_decay": 0.1, "amsgrad": True},
+    "SGD": {"momentum": 0.9, "dampening": 0.5},
+    "Lion": {"weight_decay": 0.1},
+    "LAMB": {},
+    "Adagrad": {"initial_accumulator_value": 0.1},
+}
+SHAPES = [(64, 33), (5,), (), (0, 3), (3000, 7), (1, 4097)]
+HALVES = (torch.float16, torch.bfloat16)
+BACKENDS = ["cpu", "reference"]
+
+
+def parameters(dtype=torch.float32, shapes=SHAPES, seed=0) -> list[nn.Parameter]:
+    g = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(s, generator=g, dtype=torch.float64).to(dtype)) for s in shapes]
+
+
+def give_gradients(*lists: list[nn.Parameter], seed=0, scale=1.0) -> None:
+    """The same random gradients to every list, each in its parameters' dtype."""
+    for params in lists:
+        g = torch.Generator().manual_seed(seed)
+        for p in params:
+            p.grad = (torch.randn(p.shape, generator=g, dtype=torch.float64) * scale).to(p.dtype)
+
+
+def difference(a: list[nn.Parameter], b: list[nn.Parameter]) -> float:
+    return max((x.double() - y.double()).abs().max().item() for x, y in zip(a, b, strict=True) if x.numel())
+
+
+def decided(oracle: torch.optim.Optimizer, p: Tensor) -> Tensor:
+    """Where Lion's sign has never hung by a rounding error (there, either sign is right); True for all others."""
+    return oracle.state[p].get("closest", torch.tensor(1.0)) > 1e-6
+
+
+def trained(cls, params, steps=3, **options):
+    optimizer = cls(params, lr=1e-2, **options)
+    for i in range(steps):
+        give_gradients(params, seed=i)
+        optimizer.step()
+    return optimizer
+
+
+def kept(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor:
+    """What the optimizer knows of the parameter's value: the master where there is one."""
+    return optimizer.state[p].get("master", p)
