@@ -24,10 +24,14 @@ g = torch.Generator().manual_seed(0)
 def rnd(n, scale=1.0):  # torch.randn itself differs between instruction sets
     size = (n,) if isinstance(n, int) else n
     return torch.randint(-(1 << 23), 1 << 23, size, generator=g) / 2.0**21 * scale
+import sys
+sys.path.insert(0, "tests")
+from cases import EVERY, OURS, VARIANTS
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
-    for options in ({}, {"amsgrad": True}, {"betas": (0.3, 0.0), "maximize": True}, {"master": "none"}):
+    for name, variant in [*EVERY, ("AdamW", None)]:
+        options = VARIANTS[name][variant] if variant else {"master": "none"}
         params = [torch.nn.Parameter(rnd(n).to(dtype)) for n in (1, 15, 16, 17, 63, 64, 65, 2047, 2048, 2049, 70001)]
-        o = deepfast.AdamW(params, lr=1e-2, weight_decay=0.1, max_grad_norm=1.0, backend="cpu", **options)
+        o = OURS[name](params, lr=1e-2, max_grad_norm=1.0, backend="cpu", **options)
         for step in range(3):
             for p in params:
                 p.grad = rnd(p.shape, 10.0 ** (step - 1)).to(dtype)
@@ -95,7 +99,7 @@ def encoded(x: torch.Tensor, dtype: torch.dtype, master: bool) -> torch.Tensor:
     numel = x.numel()
     p = x.to(dtype) if not master else torch.zeros(numel, dtype=dtype)
     zeros = [torch.zeros(numel) for _ in range(3)]
-    hyper = torch.tensor([[1.0, 0.0, 0.9, 0.99, 1.0, 0.0]], dtype=torch.float64)
+    hyper = torch.tensor([[1.0, 0.0, 0.9, 0.99, 1.0, 0.0, 0.0]], dtype=torch.float64)
     record = torch.tensor([1.0, 0.0, 0.0])
     native.step_("adam", [p], [zeros[0]], [x.clone() if master else torch.empty(0)], zeros[1:], [torch.zeros(())],
                  hyper, torch.zeros(1, dtype=torch.int32), record, False)  # fmt: skip
@@ -172,8 +176,20 @@ def test_accumulate_any_layout(layout):
     torch.testing.assert_close(sums, expected)
 
 
+# What each rule takes, after the gradient's sign.
+HYPER = {
+    "adam": [0.1, 0.9, 0.99, 1e-8, 0.01, 0.02],
+    "adam_amsgrad": [0.1, 0.9, 0.99, 1e-8, 0.01, 0.02],
+    "sgd": [0.1, 0.0, 0.0, 0.01, 0.0],
+    "sgd_momentum": [0.1, 0.9, 0.5, 0.01, 0.0],
+    "lion": [0.1, 0.9, 0.99, 0.01],
+    "lamb": [0.1, 0.9, 0.99, 1e-6, 0.01, 0.0, 10.0],
+    "adagrad": [0.1, 0.5, 0.01, 1e-10],
+}
+
+
 def step_arguments(dtype=torch.float32, rule="adam"):
-    n, moments = 3, 3 if rule.endswith("amsgrad") else 2
+    n, what = 3, reference.RULES[rule]
     params = [torch.randn(4, 3).to(dtype) for _ in range(n)]
     masters = [p.float() if dtype != torch.float32 else torch.empty(0) for p in params]
     return (
@@ -181,9 +197,9 @@ def step_arguments(dtype=torch.float32, rule="adam"):
         params,
         [torch.randn_like(p) for p in params],
         masters,
-        [torch.rand(4, 3) for _ in range(moments * n)],
-        [torch.zeros(()) for _ in range(n)],
-        torch.tensor([[1.0, 0.1, 0.9, 0.99, 1e-8, 0.01]], dtype=torch.float64),
+        [torch.rand(4, 3) for _ in range(what.moments * n)],
+        [torch.zeros(()) for _ in range(n if what.counts_steps else 0)],
+        torch.tensor([[1.0, *HYPER[rule]]], dtype=torch.float64),
         torch.zeros(n, dtype=torch.int32),
         torch.tensor([1.0, 0.0, 0.0]),
         True,
@@ -193,17 +209,24 @@ def step_arguments(dtype=torch.float32, rule="adam"):
 SAMPLES = {
     "statistics": ([torch.randn(5), torch.randn(2, 3)],),
     "decide_": (torch.zeros(3), torch.tensor([4.0, 0.0], dtype=torch.float64), torch.tensor(2.0), None, 1.0, True),
-    "step_": step_arguments(),
+    "step_": step_arguments(torch.float16),
     "accumulate_": ([torch.randn(3)], [torch.randn(3)], 0.5, False),
     "scaler_update_": (torch.tensor([4.0, 0, 1, 0]), [torch.zeros(())], 2.0, 0.5, 10, 1, False, True, 1.0, 64.0),
 }
 
 
-@pytest.mark.parametrize("name", SAMPLES)
-def test_opcheck(name):
+CHECKS = [("step_", step_arguments(rule=rule)) for rule in reference.RULES]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [*SAMPLES.items(), *CHECKS],
+    ids=[*SAMPLES, *(f"step_-{rule}" for rule in reference.RULES)],
+)
+def test_opcheck(name, arguments):
     operator = getattr(native, name).default
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(operator, SAMPLES[name], test_utils=tests)
+    torch.library.opcheck(operator, arguments, test_utils=tests)
 
 
 def test_every_operator_is_checked():
@@ -223,6 +246,36 @@ def test_reference_takes_the_same_arguments(rule, dtype):
     for a, b in zip(first[1:6], second[1:6], strict=True):
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rule", list(reference.RULES))
+def test_nothing_is_read_that_was_not_given_and_nothing_written_beside(rule, dtype):
+    """Outputs, and what lies around every buffer, are poisoned with NaN."""
+    what = reference.RULES[rule]
+    for n in (1, 15, 16, 17, 63, 64, 65, 1023, 1024, 1025, 4097):
+        whole = []
+
+        def inside(value, dtype=torch.float32, n=n, whole=whole):
+            t = torch.full((n + 128,), torch.nan, dtype=dtype)
+            whole.append(t)
+            return t[64 : 64 + n].copy_(value) if value is not None else t[64 : 64 + n]
+
+        x = torch.linspace(-2, 2, n)
+        master = inside(x) if dtype != torch.float32 else torch.empty(0)
+        param = inside(None if dtype != torch.float32 else x, dtype)  # with a master, the weight is only written
+        grad = inside(x + 0.5, dtype)
+        moments = [inside(0.25) for _ in range(what.moments)]
+        steps = [torch.zeros(())] if what.counts_steps else []
+        hyper = torch.tensor([[1.0, *HYPER[rule]]], dtype=torch.float64)
+        native.step_(rule, [param], [grad], [master], moments, steps, hyper, torch.zeros(1, dtype=torch.int32),
+                     torch.tensor([1.0, 0.0, 0.0]), True)  # fmt: skip
+        for t in whole:
+            assert t[:64].isnan().all()
+            assert t[64 + n :].isnan().all()
+            assert t[64 : 64 + n].isfinite().all()
+        assert not grad.any()
+        assert (param.float() != x).any() or n == 1
 
 
 def test_any_found_inf_above_zero_skips():
@@ -251,7 +304,7 @@ def wrong(index, value):
         (wrong(4, [torch.zeros(4, 3).half()] * 6), "moment has dtype Half"),
         (wrong(5, [torch.zeros(2)] * 3), "step count must be 1"),
         (wrong(6, torch.zeros(1, 6)), "float64 matrix"),
-        (wrong(6, torch.zeros(1, 3, dtype=torch.float64)), "'adamw' takes 6 hyperparameters, got 3"),
+        (wrong(6, torch.zeros(1, 3, dtype=torch.float64)), "'adam' takes 7 hyperparameters, got 3"),
         (wrong(7, torch.ones(3, dtype=torch.int32)), "group 1 of 1"),
         (wrong(8, torch.zeros(2)), "record must be 3"),
     ],
@@ -274,7 +327,7 @@ def test_compiled_models_can_hold_the_operators():
 
 def test_backends_are_chosen_by_device_and_dtype(monkeypatch):
     cpu = torch.device("cpu")
-    assert ops.select("auto", cpu, torch.float16, torch.float32) is torch.ops.deepfast
+    assert ops.select("auto", cpu, torch.float16, torch.float32) is ops.native
     assert ops.select("auto", cpu, torch.float64) is reference
     assert ops.select("reference", cpu, torch.float32) is reference
     monkeypatch.setenv("DEEPFAST_BACKEND", "reference")
