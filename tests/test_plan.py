@@ -1,0 +1,224 @@
+"""What a step keeps from the last one: it must notice everything that can change, and grow nothing."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+from cases import BACKENDS, NAMES, OURS, TYPICAL, give_gradients, parameters
+from torch import nn
+
+import deepfast
+
+
+def pair(name="AdamW", dtype=torch.float32, backend="cpu", **options):
+    """Two optimizers over equal parameters, three steps into the same training."""
+    made = []
+    for _ in range(2):
+        params = parameters(dtype, shapes=[(7, 5), (4,), (300,)])
+        made.append((params, OURS[name](params, lr=0.01, backend=backend, **TYPICAL[name], **options)))
+    (ours, a), (theirs, b) = made
+    for i in range(3):
+        give_gradients(ours, theirs, seed=i)
+        a.step(), b.step()
+    return ours, a, theirs, b
+
+
+def go_on(ours, a, theirs, b, seed=10):
+    """A step on both: equal to the bit, and different from before."""
+    before = [p.detach().clone() for p in ours]
+    give_gradients(ours, theirs, seed=seed)
+    a.step(), b.step()
+    for p, q, old in zip(ours, theirs, before, strict=True):
+        assert torch.equal(p, q)
+        assert not torch.equal(p, old)
+        for key, value in a.state[p].items():
+            assert torch.equal(value, b.state[q][key]), key
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_state_that_somebody_has_replaced(name, dtype, backend):
+    """Offloading moves the entries away and back, as tensors of its own."""
+    ours, a, theirs, b = pair(name, dtype, backend)
+    old = [v for s in a.state.values() for v in s.values()]
+    for state in a.state.values():
+        for key in list(state):
+            state[key] = state[key].clone()
+    kept = [v.clone() for v in old]
+    go_on(ours, a, theirs, b)
+    assert all(torch.equal(x, y) for x, y in zip(old, kept, strict=True)), "the step wrote into what was taken out"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_state_whose_memory_somebody_has_replaced(dtype, backend):
+    ours, a, theirs, b = pair(dtype=dtype, backend=backend)
+    for state in a.state.values():
+        for value in state.values():
+            value.data = value.data.clone()
+    go_on(ours, a, theirs, b)
+    for p, q in zip(ours, theirs, strict=True):
+        p.data = p.data.clone()
+        a.state[p]["exp_avg"].share_memory_()
+        assert p.grad is not None, q
+    go_on(ours, a, theirs, b, seed=11)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_whole_states_that_somebody_has_replaced(backend):
+    ours, a, theirs, b = pair(backend=backend)
+    for p in ours:
+        a.state[p] = {k: v.clone() for k, v in a.state[p].items()}
+    go_on(ours, a, theirs, b)
+    first, second = ours[0], theirs[0]
+    for optimizer, p in ((a, first), (b, second)):
+        optimizer.state[p].clear()  # it starts anew
+    go_on(ours, a, theirs, b, seed=11)
+    assert a.state[first]["step"] == 1
+    a.state.clear(), b.state.clear()
+    go_on(ours, a, theirs, b, seed=12)
+    a.load_state_dict(copy.deepcopy(b.state_dict()))
+    go_on(ours, a, theirs, b, seed=13)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_states_that_somebody_has_exchanged(backend):
+    ours, a, theirs, b = pair(backend=backend)
+    for optimizer, params in ((a, ours), (b, theirs)):
+        one, two = optimizer.state[params[1]], optimizer.state[params[2]]
+        one["exp_avg"], two["exp_avg"] = two["exp_avg"][:4].clone(), torch.zeros(300)
+    b = copy.deepcopy(b)  # has no plan
+    go_on(ours, a, [p for g in b.param_groups for p in g["params"]], b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_that_somebody_has_replaced(backend):
+    ours, a, theirs, b = pair(backend=backend)
+    gone = ours[0].detach().clone()
+    left = ours[0]
+    for optimizer, params in ((a, ours), (b, theirs)):
+        new = nn.Parameter(torch.ones(2, 2))
+        optimizer.state.pop(params[0])
+        optimizer.param_groups[0]["params"][0] = params[0] = new
+    b = copy.deepcopy(b)
+    go_on(ours, a, [p for g in b.param_groups for p in g["params"]], b)
+    assert torch.equal(left, gone)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_that_come_and_go(name, backend):
+    """Experts that a batch does not reach; a parameter that gets its first gradient late."""
+    ours, theirs = (parameters(shapes=[(7, 5), (4,), (300,), (2, 2)]) for _ in range(2))
+    a, b = OURS[name](ours, backend=backend, **TYPICAL[name]), OURS[name](theirs, backend=backend, **TYPICAL[name])
+    for i in range(12):
+        b = copy.deepcopy(b)  # plans anew
+        theirs = [p for g in b.param_groups for p in g["params"]]
+        give_gradients(ours, theirs, seed=i)
+        for params in (ours, theirs):
+            for k, p in enumerate(params):
+                if (i + k) % 3 == 0 or (k == 3 and i < 8):
+                    p.grad = None
+        a.step(), b.step()
+        assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+    for p in ours:
+        p.grad = None
+    before = [p.detach().clone() for p in ours]
+    a.step()
+    assert all(torch.equal(p, q) for p, q in zip(ours, before, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_that_change_their_kind(backend):
+    """Layout, type, lazy views: noticed at each step."""
+    p, q = nn.Parameter(torch.linspace(-1, 1, 35).reshape(7, 5)), nn.Parameter(torch.linspace(-1, 1, 35).reshape(7, 5))
+    p.grad_dtype = q.grad_dtype = None
+    a, b = deepfast.AdamW([p], lr=0.1, backend=backend), torch.optim.AdamW([q], lr=0.1)
+    g = torch.sin(torch.arange(35.0)).reshape(7, 5)
+    for grad in (
+        g,
+        g.t().contiguous().t(),
+        g.double(),
+        g,
+        g.to(torch.bfloat16).to(torch.float16),
+        torch.complex(g, g).conj().imag,
+        torch.cat([g, g], 1)[:, ::2],
+        g,
+        g[:1].expand(7, 5),
+    ):
+        p.grad, q.grad = grad, grad.float().resolve_neg().contiguous()
+        a.step(), b.step()
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_options_that_change():
+    p, q = nn.Parameter(torch.ones(50)), nn.Parameter(torch.ones(50))
+    a, b = deepfast.SGD([p], lr=0.1, backend="cpu"), torch.optim.SGD([q], lr=0.1)
+    for change in (
+        {},
+        {"momentum": 0.9},
+        {"lr": 0.01, "maximize": True},
+        {"weight_decay": 0.1},
+        {"nesterov": True},
+        {"nesterov": False, "dampening": 0.5},
+        {"fused": False},
+        {"momentum": 0.0},
+        {"fused": None},
+    ):
+        for optimizer in (a, b):
+            optimizer.param_groups[0].update(change)
+        p.grad = q.grad = torch.linspace(0, 1, 50)
+        a.step(), b.step()
+        torch.testing.assert_close(p, q)
+
+
+def test_reset_grad_may_be_switched():
+    ours, a, theirs, b = pair()
+    a.reset_grad = True
+    go_on(ours, a, theirs, b)
+    assert not any(p.grad.any() for p in ours)
+    a.reset_grad = False
+    go_on(ours, a, theirs, b, seed=11)
+    assert all(p.grad.any() for p in ours)
+
+
+def test_a_step_keeps_no_gradient_alive():
+    import weakref
+
+    params = parameters()
+    optimizer = deepfast.AdamW(params, max_grad_norm=1.0)
+    give_gradients(params)
+    optimizer.step()
+    grads = [weakref.ref(p.grad) for p in params]
+    storages = [p.grad.untyped_storage()._weak_ref() for p in params]
+    for p in params:
+        p.grad = None
+    gc.collect()
+    assert all(grad() is None for grad in grads)
+    assert all(torch.UntypedStorage._expired(storage) for storage in storages)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_number_of_live_objects_stays_flat(name, dtype):
+    params = parameters(dtype, shapes=[(4, 3)] * 20)
+    optimizer = OURS[name](params, max_grad_norm=1.0, **TYPICAL[name])
+    scaler = deepfast.LossScaler(init_scale=2.0)
+
+    def steps(count):
+        for i in range(count):
+            give_gradients(params, seed=i % 3)
+            scaler.step(optimizer)
+            scaler.update()
+        gc.collect()
+        alive = gc.get_objects()
+        return len(alive), sum(issubclass(type(o), torch.Tensor) for o in alive)
+
+    before = steps(20)
+    after = steps(1000)
+    assert after[1] == before[1]
+    assert after[0] <= before[0] + 5
