@@ -26,9 +26,8 @@ def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     pages = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without them
         pages.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(pages, dtype=torch.uint8)  # keeps `pages` alive
-    start = -whole.data_ptr() % _HUGE
-    return whole[start : start + size].view(dtype)
+    start = -torch.frombuffer(pages, dtype=torch.uint8).data_ptr() % _HUGE
+    return torch.frombuffer(pages, dtype=dtype, count=numel, offset=start)  # keeps `pages` alive
 
 
 def zeros_like_each(tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[Tensor]]:

@@ -144,27 +144,30 @@ class Optimizer(torch.optim.Optimizer):
 
     def _init_state(self, wanted: Iterable[tuple[Tensor, dict[str, Any]]]) -> None:
         """What the given parameters' state lacks, one allocation per device, dtype and kind."""
-        missing: dict[tuple[torch.device, torch.dtype, str, float], list[Tensor]] = defaultdict(list)
+        missing: dict[tuple[torch.device, torch.dtype, str, float, bool], list[Tensor]] = defaultdict(list)
         for p, group in wanted:
             state = self.state.get(p, {})
             if not self._keeps_master(p):
                 state.pop("master", None)  # a model that was cast to fp32 is its own master
             elif "master" not in state:
-                missing[p.device, torch.float32, "master", 0.0].append(p)
+                missing[p.device, torch.float32, "master", 0.0, is_sharded(p)].append(p)
             for name in self._moments(group):
                 if name not in state:
-                    missing[p.device, _moment_dtype(p), name, self._initial(group)].append(p)
+                    missing[p.device, _moment_dtype(p), name, self._initial(group), is_sharded(p)].append(p)
             if "step" not in state and self._counts_steps(group):
-                missing[p.device, torch.float32, "step", 0.0].append(p)
-        for (device, dtype, name, initial), params in missing.items():
+                missing[p.device, torch.float32, "step", 0.0, False].append(p)
+        for (device, dtype, name, initial, sharded), params in missing.items():
             like = [p.new_empty((), device="meta") if name == "step" else local(p).detach() for p in params]
-            flat, views = memory.zeros_like_each(like, dtype, device)
-            if initial:
-                flat.fill_(complex(initial, initial) if dtype.is_complex else initial)
+            if sharded:  # each by itself: a DTensor around a part of something cannot be deep-copied
+                views = [memory.zeros_like_each([t], dtype, device)[1][0] for t in like]
+            else:
+                _, views = memory.zeros_like_each(like, dtype, device)
             for p, model, t in zip(params, like, views, strict=True):
                 if name == "master":
                     t.copy_(model)
-                shards = None if name == "step" else Shards.of(p)
+                elif initial:
+                    t.fill_(complex(initial, initial) if dtype.is_complex else initial)
+                shards = Shards.of(p) if sharded else None
                 self.state[p][name] = t if shards is None else shards.wrap(t, p)
 
     def _has_state(self, p: Tensor, group: dict[str, Any]) -> bool:
@@ -453,7 +456,7 @@ def _begun(values: dict[str, Any] | None) -> bool:
 
 
 def _version(p: Tensor) -> int:
-    return 0 if p.is_inference() else local(p)._version
+    return 0 if p.is_inference() else p._version
 
 
 def _moment_dtype(p: Tensor) -> torch.dtype:

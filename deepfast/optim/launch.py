@@ -37,6 +37,7 @@ class Launch:
         empty = torch.empty(0, dtype=torch.float32, device="cpu")
         states = [state.get(p, {}) for p in self.params]  # plain SGD keeps nothing
         self._locals = [local(p) for p in self.params]
+        self._versions = [p._version for p in self.params] if self.shards else []
         self._plan = self.backend.Plan(
             self.rule,
             self._locals,
@@ -56,7 +57,7 @@ class Launch:
         return self.gradients != STALE
 
     def _gather_shards(self, shards: Shards, reset_grad: bool) -> int:
-        if any(p.grad is not None for p in self.waiting):
+        if any(p.grad is not None for p in self.waiting) or self._versions != [p._version for p in self.params]:
             return STALE
         if not all(map(operator.is_, map(local, self.params), self._locals)):
             return STALE
@@ -79,7 +80,9 @@ class Launch:
             torch.autograd.graph.increment_version([p for p in self.params if p.grad is not None])
             for grad in self._copied:
                 grad.zero_()
+            self._versions = [p._version for p in self.params]
 
     def versions(self) -> dict[Tensor, int]:
         """Of parameters with a master: their version counters after the last step."""
-        return dict(zip(self.params, self._plan.versions(), strict=True))
+        # A DTensor counts for itself: what is written through it does not show in its shard's counter.
+        return dict(zip(self.params, self._versions if self.shards else self._plan.versions(), strict=True))

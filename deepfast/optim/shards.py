@@ -15,11 +15,12 @@ def is_sharded(t: Any) -> bool:
 
 
 def local(t: Any) -> Tensor:
-    """This rank's shard of a DTensor, any other tensor itself."""
-    if not is_sharded(t):
-        return t
-    shard = t.to_local()
-    return shard if type(shard) is Tensor or not hasattr(shard, "wait") else shard.wait()  # still on its way
+    """This rank's shard of a DTensor, any other tensor itself.
+
+    Not by ``to_local``, which makes a view at each call where the DTensor is a parameter.
+    """
+    shard = getattr(t, "_local_tensor", t)
+    return shard.wait() if hasattr(shard, "wait") else shard  # gradients may still be on their way
 
 
 class Shards(NamedTuple):
