@@ -89,21 +89,45 @@ class Bf16(Section):
 class OptimizerParams(Section):
     lr: float | None = Field(None, gt=0, le=1e6, description="peak learning rate; the trainer's default is 5e-4")
     betas: Annotated[tuple[float, float], Strict(False)] | None = Field(
-        None, description="decay rates of the two moments; the trainer's are [0.9, 0.95]"
+        None, description="decay rates of the moments; the trainer's are [0.9, 0.95] for AdamW"
     )
-    eps: float = Field(1e-8, gt=0, description="added to the denominator")
-    weight_decay: float | None = Field(
-        None, ge=0, description="decoupled weight decay; the trainer's is 0.1, and on matrices only"
-    )
+    eps: float | None = Field(None, gt=0, description="added to the denominator; each optimizer has its own default")
+    weight_decay: float | None = Field(None, ge=0, description="the trainer's is 0.1, and on matrices only")
     amsgrad: bool = Field(False, description="AMSGrad variant")
-    adam_w_mode: bool = Field(True, description="DeepSpeed's name for decoupled weight decay; must be true")
+    adam_w_mode: bool = Field(True, description="false, with type Adam: weight decay goes through the gradient")
     torch_adam: bool = Field(False, description="unused")
     bias_correction: bool = Field(True, description="must be true")
+    momentum: float = Field(0.0, ge=0, description="of SGD")
+    dampening: float = Field(0.0, description="of SGD's momentum")
+    nesterov: bool = Field(False, description="SGD with Nesterov momentum")
+    lr_decay: float = Field(0.0, ge=0, description="of Adagrad")
+    initial_accumulator_value: float = Field(0.0, ge=0, description="of Adagrad")
+
+
+# type -> what its params may hold
+_ADAM = "lr betas eps weight_decay amsgrad adam_w_mode torch_adam bias_correction".split()
+OPTIMIZER_PARAMS = {
+    "AdamW": _ADAM,
+    "Adam": _ADAM,
+    "SGD": "lr momentum dampening weight_decay nesterov".split(),
+    "Lion": "lr betas weight_decay".split(),
+    "LAMB": "lr betas eps weight_decay".split(),
+    "Adagrad": "lr lr_decay weight_decay initial_accumulator_value eps".split(),
+}
 
 
 class OptimizerSection(Section):
-    type: Literal["AdamW", "Adam"] = Field("AdamW", description="AdamW (DeepSpeed's Adam is one, too)")
+    type: Literal["AdamW", "Adam", "SGD", "Lion", "LAMB", "Adagrad"] = Field(
+        "AdamW", description="AdamW (and DeepSpeed's Adam is one), SGD, Lion, LAMB (the paper's) or Adagrad"
+    )
     params: OptimizerParams = Field(default_factory=OptimizerParams, description="its hyperparameters")
+
+    def chosen(self) -> tuple[str, dict[str, Any]]:
+        """The class's name in :mod:`deepfast.optim` and its arguments; DeepSpeed's default is no weight decay."""
+        ours = set(OPTIMIZER_PARAMS[self.type]) - {"adam_w_mode", "torch_adam", "bias_correction"}
+        arguments = self.params.model_dump(include=ours, exclude_none=True)
+        name = "AdamW" if self.type == "Adam" and self.params.adam_w_mode else self.type
+        return name, {"weight_decay": 0.0, **arguments}
 
 
 class SchedulerParams(Section):
@@ -199,7 +223,8 @@ def trainer_defaults(config: Config) -> Config:
     config.optimizer = config.optimizer or OptimizerSection()
     params = config.optimizer.params
     params.lr = params.lr or 5e-4
-    params.betas = params.betas or (0.9, 0.95)
+    if config.optimizer.type in ("AdamW", "Adam"):
+        params.betas = params.betas or (0.9, 0.95)
     if params.weight_decay is None:
         params.weight_decay = 0.1
     if config.num_warmup_steps > config.num_train_steps:
@@ -376,9 +401,13 @@ def _check(config: Config) -> None:
     if config.optimizer is None:
         return
     params = config.optimizer.params
-    for name, value in (("adam_w_mode", params.adam_w_mode), ("bias_correction", params.bias_correction)):
-        if not value:
-            raise ConfigError(f"optimizer.params.{name}=false is not built yet: take it out")
+    known = OPTIMIZER_PARAMS[config.optimizer.type]
+    for name in sorted(params.model_fields_set.difference(known)):
+        raise ConfigError(f"optimizer.params.{name}: {config.optimizer.type} has none: it takes {', '.join(known)}")
+    if not params.bias_correction:
+        raise ConfigError("optimizer.params.bias_correction=false is not built yet: take it out")
+    if params.nesterov and not (params.momentum and params.dampening == 0):
+        raise ConfigError("optimizer.params.nesterov=true needs a momentum, and no dampening")
     for i, beta in enumerate(params.betas or ()):
         if not 0 <= beta < 1:
             raise ConfigError(f"optimizer.params.betas.{i}={beta} must lie in [0, 1)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -17,11 +18,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, DistributedSampler
 
-from deepfast import checkpoint, schedule
+from deepfast import checkpoint, optim, schedule
 from deepfast import config as configuration
 from deepfast.config import Config
 from deepfast.errors import ConfigError
-from deepfast.optim import AdamW
 from deepfast.optim.base import HALF, Optimizer
 from deepfast.precision import Precision
 from deepfast.ranks import init_distributed
@@ -99,12 +99,9 @@ class Engine(nn.Module):
         if optimizer is None:
             if self.config.optimizer is None:
                 raise ConfigError("no optimizer: pass optimizer= to initialize(), or set one in the configuration")
-            chosen = self.config.optimizer.params.model_dump(
-                include={"lr", "betas", "eps", "weight_decay", "amsgrad"}, exclude_none=True
-            )
-            optimizer = AdamW(parameters, **{"weight_decay": 0.0, **chosen})  # DeepSpeed's default
-        elif type(optimizer) is torch.optim.AdamW and not optimizer.state:
-            log.warning("torch.optim.AdamW is replaced by deepfast.AdamW: the same update, in one pass")
+            name, arguments = self.config.optimizer.chosen()
+            optimizer = getattr(optim, name)(parameters, **arguments)
+        elif type(optimizer) in _REPLACED and not optimizer.state:
             optimizer = _replacement(optimizer)
         if isinstance(optimizer, Optimizer):
             optimizer._measure_norm = True
@@ -434,12 +431,22 @@ class Engine(nn.Module):
             dist.barrier()
 
 
-def _replacement(theirs: torch.optim.AdamW) -> AdamW:
-    """deepfast.AdamW in the place of torch's: its very group dicts and hooks, so whoever steers it goes on doing so."""
-    defaults = {k: v for k, v in theirs.defaults.items() if k not in ("decoupled_weight_decay", "fused", "foreach")}
+_REPLACED: dict[type, type[Optimizer]] = {
+    torch.optim.Adam: optim.Adam,
+    torch.optim.AdamW: optim.AdamW,
+    torch.optim.SGD: optim.SGD,
+}
+
+
+def _replacement(theirs: torch.optim.Optimizer) -> Optimizer:
+    """Ours in the place of torch's: its very group dicts and hooks, so whoever steers it goes on doing so."""
+    ours_class = _REPLACED[type(theirs)]
+    name = ours_class.__name__
+    log.warning("torch.optim.%s is replaced by deepfast.%s: the same update, in one pass", name, name)
+    taken = inspect.signature(ours_class).parameters.keys() - {"fused", "foreach"}
     for group in theirs.param_groups:
         group["fused"] = group["foreach"] = None
-    ours = AdamW(theirs.param_groups, **defaults)
+    ours = ours_class(theirs.param_groups, **{k: v for k, v in theirs.defaults.items() if k in taken})
     ours._optimizer_step_pre_hooks = theirs._optimizer_step_pre_hooks
     ours._optimizer_step_post_hooks = theirs._optimizer_step_post_hooks
     theirs._opt_called = True  # type: ignore[attr-defined]  # so that its scheduler does not miss its steps

@@ -65,8 +65,16 @@ BAD = [
     ({"train_loss_scale": -0.5}, "train_loss_scale=-0.5: it must be greater than or equal to 0"),
     ({"optimizer": {"params": {"lr": 0}}}, "optimizer.params.lr=0: it must be greater than 0"),
     ({"optimizer": {"params": {"betas": [0.9, 1.0]}}}, "betas.1=1.0 must lie in [0, 1)"),
-    ({"optimizer": {"type": "Lion"}}, "optimizer.type=\"Lion\": it must be 'AdamW' or 'Adam'"),
-    ({"optimizer": {"params": {"adam_w_mode": False}}}, "optimizer.params.adam_w_mode=false is not built yet"),
+    (
+        {"optimizer": {"type": "Lamb"}},
+        "optimizer.type=\"Lamb\": it must be 'AdamW', 'Adam', 'SGD', 'Lion', 'LAMB' or 'Adagrad'",
+    ),
+    (
+        {"optimizer": {"params": {"momentum": 0.9}}},
+        "optimizer.params.momentum: AdamW has none: it takes lr, betas, eps",
+    ),
+    ({"optimizer": {"type": "SGD", "params": {"betas": [0.9, 0.9]}}}, "optimizer.params.betas: SGD has none"),
+    ({"optimizer": {"type": "SGD", "params": {"nesterov": True}}}, "nesterov=true needs a momentum"),
     ({"scheduler": {}}, "scheduler.type: it is required"),
     ({"train_loss_scale": 0.5, "fp16": {"loss_scale": 2.0}}, "train_loss_scale=0.5 contradicts fp16.loss_scale=2.0"),
     ({"train_micro_batch_size": 4, "train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size=4 contradicts"),

@@ -206,6 +206,49 @@ def test_schedules(section, expected):
     assert got == pytest.approx(expected, abs=1e-5)
 
 
+OPTIMIZERS = {
+    "AdamW": {},
+    "Adam": {"adam_w_mode": False, "weight_decay": 0.1},
+    "SGD": {"momentum": 0.9, "nesterov": True},
+    "Lion": {"betas": [0.9, 0.95]},
+    "LAMB": {"eps": 1e-5},
+    "Adagrad": {"lr_decay": 0.1},
+}
+
+
+@pytest.mark.parametrize("precision", [{}, {"fp16": {"enabled": True, "loss_scale": 8.0}}])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_every_optimizer_from_the_configuration_and_from_a_checkpoint(tmp_path, kind, precision):
+    config = {**CONFIG, **precision, "optimizer": {"type": kind, "params": {"lr": 0.01, **OPTIMIZERS[kind]}}}
+    e, optimizer, *_ = deepfast.initialize(model=model(), config=config)
+    assert type(optimizer).__name__ == kind
+    data = batches(12)
+    train(e, data[:8])
+    e.save_checkpoint(tmp_path)
+    again, *_ = deepfast.initialize(model=model(), config=config)
+    again.load_checkpoint(tmp_path)
+    for one in (e, again):
+        train(one, data[8:])
+    assert equal(state(e), state(again))
+
+
+@pytest.mark.parametrize("kind", ["Adam", "AdamW", "SGD"])
+def test_torchs_optimizers_are_replaced(kind):
+    e, optimizer, *_ = deepfast.initialize(
+        model=model(), optimizer=lambda params: getattr(torch.optim, kind)(params, lr=0.1), config=CONFIG
+    )
+    assert type(optimizer) is getattr(deepfast, kind)
+    plain = model()
+    torchs = getattr(torch.optim, kind)(plain.parameters(), lr=0.1)
+    data = batches(4)
+    for x, y in data:
+        (nn.functional.mse_loss(plain(x), y) / 4).backward()
+    torchs.step()
+    train(e, data)
+    for p, q in zip(e.module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
 def test_replacing_torchs_adamw_keeps_what_hangs_on_it():
     m = model()
     theirs = torch.optim.AdamW(m.parameters(), lr=0.5, weight_decay=0.5, amsgrad=True, fused=True)
@@ -263,11 +306,11 @@ def test_initialize_takes_what_deepspeeds_does(tmp_path, caplog):
 
     e, optimizer, _, plan = deepfast.initialize(
         model=model(),
-        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        optimizer=lambda params: torch.optim.RMSprop(params, lr=0.1),
         lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.5),
         config=CONFIG,
     )
-    assert isinstance(optimizer, torch.optim.SGD)
+    assert isinstance(optimizer, torch.optim.RMSprop)
     before = state(e)
     train(e, batches(4))
     assert not equal(before, state(e))
@@ -277,10 +320,12 @@ def test_initialize_takes_what_deepspeeds_does(tmp_path, caplog):
 def test_a_foreign_optimizer_steps_under_fp16():
     config = {"fp16": {"enabled": True, "loss_scale": 4.0}, "gradient_clipping": 0.1}
     e, *_ = deepfast.initialize(
-        model=model(), optimizer=lambda params: torch.optim.SGD(params, lr=0.1), config={**CONFIG, **config}
+        model=model(),
+        optimizer=lambda params: torch.optim.RMSprop(params, lr=0.1, eps=0.1),
+        config={**CONFIG, **config},
     )
     plain = model().half().float()
-    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    optimizer = torch.optim.RMSprop(plain.parameters(), lr=0.1, eps=0.1)
     data = batches(4)
     for x, y in data:
         (nn.functional.mse_loss(plain(x), y) / 4).backward()
