@@ -22,24 +22,27 @@ RESULTS: list[dict] = []
 
 @dataclasses.dataclass
 class Case:
-    """One contender: ``run`` is timed, ``result`` gives what it has computed, to be compared before any ratio."""
+    """One contender: ``run`` is timed, ``result`` gives what it has computed, to be compared before any ratio.
+
+    A yardstick computes nothing that could be compared (``result`` None); it only gives a time.
+    """
 
     name: str
     run: Callable[[], object]
-    result: Callable[[], torch.Tensor]
+    result: Callable[[], torch.Tensor] | None
 
 
 def compare(title: str, cases: list[Case], *, bytes_moved: int = 0, rounds: int = 15, tolerance: float = 1e-4) -> dict:
-    """Times the cases in turn. The first is ours; a peer whose result differs gets no ratio.
+    """Times the cases in turn. The first is ours; a peer whose result differs gets no ratio, and the test fails.
 
     Args:
         bytes_moved: by our case in one run, for its bandwidth; 0 = not told.
     """
     for case in cases:
         case.run()
-    wrong = {
-        c.name for c in cases[1:] if not torch.allclose(cases[0].result(), c.result(), rtol=tolerance, atol=tolerance)
-    }
+    expected = cases[0].result() if cases[0].result else torch.empty(0)
+    peers = {c.name: c.result() for c in cases[1:] if c.result}
+    wrong = {name for name, got in peers.items() if not torch.allclose(expected, got, rtol=tolerance, atol=tolerance)}
     times: dict[str, list[float]] = {case.name: [] for case in cases}
     for _ in range(rounds):
         for case in cases:
@@ -54,12 +57,13 @@ def compare(title: str, cases: list[Case], *, bytes_moved: int = 0, rounds: int 
         "times_as_fast_as": {
             name: None if name in wrong else round(value / medians[ours], 2)
             for name, value in medians.items()
-            if name != ours
+            if name in peers
         },
     }
     if bytes_moved:
         row["gb_per_s"] = round(bytes_moved / medians[ours] / 1e9, 1)
     report(row)
+    assert not wrong, f"other results: {wrong}"
     return row
 
 

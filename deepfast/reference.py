@@ -76,8 +76,7 @@ def decide_(
 def _average(old: Tensor, weight: Tensor, *x: Tensor) -> None:
     """old <- (1 - weight) * old + weight * product of x; the two shares of an fp32 weight add up to exactly 1."""
     weight = weight.to(old.dtype).double()
-    new = weight * math.prod(t.double() for t in x)
-    old.copy_((old.double() * (1 - weight) + new).clamp_(max=torch.finfo(old.dtype).max))
+    old.copy_(old.double() * (1 - weight) + weight * math.prod(t.double() for t in x))
 
 
 def _penalized(g: Tensor, decay: Tensor, p: Tensor) -> Tensor:
@@ -91,9 +90,11 @@ def _descended(p: Tensor, step: Tensor, decay: Tensor) -> Tensor:
 
 
 def _adam_moments(g: Tensor, m: Tensor, v: Tensor, beta1: Tensor, beta2: Tensor) -> None:
+    # A finite gradient is cut to where its square is finite, too: an infinite second moment would stay for ever.
+    limit = torch.finfo(g.dtype).max ** 0.5 * (1 - torch.finfo(g.dtype).eps)
+    g = torch.where(g.isfinite(), g.clamp(-limit, limit), g)
     _average(m, 1 - beta1, g)
     _average(v, 1 - beta2, g, g)
-    v.add_(0 * g)  # it stays finite; an infinite gradient still gives NaN
 
 
 def _adam(p: Tensor, g: Tensor, moments: list[Tensor], t: Tensor, hyper: Tensor) -> Tensor:
@@ -147,8 +148,9 @@ def _lamb(p: Tensor, direction: Tensor, norms: Tensor, hyper: Tensor) -> Tensor:
     return p - (lr * ratio).to(p.dtype) * direction
 
 
-def _version(p: Tensor) -> int:
-    return 0 if p.is_inference() else p._version
+def mark(p: Tensor) -> tuple[int, int]:
+    """Version counter and address of ``p``, which tell whether somebody has written to it."""
+    return 0 if p.is_inference() else p._version, p.data_ptr() if p.device.type == "cpu" else 0
 
 
 class Rule(NamedTuple):
@@ -182,7 +184,6 @@ class Plan:
         moments: as many times n as the rule keeps, all first moments first.
         steps: n one-element tensors, or none where the rule does not count.
         groups: int32 [n], each parameter's row of hyperparameters.
-        waiting: parameters without state; should one of them have a gradient, the plan is stale.
     """
 
     STALE = -1
@@ -195,14 +196,12 @@ class Plan:
         moments: Sequence[Tensor],
         steps: Sequence[Tensor],
         groups: Tensor,
-        waiting: Sequence[Tensor],
     ) -> None:
         self._rule = RULES[rule]
         self._params, self._masters, self._moments, self._steps = params, masters, moments, steps
         self._groups = groups.tolist()
-        self._waiting = waiting
-        self._places = [(p.device, p.dtype) for p in params]
-        self._versions = [_version(p) for p in params]
+        self._kinds = [(p.device, p.dtype) for p in params]
+        self._marks = [mark(p) for p in params]
         self._grads: list[Tensor | None] = []
         self._reset_grad = False
         self._directions: list[Tensor] = []
@@ -210,25 +209,20 @@ class Plan:
     def needs_norms(self) -> bool:
         return self._rule.adapt is not None
 
-    def versions(self) -> list[int]:
-        """Each parameter's version counter after the last step."""
-        return self._versions
+    def marks(self) -> list[int]:
+        """Of each parameter after its last step: version counter and address."""
+        return [value for pair in self._marks for value in pair]
 
     def gather(self, grads: Sequence[Tensor | None], reset_grad: bool) -> int:
         """Finds the gradients (each parameter's own, unless they are given) and returns how many there are.
 
-        ``STALE`` where a parameter has changed its type or place or was written to from outside, one that was waiting
-        has a gradient, or a gradient is sparse.
+        ``STALE`` where a parameter has changed its type or was written to from outside, or a gradient is sparse.
         """
         found = list(grads) or [p.grad for p in self._params]
-        written = any(
-            master.numel() and _version(p) != version
-            for p, master, version in zip(self._params, self._masters, self._versions, strict=True)
-        )
+        marks = zip(self._masters, map(mark, self._params), self._marks, strict=True)
         if (
-            written
-            or any(p.grad is not None for p in self._waiting)
-            or self._places != [(p.device, p.dtype) for p in self._params]
+            self._kinds != [(p.device, p.dtype) for p in self._params]
+            or any(master.numel() and now != then for master, now, then in marks)
             or any(g is not None and g.layout != torch.strided for g in found)
         ):
             return self.STALE
@@ -249,7 +243,7 @@ class Plan:
         multiplier, found_inf, _ = record.unbind()
         p = _wide(self._weight(i))
         row = hyper[self._groups[i]].to(p.device)
-        moments = [_real(m) for m in self._moments[i :: len(self._params)][: self._rule.moments]]
+        moments = [_real(m) for m in self._moments[i :: len(self._kinds)][: self._rule.moments]]
         new_moments = [_wide(m).clone() for m in moments]
         g = _wide(grad.resolve_conj()).to(p.dtype) * (multiplier * row[0]).to(p.dtype)
         t = (self._steps[i] + 1).double().reshape(()) if self._rule.counts_steps else torch.zeros((), device=p.device)
@@ -292,7 +286,7 @@ class Plan:
                 self._steps[i].copy_(torch.where(skipped, self._steps[i], self._steps[i] + 1))
             if self._reset_grad:
                 grad.zero_()
-        self._versions = [_version(p) for p in self._params]
+        self._marks = [mark(p) for p in self._params]
         self._grads, self._directions = [], []
 
 
@@ -309,7 +303,7 @@ def step_(
     reset_grad: bool,
 ) -> None:
     """One step of ``rule`` without keeping a plan; the arguments are those of :class:`Plan` and its ``step``."""
-    plan = Plan(rule, params, masters, moments, steps, groups, [])
+    plan = Plan(rule, params, masters, moments, steps, groups)
     plan.gather(grads, reset_grad)
     plan.step(hyper, record, plan.norms(hyper, record) if plan.needs_norms() else None)
 

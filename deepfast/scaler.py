@@ -237,6 +237,7 @@ class LossScaler:
                 self._min_scale,
                 self._max_scale,
             )
+        if new_scale is None or self._stepped:  # a backward that no step has followed keeps its scale
             self._used = None
         self._unscaled.clear()
         self._stepped.clear()

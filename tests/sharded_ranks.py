@@ -149,6 +149,12 @@ def check_writes_from_outside():
             for p, q in zip(sharded, plain, strict=True):
                 p.mul_(0.5), q.mul_(0.5)
     equal(sharded, plain, 1e-6)
+    with torch.no_grad():
+        for p, q in zip(sharded, plain, strict=True):
+            p.to_local().fill_(2.0), q.fill_(2.0)  # past the DTensor
+    give(sharded, plain, 5)
+    a.step(), b.step()
+    equal(sharded, plain, 1e-6)
     y = (sharded[3] * sharded[3].detach()).sum()
     give(sharded, plain, 9)
     a.step()

@@ -78,14 +78,14 @@ def test_the_same_bits_for_any_number_of_threads():
     assert seen.pop() == pytest.approx(exact, rel=1e-7)
 
 
-def lamb_plan(params):
-    zeros = [torch.zeros_like(p) for p in params]
-    plan = ops.native.Plan(
-        "lamb", params, [torch.empty(0)] * len(params), [t.clone() for t in (*zeros, *zeros)],
-        [torch.zeros(()) for _ in params], torch.zeros(len(params), dtype=torch.int32), [],
-    )  # fmt: skip
-    plan.gather([torch.sin(torch.arange(p.numel(), dtype=torch.float32)) for p in params], False)
-    return plan
+def lamb_norms(params, hyper):
+    state = [torch.zeros_like(p) for p in (*params, *params)]
+    steps = [torch.zeros(()) for _ in params]
+    groups = torch.zeros(len(params), dtype=torch.int32)
+    plan = ops.native.Plan("lamb", params, [torch.empty(0)] * len(params), state, steps, groups)
+    grads = [torch.sin(torch.arange(p.numel(), dtype=torch.float32)) for p in params]
+    plan.gather(grads, False)
+    return plan.norms(hyper, torch.tensor([1.0, 0.0, 0.0]))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e25, 1e-30])
@@ -93,13 +93,12 @@ def test_lambs_norms_are_the_same_for_any_number_of_threads(scale):
     params = [torch.linspace(-1, 1, n) * scale for n in (3, 70_001, 300_001, 1, 2048)]
     hyper = torch.tensor([[1.0, *HYPER["lamb"]]], dtype=torch.float64)
     hyper[0, 5] = 0.0  # no decay: the direction is then m / (|g| + eps)
-    record = torch.tensor([1.0, 0.0, 0.0])
     seen = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
-            seen.append(lamb_plan(params).norms(hyper, record))
+            seen.append(lamb_norms(params, hyper))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(norms, seen[0]) for norms in seen)

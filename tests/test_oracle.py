@@ -111,14 +111,15 @@ def norms_of(optimizer, hyper: Tensor, p: nn.Parameter, state: dict[str, Tensor]
     group = optimizer.param_groups[0]
     if optimizer._rule(group) != "lamb":
         return None
+    moments = [state[name].clone() for name in optimizer._moments(group)]  # a plan keeps no state alive
+    steps = [state["step"].clone()]
     plan = ops.native.Plan(
         "lamb",
         [p.detach().clone()],
         [torch.empty(0)],
-        [state[name].clone() for name in optimizer._moments(group)],
-        [state["step"].clone()],
+        moments,
+        steps,
         torch.zeros(1, dtype=torch.int32),
-        [],
     )
     assert plan.gather([p.grad], False) == 1
     return plan.norms(hyper, torch.tensor([1.0, 0.0, 0.0]))

@@ -222,3 +222,162 @@ def test_the_number_of_live_objects_stays_flat(name, dtype):
     after = steps(1000)
     assert after[1] == before[1]
     assert after[0] <= before[0] + 5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("how", ["init_state", "adagrad", "loaded", "copied", "address"])
+def test_writes_before_the_first_step_are_noticed(how, backend):
+    """A master is made, the weights are loaded after it: the weights count."""
+    p = nn.Parameter(torch.zeros(50, dtype=torch.bfloat16))
+    cls = deepfast.Adagrad if how == "adagrad" else deepfast.AdamW
+    optimizer = cls([p], lr=1e-3, backend=backend)
+    if how == "init_state":
+        optimizer.init_state()
+    elif how in ("loaded", "copied", "address"):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    if how == "loaded":
+        state = copy.deepcopy(optimizer.state_dict())
+        state["state"][0].pop("master")
+        optimizer = cls([p], lr=1e-3, backend=backend)
+        optimizer.load_state_dict(state)
+    elif how == "copied":
+        optimizer = copy.deepcopy(optimizer)
+        (p,) = optimizer.param_groups[0]["params"]
+    if how == "address":
+        torch.nn.utils.vector_to_parameters(torch.full((50,), 5.0, dtype=torch.bfloat16), [p])
+    else:
+        with torch.no_grad():
+            p.fill_(5.0)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert (p > 4.9).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_whose_shape_changes(name, backend):
+    """``.data`` may become another view at the same address."""
+    p = nn.Parameter(torch.arange(9.0).reshape(3, 3))
+    q = nn.Parameter(p.detach().clone())
+    a, b = (OURS[name]([t], lr=0.1, backend=backend, **TYPICAL[name]) for t in (p, q))
+    p.grad, q.grad = torch.ones(3, 3), torch.ones(3, 3)
+    a.step(), b.step()
+    p.grad = None
+    p.data = p.data.t()
+    p.grad = torch.empty_like(p).copy_(torch.arange(9.0).reshape(3, 3))
+    q.grad = torch.arange(9.0).reshape(3, 3).t().contiguous()
+    for key, value in b.state[q].items():  # the parameter is another now, its moments are where they were
+        if key != "step":
+            value.copy_(value.t().clone())
+    a.step(), b.step()
+    torch.testing.assert_close(p.t(), q)
+    p.grad = None
+    p.data = p.data.t()[:1]
+    p.grad = torch.ones(1, 3)
+    with pytest.raises(RuntimeError, match=r"shape|size"):
+        a.step()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_that_move_between_groups(backend):
+    a, b, c = (nn.Parameter(torch.ones(3)) for _ in range(3))
+    groups = [{"params": [a, b], "lr": 0.1}, {"params": [c], "lr": 0.0}]
+    optimizer = deepfast.SGD(groups, backend=backend)
+    for p in (a, b, c):
+        p.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.param_groups[1]["params"].insert(0, optimizer.param_groups[0]["params"].pop())
+    optimizer.step()
+    torch.testing.assert_close(torch.stack([a, b, c]), torch.tensor([[0.8], [0.9], [1.0]]).expand(3, 3))
+
+
+def test_what_is_moved_away_is_freed():
+    """Offloading a state must give its memory back at once."""
+    import weakref
+
+    ours, a, theirs, b = pair()
+    gone = [weakref.ref(v) for s in a.state.values() for v in s.values()]
+    for state in a.state.values():
+        for key in list(state):
+            state[key] = state[key].clone()
+    gc.collect()
+    assert not any(ref() is not None for ref in gone)
+    go_on(ours, a, theirs, b)
+
+
+def test_torch_may_exchange_modules_parameters():
+    net = nn.Linear(4, 3)
+    optimizer = deepfast.AdamW(net.parameters(), lr=0.1)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for dtype in (torch.float32, torch.float64, torch.float32):
+            net.to(dtype)
+            net.load_state_dict({k: torch.ones_like(v) for k, v in net.state_dict().items()})
+            optimizer.zero_grad()
+            net(torch.ones(2, 4, dtype=dtype)).sum().backward()
+            optimizer.step()
+            assert (net.weight < 1).all()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_wrapper_subclasses_go_through_the_reference():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    p = nn.Parameter(TwoTensor(torch.ones(3), torch.ones(3)))
+    q = nn.Parameter(torch.ones(3))
+    a, b = deepfast.AdamW([p], lr=0.1), deepfast.AdamW([q], lr=0.1)
+    for _ in range(3):
+        p.grad, q.grad = TwoTensor(torch.ones(3), torch.ones(3)), torch.ones(3)
+        a.step(), b.step()
+    assert isinstance(a.state[p]["exp_avg"], TwoTensor)
+    torch.testing.assert_close(p.a, q.detach())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_states_that_somebody_has_edited(backend):
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    a, b = deepfast.SGD([p], backend=backend, **options), torch.optim.SGD([q], **options)
+
+    def both():
+        p.grad = q.grad = torch.ones(3)
+        a.step(), b.step()
+        torch.testing.assert_close(p, q)
+
+    both(), both()
+    a.state[p]["momentum_buffer"] = b.state[q]["momentum_buffer"] = None
+    both(), both()
+    del a.state[p]["momentum_buffer"], b.state[q]["momentum_buffer"]
+    both(), both()
+    a.state["mine"] = 5
+    a.state[p]["step"] = torch.tensor(7.0, dtype=torch.float64)
+    both()
+    assert a.state[p]["step"].dtype == torch.float32
+    a.load_state_dict(copy.deepcopy(a.state_dict()))
+    assert a.state["mine"] == 5
+    a.state = {p: dict(a.state[p])}  # nobody watches this one
+    both(), both()
+    a.state[p]["momentum_buffer"] = a.state[p]["momentum_buffer"] * 0
+    b.state[q]["momentum_buffer"].zero_()
+    both()
+
+
+def test_a_parameter_in_a_group_twice_is_refused():
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    with pytest.warns(UserWarning, match="duplicate"):
+        optimizer = deepfast.AdamW([p, p])
+    with pytest.raises(RuntimeError, match=r"shape \(3,\) is in the groups twice"):
+        optimizer.step()
+
+
+def test_dictionaries_that_leave_are_ordinary_ones():
+    import pickle
+
+    ours, a, _, _ = pair()
+    assert all(type(s) is dict for s in a.state_dict()["state"].values())
+    for clone in (copy.deepcopy(a.state), pickle.loads(pickle.dumps(a.state))):  # noqa: S301
+        assert all(type(s) is dict for s in clone.values())
+        assert len(clone) == len(ours)

@@ -363,3 +363,15 @@ def test_grad_scalers_state_loads():
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(ValueError, match="must"):
         deepfast.LossScaler(**options)
+
+
+def test_a_scale_that_is_set_after_the_step_is_the_next_ones():
+    p, optimizer = setup(torch.float32, torch.optim.SGD)
+    scaler = deepfast.LossScaler(init_scale=8.0)
+    backward(scaler, p)
+    scaler.step(optimizer)
+    scaler.update(new_scale=2.0)
+    p.grad = torch.full_like(p, 2.0)  # scaled by hand, with get_scale()
+    before = p.detach().clone()
+    scaler.step(optimizer)
+    torch.testing.assert_close(before - p, torch.full_like(p, optimizer.param_groups[0]["lr"]))

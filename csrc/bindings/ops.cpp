@@ -46,9 +46,15 @@ void decide(const Tensor& record, const std::optional<Tensor>& statistics, const
 
 void step(const std::string& rule, TensorList params, TensorList grads, TensorList masters, TensorList moments,
           TensorList steps, const Tensor& hyper, const Tensor& groups, const Tensor& record, bool reset_grad) {
-  Plan plan(rule, params.vec(), masters.vec(), moments.vec(), steps.vec(), groups, {});
-  for (const Tensor& grad : grads) dtype_of(grad, "a gradient");
-  TORCH_CHECK(plan.gather(grads.vec(), reset_grad) != Plan::kStale, "deepfast: gradients must be dense CPU tensors");
+  Plan plan(rule, params, masters, moments, steps, groups);
+  check_count(grads.size(), params.size(), "gradients");
+  Plan::Gradients given;
+  for (const Tensor& grad : grads) {
+    dtype_of(grad, "a gradient");
+    given.push_back(grad);
+  }
+  TORCH_CHECK(plan.gather(given, reset_grad) != Plan::kStale,
+              "deepfast: parameters and gradients must be dense CPU tensors");
   std::optional<Tensor> norms;
   if (plan.needs_norms()) norms = plan.norms(hyper, record);
   plan.step(hyper, record, norms);
@@ -93,14 +99,16 @@ TORCH_LIBRARY(deepfast, library) {
   using deepfast::bindings::Plan;
   using Tensors = std::vector<at::Tensor>;
   library.class_<Plan>("Plan")
-      .def(torch::init<std::string, Tensors, Tensors, Tensors, Tensors, at::Tensor, Tensors>())
+      .def(torch::init(
+          [](std::string rule, Tensors params, Tensors masters, Tensors moments, Tensors steps, at::Tensor groups) {
+            return c10::make_intrusive<Plan>(std::move(rule), params, masters, moments, steps, groups);
+          }))
       .def("needs_norms", &Plan::needs_norms)
-      .def("gather", [](const Plan::Pointer& plan, const Plan::Gradients& given,
-                        bool reset_grad) { return plan->gather(given, reset_grad); })
+      .def("gather", &Plan::gather)
       .def("statistics", &Plan::statistics)
       .def("norms", &Plan::norms)
       .def("step", &Plan::step)
-      .def("versions", &Plan::versions);
+      .def("marks", &Plan::marks);
   library.def("statistics(Tensor[] grads) -> Tensor");
   library.def(
       "decide_(Tensor(a!) record, Tensor? statistics, Tensor? grad_scale, Tensor? found_inf, float max_norm, "

@@ -1,6 +1,8 @@
 // What an optimizer's steps have in common: its parameters and their state, looked at once and kept.
 //
 // Each step only the gradients are new. A plan finds them by itself, so that Python does nothing per parameter.
+// Python says when the state's tensors are others (deepfast/optim/state.py); what has become of the same tensors is
+// looked at here.
 #pragma once
 
 #include <algorithm>
@@ -51,8 +53,6 @@ inline void written(const Tensor& t) {
   if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
 }
 
-inline int64_t version(const Tensor& t) { return t.is_inference() ? 0 : t._version(); }
-
 inline Tensor to_tensor(const Statistics& statistics) {
   Tensor out = at::empty({2}, at::kDouble);
   out.mutable_data_ptr<double>()[0] = statistics.sum_of_squares;
@@ -67,10 +67,10 @@ class Plan : public torch::CustomClassHolder {
 
   // masters: [n], an empty tensor where there is none. moments: all first moments, then all second ones, …
   // steps: [n], or none where the rule does not count. groups: int32 [n], each parameter's row of hyperparameters.
-  // waiting: parameters without state; should one of them have a gradient, the plan is stale.
-  Plan(std::string rule, std::vector<Tensor> params, std::vector<Tensor> masters, const std::vector<Tensor>& moments,
-       std::vector<Tensor> steps, const Tensor& groups, std::vector<Tensor> waiting)
-      : rule_(std::move(rule)), waiting_(std::move(waiting)), entries_(params.size()) {
+  // The plan does not keep the state alive: who moves it away wants its memory back.
+  Plan(std::string rule, TensorList params, TensorList masters, TensorList moments, TensorList steps,
+       const Tensor& groups)
+      : rule_(std::move(rule)), entries_(params.size()) {
     const std::optional<cpu::RuleInfo> info = cpu::info(rule_.c_str());
     TORCH_CHECK(info, "deepfast: the CPU backend has no rule named '", rule_, "'");
     info_ = *info;
@@ -83,38 +83,29 @@ class Plan : public torch::CustomClassHolder {
         "deepfast: groups must be one int32 a parameter");
     for (size_t i = 0; i < count; ++i) {
       Entry& entry = entries_[i];
-      entry.param = std::move(params[i]);
-      entry.dtype = dtype_of(entry.param, "a parameter");
-      entry.version = version(entry.param);
+      entry.param = params[i];
+      entry.dtype = dtype_of(params[i], "a parameter");
+      entry.mark = mark(params[i]);
       entry.group = groups.const_data_ptr<int32_t>()[i];
-      if (masters[i].numel() > 0) entry.master = std::move(masters[i]);
-      for (int k = 0; k < info_.moments; ++k) entry.moment[k] = moments[k * count + i];
-      if (info_.counts_steps) entry.step = std::move(steps[i]);
+      if (masters[i].numel() > 0) entry.state[kMaster] = masters[i].getIntrusivePtr();
+      if (info_.counts_steps) entry.state[kStep] = steps[i].getIntrusivePtr();
+      for (int k = 0; k < info_.moments; ++k) entry.state[kMoment + k] = moments[k * count + i].getIntrusivePtr();
     }
   }
 
   bool needs_norms() const { return info_.needs_norms; }
 
-  // Finds the gradients (each parameter's own, unless they are given) and returns how many there are, or kStale where
-  // the plan does not fit any more: a parameter has changed its type or place or was written to from outside, one that
-  // was waiting has a gradient, or a gradient is none that the kernels take.
+  // Finds the gradients (each parameter's own, unless they are given) and says how many there are; kStale where the
+  // plan does not fit any more: a parameter has changed its type or has been written to from outside, or a gradient is
+  // none that the kernels take.
   static constexpr int64_t kStale = -1;
   int64_t gather(const Gradients& given, bool reset_grad) {
-    for (const Tensor& p : waiting_) {
-      if (p.grad().defined()) return kStale;
-    }
+    release();
     if (given.empty()) {
       return gather_each(reset_grad, [&](size_t i) { return &entries_[i].param.grad(); });
     }
-    std::vector<Tensor> grads;
-    for (const std::optional<Tensor>& grad : given) grads.push_back(grad.value_or(Tensor()));
-    return gather(std::move(grads), reset_grad);
-  }
-
-  int64_t gather(std::vector<Tensor> given, bool reset_grad) {
     check_count(given.size(), entries_.size(), "gradients");
-    release();
-    given_ = std::move(given);
+    for (const std::optional<Tensor>& grad : given) given_.push_back(grad.value_or(Tensor()));
     return gather_each(reset_grad, [&](size_t i) { return &given_[i]; });
   }
 
@@ -143,39 +134,60 @@ class Plan : public torch::CustomClassHolder {
     cpu::step(rule_.c_str(), spans_.data(), spans_.size(), hyper.const_data_ptr<double>(), hyper.size(1), decided,
               measured, reset_grad_);
     order_.write_back();
-    for (const auto& [entry, grad] : active_) {
+    const int64_t count = active_.size();
+#pragma omp parallel for if (count > kManyTensors)
+    for (int64_t nth = 0; nth < count; ++nth) {
+      const auto& [entry, grad] = active_[nth];
       written(entry->param);
-      if (entry->master.defined()) written(entry->master);
       if (reset_grad_) written(*grad);
-      entry->version = version(entry->param);
+      if (has(*entry, kMaster)) entry->mark = mark(entry->param);
     }
     release();
   }
 
-  // Each parameter's version counter after its last step.
-  std::vector<int64_t> versions() const {
+  // Of each parameter after its last step: version counter and address, which tell whether somebody has written to it.
+  std::vector<int64_t> marks() const {
     std::vector<int64_t> out;
-    for (const Entry& entry : entries_) out.push_back(entry.version);
+    for (const Entry& entry : entries_) out.insert(out.end(), {entry.mark.version, entry.mark.address});
     return out;
   }
 
  private:
-  static constexpr int kTensors = 3 + kMaxMoments;  // parameter, master, step count, moments
+  enum Slot { kMaster, kStep, kMoment, kSlots = kMoment + kMaxMoments };
+  using Weak = c10::weak_intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl>;
 
-  struct Entry {
-    Tensor param, master, step, moment[kMaxMoments];
-    DType dtype;
-    int32_t group;
-    int64_t version;
-    // What `look` has found, valid as long as nothing has moved.
-    Span span;
-    const void* places[kTensors];
-    bool looked = false;
+  struct Mark {
+    int64_t version, address;
+    bool operator==(const Mark&) const = default;
   };
 
-  static bool plain(const Tensor& grad) {
-    return grad.layout() == at::kStrided && grad.device().is_cpu() && kernel_dtype(grad) && !grad.is_neg() &&
-           !grad.key_set().has(c10::DispatchKey::Python);
+  struct Entry {
+    Tensor param;
+    DType dtype;
+    int32_t group;
+    Mark mark;
+    Weak state[kSlots] = {none(), none(), none(), none(), none()};
+    // What `look` has found, valid as long as nothing has moved.
+    bool looked = false;
+    Span span;
+    at::DimVector strides;
+    const void* places[kSlots];
+  };
+  static_assert(kSlots == 5);
+
+  // Tensor objects lie anywhere, and a step's data pushes them out of the caches: several threads wait less than one.
+  static constexpr int64_t kManyTensors = 500;
+
+  static Weak none() { return Weak(Tensor().getIntrusivePtr()); }
+
+  static Mark mark(const Tensor& param) {
+    return {param.is_inference() ? 0 : static_cast<int64_t>(param._version()),
+            param.device().is_cpu() ? reinterpret_cast<int64_t>(place(*param.unsafeGetTensorImpl())) : 0};
+  }
+
+  static bool plain(const Tensor& t) {
+    return t.layout() == at::kStrided && t.device().is_cpu() && kernel_dtype(t) && !t.is_neg() &&
+           !t.key_set().has(c10::DispatchKey::Python);
   }
 
   // What a glance at a parameter and its gradient tells. Mostly kReady: all as in the last step but the gradient's
@@ -183,12 +195,16 @@ class Plan : public torch::CustomClassHolder {
   enum class Found : uint8_t { kNothing, kReady, kOther, kStale };
 
   static Found glance(const Entry& entry, const Tensor& grad, Span& span) {
-    if (!entry.param.device().is_cpu() || kernel_dtype(entry.param) != entry.dtype) return Found::kStale;
-    if (entry.master.defined() && version(entry.param) != entry.version) return Found::kStale;
+    const Tensor& param = entry.param;
+    if (!param.device().is_cpu() || kernel_dtype(param) != entry.dtype) return Found::kStale;
+    const Mark now = mark(param);
+    if (has(entry, kMaster) && now != entry.mark) return Found::kStale;
     if (!grad.defined()) return Found::kNothing;
     if (!plain(grad)) return Found::kStale;
-    if (!entry.looked || !unmoved(entry)) return Found::kOther;
-    if (grad.strides() != entry.param.strides() || grad.sizes() != entry.param.sizes()) return Found::kOther;
+    if (!entry.looked || now.address != entry.mark.address || param.numel() != entry.span.numel ||
+        param.strides() != entry.strides || !same_order(*grad.unsafeGetTensorImpl(), param) || !unmoved(entry)) {
+      return Found::kOther;
+    }
     span = entry.span;
     span.grad = grad.data_ptr();
     span.grad_dtype = *kernel_dtype(grad);
@@ -203,8 +219,7 @@ class Plan : public torch::CustomClassHolder {
     spans_.resize(count);
     active_.resize(count);
     std::vector<Found> found(count);
-    // Tensor objects lie anywhere, and the last step's data has pushed them out of the caches: two threads wait less.
-#pragma omp parallel for if (count > 500)
+#pragma omp parallel for if (count > kManyTensors)
     for (int64_t i = 0; i < count; ++i) found[i] = glance(entries_[i], *gradient_of(i), spans_[i]);
     try {
       int64_t kept = 0;
@@ -227,50 +242,65 @@ class Plan : public torch::CustomClassHolder {
 
   // Everything checked, and brought into one element order.
   Span look(Entry& entry, const Tensor& grad) {
+    const Tensor& param = entry.param;
     Span span = {};
-    order_.follow(entry.param);
+    order_.follow(param);
     const size_t copies = order_.copies();
     span.param_dtype = entry.dtype;
     span.group = entry.group;
-    span.numel = entry.param.numel();
-    span.param = order_.write(entry.param, "a parameter");
-    if (entry.master.defined()) {
-      TORCH_CHECK(entry.master.scalar_type() == at::kFloat, "deepfast: a master has dtype ",
-                  entry.master.scalar_type());
-      span.master = static_cast<float*>(order_.write(entry.master, "a master"));
-    }
-    if (info_.counts_steps) span.step = fp32_values(entry.step, 1, "a step count");
-    for (int k = 0; k < info_.moments; ++k) {
-      const Tensor& moment = entry.moment[k];
-      TORCH_CHECK(moment.scalar_type() == at::kFloat, "deepfast: a moment has dtype ", moment.scalar_type());
-      span.moment[k] = static_cast<float*>(order_.write(moment, "a moment"));
-    }
+    span.numel = param.numel();
+    span.param = order_.write(param, "a parameter");
+    if (has(entry, kMaster)) span.master = fp32_state(entry, kMaster, "a master");
+    if (info_.counts_steps) span.step = fp32_values(held(entry, kStep), 1, "a step count");
+    for (int k = 0; k < info_.moments; ++k) span.moment[k] = fp32_state(entry, kMoment + k, "a moment");
     entry.looked = order_.copies() == copies;
     entry.span = span;
-    for_tensors(entry, [&](int slot, const Tensor& t) { return entry.places[slot] = place(t), true; });
+    entry.strides = param.strides();
+    entry.mark.address = mark(param).address;
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (has(entry, slot)) entry.places[slot] = place(*entry.state[slot]._unsafe_get_target());
+    }
     span.grad = reset_grad_ ? order_.write(grad, "a gradient") : order_.read(grad, "a gradient");
     span.grad_dtype = dtype_of(grad, "a gradient");
     return span;
   }
 
+  static bool has(const Entry& entry, int slot) {
+    return entry.state[slot]._unsafe_get_target() != c10::UndefinedTensorImpl::singleton();
+  }
+
+  // The state tensor, which the optimizer's state dictionary must still hold.
+  static Tensor held(const Entry& entry, int slot) {
+    Tensor t(entry.state[slot].lock());
+    TORCH_CHECK(t.defined(), "deepfast: a tensor of the optimizer's state is gone");
+    return t;
+  }
+
+  float* fp32_state(const Entry& entry, int slot, const char* what) {
+    const Tensor t = held(entry, slot);
+    TORCH_CHECK(t.scalar_type() == at::kFloat, "deepfast: ", what, " has dtype ", t.scalar_type());
+    return static_cast<float*>(order_.write(t, what));
+  }
+
+  // Whether the state is where `look` has found it. Somebody may have given it other memory (`.data =`, share_memory_).
   static bool unmoved(const Entry& entry) {
-    return for_tensors(entry, [&](int slot, const Tensor& t) { return entry.places[slot] == place(t); });
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (!has(entry, slot)) continue;
+      const at::TensorImpl& t = *entry.state[slot]._unsafe_get_target();  // its memory is there, if nothing else
+      if (entry.state[slot].use_count() == 0 || place(t) != entry.places[slot]) return false;
+      if (slot != kStep && !same_order(t, entry.param)) return false;
+    }
+    return true;
   }
 
-  template <class Call>
-  static bool for_tensors(const Entry& entry, const Call& call) {
-    bool result = call(0, entry.param);
-    if (entry.master.defined()) result &= call(1, entry.master);
-    if (entry.step.defined()) result &= call(2, entry.step);
-    for (int k = 0; k < kMaxMoments && entry.moment[k].defined(); ++k) result &= call(3 + k, entry.moment[k]);
-    return result;
+  static bool same_order(const at::TensorImpl& t, const Tensor& param) {
+    return t.sizes() == param.sizes() && t.strides() == param.strides();
   }
 
-  // A tensor object keeps its shape and type; what somebody may give it is other memory (`.data =`, share_memory_).
-  static const void* place(const Tensor& t) {
-    const at::TensorImpl* impl = t.unsafeGetTensorImpl();
-    const auto* data = static_cast<const char*>(impl->unsafe_storage().unsafeGetStorageImpl()->data());
-    return data + impl->storage_offset() * impl->itemsize();
+  static const void* place(const at::TensorImpl& t) {
+    if (!t.unsafe_storage()) return nullptr;
+    const auto* data = static_cast<const char*>(t.unsafe_storage().unsafeGetStorageImpl()->data());
+    return data + t.storage_offset() * t.itemsize();
   }
 
   void check(const Tensor& hyper) const {
@@ -301,7 +331,6 @@ class Plan : public torch::CustomClassHolder {
         "deepfast: two parameters share one gradient tensor, and reset_grad would zero it before both have read it");
   }
 
-  // Keeps no gradient alive.
   void release() {
     spans_.clear();
     active_.clear();
@@ -310,15 +339,14 @@ class Plan : public torch::CustomClassHolder {
   }
 
   std::string rule_;
-  std::vector<Tensor> waiting_;
-  std::vector<Entry> entries_;
   cpu::RuleInfo info_;
+  std::vector<Entry> entries_;
 
   // From `gather` to the end of `step`.
   bool reset_grad_ = false;
   std::vector<Tensor> given_;
-  std::vector<Span> spans_;
-  std::vector<std::pair<Entry*, const Tensor*>> active_;
+  std::vector<Span> spans_;                               // of the parameters that have a gradient,
+  std::vector<std::pair<Entry*, const Tensor*>> active_;  // which one each is, and its gradient
   ElementOrder order_;
 };
 

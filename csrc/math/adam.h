@@ -14,10 +14,9 @@ struct AdamMoments {
   float one_minus_beta1, one_minus_beta2;
 
   DF_INLINE void average(float g, float& m, float& v) const {
+    g = squarable(g);
     m = moving_average(m, one_minus_beta1, g);
     v = moving_average(v, one_minus_beta2, g, g);
-    // At infinity v would stay, and the parameter with it, for ever. 0 * g: an infinite gradient still gives NaN.
-    v = fma(0.0f, g, v > FLT_MAX ? FLT_MAX : v);
   }
 };
 

@@ -21,6 +21,18 @@ namespace deepfast {
 // a * b + c, rounded once.
 DF_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
+DF_INLINE uint32_t to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+DF_INLINE float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 // base^exponent by repeated squaring: the same bits on every backend, which libm's pow does not promise.
 DF_INLINE double power(double base, int64_t exponent) {
   double result = 1.0;
@@ -40,6 +52,15 @@ DF_INLINE float moving_average(float old, float weight, float a, float b = 1.0f)
   return fma(weight * a, b, fma(-weight, old, old));
 }
 
+// A finite g whose square fp32 cannot hold, cut to where it can. An infinite second moment would stay, and the parameter
+// with it, for ever; a second moment cut by itself would no longer match the first, and the step would be huge.
+DF_INLINE float squarable(float g) {
+  constexpr float kLargest = 0x1.fffffep63f;  // its square is below FLT_MAX
+  const float magnitude = std::fabs(g);
+  const bool cut = magnitude > kLargest && magnitude <= FLT_MAX;
+  return cut ? from_bits(to_bits(kLargest) | (to_bits(g) & 0x80000000u)) : g;
+}
+
 // Weight decay as a penalty: the gradient of decay / 2 * p^2 added to g. Without decay an infinite p does no harm.
 DF_INLINE float penalized(float g, float decay, float p) { return decay == 0.0f ? g : fma(decay, p, g); }
 
@@ -48,18 +69,6 @@ DF_INLINE float penalized(float g, float decay, float p) { return decay == 0.0f 
 // same side. An infinite p stays what it is.
 DF_INLINE float descended(float p, float step, float decay) {
   return p - (std::fabs(p) > FLT_MAX ? step : fma(decay, p, step));
-}
-
-DF_INLINE uint32_t to_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-DF_INLINE float from_bits(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
 }
 
 }  // namespace deepfast

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from deepfast import memory, ops, reference
-from deepfast.optim.launch import Launch
+from deepfast.optim.launch import Launch, mark
 from deepfast.optim.shards import Shards, copy_into, is_sharded, local
+from deepfast.optim.state import ParameterState, States, changes
 
 Value = float | Tensor
 HALF = frozenset((torch.float16, torch.bfloat16))
@@ -83,11 +84,12 @@ class Optimizer(torch.optim.Optimizer):
         self.max_grad_norm = max_grad_norm
         self.reset_grad = reset_grad
         self.backend = ops.forced(backend)
-        self._versions: dict[Tensor, int] = {}  # of 16-bit parameters, after the last step
+        self._marks: dict[Tensor, tuple[int, ...]] = {}  # of parameters with a master, when it was last right
         self._launches: list[Launch] = []
-        self._planned: tuple[list[Any], list[Any]] | None = None  # what the launches were made from
+        self._planned: tuple[Any, list[Tensor]] | None = None  # what the launches were made from
         self._check(defaults)
         super().__init__(params, defaults)
+        self.state = States()
 
     # What a subclass says of itself.
 
@@ -117,8 +119,12 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """torch keeps only defaults, state and groups of an optimizer that is copied or pickled; we have options."""
-        plan: dict[str, Any] = {"_versions": {}, "_launches": [], "_planned": None}
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in _OPTIONS}, **plan}
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        return {**super().__getstate__(), **options, "_marks": {}, "_launches": [], "_planned": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.state = States(self.state)
 
     # State.
 
@@ -150,30 +156,39 @@ class Optimizer(torch.optim.Optimizer):
             if not self._keeps_master(p):
                 state.pop("master", None)  # a model that was cast to fp32 is its own master
             elif "master" not in state:
-                missing[p.device, torch.float32, "master", 0.0, is_sharded(p)].append(p)
-            for name in self._moments(group):
-                if name not in state:
-                    missing[p.device, _moment_dtype(p), name, self._initial(group), is_sharded(p)].append(p)
-            if "step" not in state and self._counts_steps(group):
+                missing[p.device, torch.float32, "master", 0.0, _is_special(p)].append(p)
+            absent = [name for name in self._moments(group) if state.get(name) is None]
+            for name in absent:
+                missing[p.device, _moment_dtype(p), name, self._initial(group), _is_special(p)].append(p)
+            if not self._counts_steps(group):
+                continue
+            if state.get("step") is not None and len(absent) < len(self._moments(group)):
+                if not _is_count(state["step"]):
+                    state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device=p.device)
+            elif not ("step" in state and _is_count(state["step"]) and state["step"] == 0):
                 missing[p.device, torch.float32, "step", 0.0, False].append(p)
-        for (device, dtype, name, initial, sharded), params in missing.items():
+        for (device, dtype, name, initial, alone), params in missing.items():
             like = [p.new_empty((), device="meta") if name == "step" else local(p).detach() for p in params]
-            if sharded:  # each by itself: a DTensor around a part of something cannot be deep-copied
-                views = [memory.zeros_like_each([t], dtype, device)[1][0] for t in like]
+            if alone:
+                views = [_zeros_like(t, dtype) for t in like]
             else:
                 _, views = memory.zeros_like_each(like, dtype, device)
             for p, model, t in zip(params, like, views, strict=True):
                 if name == "master":
                     t.copy_(model)
+                    self._marks[p] = mark(p)
                 elif initial:
                     t.fill_(complex(initial, initial) if dtype.is_complex else initial)
-                shards = Shards.of(p) if sharded else None
+                shards = Shards.of(p) if alone else None
                 self.state[p][name] = t if shards is None else shards.wrap(t, p)
 
     def _has_state(self, p: Tensor, group: dict[str, Any]) -> bool:
         state = self.state.get(p, {})
-        names = (*self._moments(group), "step") if self._counts_steps(group) else self._moments(group)
-        return all(name in state for name in names) and ("master" in state) == self._keeps_master(p)
+        if any(state.get(name) is None for name in self._moments(group)):
+            return False
+        if self._counts_steps(group) and not _is_count(state.get("step")):
+            return False
+        return ("master" in state) == self._keeps_master(p)
 
     def _keeps_master(self, p: Tensor) -> bool:
         return p.dtype in HALF and self.master != "none"
@@ -185,11 +200,23 @@ class Optimizer(torch.optim.Optimizer):
         In-place writes (``model.load_state_dict``, ``p.clamp_()``) are noticed at the next step by themselves; those
         past autograd's eyes (``p.data``) are not.
         """
-        for p, state in self.state.items():
+        for p in self._params():
+            state = self.state.get(p, {})
             if "master" in state:
                 master, weight = local(state["master"]), local(p)
                 # Only where they differ: what the master knows beyond 16 bits stays.
                 master.copy_(torch.where(reference.round_master(master, p.dtype) == weight, master, weight.float()))
+                self._marks[p] = mark(p)
+
+    def _params(self) -> Iterator[Tensor]:
+        return itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's keys, and ``master``; a copy of the dictionaries, the tensors themselves."""
+        result = super().state_dict()
+        entries = result["state"].items()
+        result["state"] = {k: dict(v) if isinstance(v, ParameterState) else v for k, v in entries}
+        return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads our state_dict or torch's, in place and without loss.
@@ -245,9 +272,14 @@ class Optimizer(torch.optim.Optimizer):
                     f"deepfast: the loaded {name!r} has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}"
                 )
 
+        for name, shape in (("master", p.shape), ("step", torch.Size())):
+            value = (values or {}).get(name)
+            if isinstance(value, Tensor) and value.shape != shape and (value.numel() != 1 or name == "master"):
+                raise ValueError(f"deepfast: the loaded {name!r} has shape {tuple(value.shape)}, not {tuple(shape)}")
+
     @torch.no_grad()
     def _take_state(self, given: dict[str, Any]) -> None:
-        names = itertools.chain.from_iterable(group["params"] for group in given["param_groups"])
+        names = list(itertools.chain.from_iterable(group["params"] for group in given["param_groups"]))
         params = [(p, group) for group in self.param_groups for p in group["params"]]
         saved = {p: given["state"].get(name) for name, (p, _) in zip(names, params, strict=True)}
         saved = {p: dict(values) for p, values in saved.items() if _begun(values)}
@@ -255,6 +287,7 @@ class Optimizer(torch.optim.Optimizer):
             if p not in saved:
                 self.state.pop(p, None)
         self._init_state((p, group) for p, group in params if p in saved)
+        self.state.update((key, value) for key, value in given["state"].items() if key not in set(names))
         for p, values in saved.items():
             if "step" in self.state[p]:
                 values.setdefault("step", 1.0)  # torch's SGD does not count, but what it has kept has begun
@@ -263,6 +296,7 @@ class Optimizer(torch.optim.Optimizer):
             master = values.pop("master", None)
             if "master" in self.state[p]:
                 copy_into(self.state[p]["master"], p if master is None or master.dtype != torch.float32 else master)
+                self._marks[p] = mark(p)
             for key, value in values.items():
                 kept = self.state[p].get(key)
                 if isinstance(kept, Tensor):
@@ -309,57 +343,69 @@ class Optimizer(torch.optim.Optimizer):
         records = self._decide(launches)
         hyper = self._hyper_table()
         for launch in launches:
-            launch.step(hyper, records[launch.device], self.reset_grad)
+            launch.step(hyper, records[launch.device])
+        # A plan holds on to the parameters, which keeps torch from exchanging them where it has been told to.
+        if self._planned is None or torch.__future__.get_swap_module_params_on_conversion():
+            self._forget_plan()
         return loss
 
     def _gather(self) -> list[Launch]:
         """The launches of this step; what does not change from step to step is looked at once."""
-        options = [(self._rule(g), self._moments(g), g.get("fused") is False) for g in self.param_groups]
-        objects = self._objects()
+        params = list(self._params())
         if self._planned is not None:
-            known_options, known = self._planned
+            seen, known = self._planned
             with _Identity():
-                same = known == objects
-            if not (same and known_options == options and self._found_gradients()):
-                self._planned = None
+                same = known == params
+            if not (same and seen == self._seen() and self._found_gradients()):
+                self._forget_plan()
         if self._planned is None:
             self._plan()
             if not self._found_gradients():
                 raise RuntimeError("deepfast: the parameters changed while the step looked at them")
-            self._planned = options, self._objects()
+            # The kernels' plans keep nothing alive; the reference's do, and an unwatched state may change unseen.
+            watched = isinstance(self.state, States) and self.state.watched()
+            if watched and all(launch.backend is not reference for launch in self._launches):
+                self._planned = self._seen(), params
         # A rank without gradients of its own still takes part in the sums over the ranks.
         return [launch for launch in self._launches if launch.gradients or launch.shards]
+
+    def _seen(self) -> Any:
+        """All that a plan depends on, but for the parameters."""
+        groups = [
+            (self._rule(group), self._moments(group), group.get("fused") is False, len(group["params"]))
+            for group in self.param_groups
+        ]
+        return groups, self.master, self.backend, changes(), id(self.state)
+
+    def _forget_plan(self) -> None:
+        for launch in self._launches:
+            self._marks.update(launch.marks())
+        self._launches, self._planned = [], None
 
     def _found_gradients(self) -> bool:
         """False: some launch's plan is stale. All are asked: another rank may be waiting for this one."""
         found = [launch.gather(self.reset_grad) for launch in self._launches]
         return all(found)
 
-    def _objects(self) -> list[Any]:
-        """Everything that a plan holds on to. Somebody may have put other parameters or states in their places."""
-        flatten = itertools.chain.from_iterable
-        params = flatten(group["params"] for group in self.param_groups)
-        return [*params, *self.state, *flatten(map(dict.values, self.state.values()))]
-
     def _plan(self) -> None:
         """Deals the parameters out to launches, and makes their state where it is missing."""
-        for launch in self._launches:
-            self._versions.update(launch.versions())
         launches: dict[Any, Launch] = {}
-        fresh, written = [], False
+        fresh, written, seen = [], False, set()
         for index, group in enumerate(self.param_groups):
             rule, backend = self._rule(group), "reference" if group.get("fused") is False else self.backend
             for p in group["params"]:
+                if id(p) in seen:
+                    raise RuntimeError(f"deepfast: a parameter of shape {tuple(p.shape)} is in the groups twice")
+                seen.add(id(p))
                 grad = p.grad
-                shards = Shards.of(p)
-                launch = self._launch_of(launches, p, grad, rule, backend, shards, group)
+                launch = self._launch_of(launches, p, grad, rule, backend, Shards.of(p), group)
                 if not self._has_state(p, group):
                     if grad is None:
                         launch.waiting.append(p)
                         continue
                     fresh.append((p, group))
-                elif "master" in self.state.get(p, ()) and self._versions.get(p, _version(p)) != _version(p):
-                    written = True  # from outside, since the last step
+                elif "master" in self.state.get(p, ()) and self._marks.get(p) != mark(p):
+                    written = True  # from outside, since the master was last right
                 launch.params.append(p)
                 launch.groups.append(index)
         self._init_state(fresh)
@@ -387,8 +433,10 @@ class Optimizer(torch.optim.Optimizer):
                     f"{tuple(p.shape)} has one ({grad.layout}); build its layer with sparse=False"
                 )
             dtype = grad.dtype
-            if grad.is_neg():  # a lazy view, whose memory holds the opposite
+            if grad.is_neg() or _is_wrapper(local(grad)):  # a lazy view, whose memory holds the opposite
                 backend_name = "reference"
+        if _is_wrapper(local(p)):
+            backend_name = "reference"
         backend = ops.select(backend_name, p.device, p.dtype, dtype)
         key = (id(backend), p.device, rule, shards)
         if key not in launches:
@@ -437,6 +485,7 @@ def check_lr(group: dict[str, Any]) -> None:
 
 
 def check_betas(group: dict[str, Any]) -> None:
+    require(len(group["betas"]) == 2, f"Invalid betas: {group['betas']}, there must be two")
     for i, beta in enumerate(group["betas"]):
         require(not isinstance(beta, Tensor) or beta.numel() == 1, f"Tensor betas[{i}] must be 1-element")
         require(0.0 <= beta < 1.0, f"Invalid beta parameter at index {i}: {beta}")
@@ -455,8 +504,22 @@ def _begun(values: dict[str, Any] | None) -> bool:
     return values is not None and any(value is not None for value in values.values())
 
 
-def _version(p: Tensor) -> int:
-    return 0 if p.is_inference() else p._version
+def _is_wrapper(t: Tensor) -> bool:
+    """Whether ``t`` is of a class that does its own arithmetic (a quantized tensor, say) and has no memory to read."""
+    return type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def _is_special(p: Tensor) -> bool:
+    """Whether state like ``p`` is allocated by itself (a DTensor around a part of something cannot be deep-copied)."""
+    return is_sharded(p) or _is_wrapper(p)
+
+
+def _is_count(step: Any) -> bool:
+    return isinstance(step, Tensor) and step.dtype == torch.float32 and step.numel() == 1
+
+
+def _zeros_like(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(t, dtype=dtype) if _is_wrapper(t) else memory.zeros_like_each([t], dtype, t.device)[1][0]
 
 
 def _moment_dtype(p: Tensor) -> torch.dtype:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deepfast.optim.shards import Shards, local
+from deepfast import reference
+from deepfast.optim.shards import Shards, is_sharded, local
 
 STALE = -1
+
+
+def mark(p: Tensor) -> tuple[int, ...]:
+    """Changes when somebody writes to ``p``, or gives it other memory."""
+    own = reference.mark(local(p))
+    # A DTensor counts for itself: what is written through it does not show in its shard's counter.
+    return (p._version, *own) if is_sharded(p) else own
 
 
 @dataclasses.dataclass
@@ -36,8 +43,8 @@ class Launch:
     def build(self, state: Any) -> None:
         empty = torch.empty(0, dtype=torch.float32, device="cpu")
         states = [state.get(p, {}) for p in self.params]  # plain SGD keeps nothing
-        self._locals = [local(p) for p in self.params]
         self._versions = [p._version for p in self.params] if self.shards else []
+        self._locals = [local(p) for p in self.params]
         self._plan = self.backend.Plan(
             self.rule,
             self._locals,
@@ -45,21 +52,22 @@ class Launch:
             [local(s[name]) for name in self.moments for s in states],
             [s["step"] for s in states] if self.counts_steps else [],
             torch.tensor(self.groups, dtype=torch.int32, device="cpu"),
-            [] if self.shards else self.waiting,
         )
 
     def gather(self, reset_grad: bool) -> bool:
         """Finds the gradients of this step. False: the plan is stale."""
-        if self.shards is None:
+        if any(p.grad is not None for p in self.waiting):
+            self.gradients = STALE
+        elif self.shards is None:
             self.gradients = self._plan.gather([], reset_grad)
         else:
             self.gradients = self._gather_shards(self.shards, reset_grad)
         return self.gradients != STALE
 
     def _gather_shards(self, shards: Shards, reset_grad: bool) -> int:
-        if any(p.grad is not None for p in self.waiting) or self._versions != [p._version for p in self.params]:
+        if self._versions != [p._version for p in self.params]:
             return STALE
-        if not all(map(operator.is_, map(local, self.params), self._locals)):
+        if any(now is not then for now, then in zip(map(local, self.params), self._locals, strict=True)):
             return STALE
         own = [p.grad for p in self.params]
         grads = [None if grad is None else shards.local_grad(grad) for grad in own]
@@ -71,7 +79,7 @@ class Launch:
         found = self._plan.statistics()
         return found if self.shards is None else self.shards.sum_(found)
 
-    def step(self, hyper: Tensor, record: Tensor, reset_grad: bool) -> None:
+    def step(self, hyper: Tensor, record: Tensor) -> None:
         norms = self._plan.norms(hyper, record) if self._plan.needs_norms() else None
         if norms is not None and self.shards is not None:
             self.shards.sum_(norms)
@@ -82,7 +90,10 @@ class Launch:
                 grad.zero_()
             self._versions = [p._version for p in self.params]
 
-    def versions(self) -> dict[Tensor, int]:
-        """Of parameters with a master: their version counters after the last step."""
-        # A DTensor counts for itself: what is written through it does not show in its shard's counter.
-        return dict(zip(self.params, self._versions if self.shards else self._plan.versions(), strict=True))
+    def marks(self) -> dict[Tensor, tuple[int, ...]]:
+        """Of each parameter, after its last step."""
+        flat = self._plan.marks()
+        own: list[tuple[int, ...]] = list(zip(flat[::2], flat[1::2], strict=True))
+        if self.shards is not None:
+            own = [(version, *rest) for version, rest in zip(self._versions, own, strict=True)]
+        return dict(zip(self.params, own, strict=True))
