@@ -19,9 +19,10 @@ constexpr int64_t kSerialBelow = 32 * 1024;  // elements: less is not worth waki
 
 class Blocks {
  public:
-  Blocks(const Span* spans, int64_t count) : spans_(spans), first_(count + 1, 0) {
+  Blocks(const Span* spans, int64_t count, int64_t block = kBlock)
+      : spans_(spans), block_(block), first_(count + 1, 0) {
     for (int64_t i = 0; i < count; ++i) {
-      first_[i + 1] = first_[i] + (spans[i].numel + kBlock - 1) / kBlock;
+      first_[i + 1] = first_[i] + (spans[i].numel + block - 1) / block;
       elements_ += spans[i].numel;
     }
     threads_ = elements_ < kSerialBelow ? 1 : static_cast<int>(std::min<int64_t>(omp_get_max_threads(), size()));
@@ -40,14 +41,15 @@ class Blocks {
       int64_t span = std::upper_bound(first_.begin(), first_.end(), begin) - first_.begin() - 1;
       for (int64_t block = begin; block < end; ++block) {
         while (block >= first_[span + 1]) ++span;
-        const int64_t offset = (block - first_[span]) * kBlock;
-        body(span, offset, std::min(kBlock, spans_[span].numel - offset), block);
+        const int64_t offset = (block - first_[span]) * block_;
+        body(span, offset, std::min(block_, spans_[span].numel - offset), block);
       }
     }
   }
 
  private:
   const Span* spans_;
+  const int64_t block_;         // elements
   std::vector<int64_t> first_;  // block index at which each span begins
   int64_t elements_ = 0;
   int threads_;

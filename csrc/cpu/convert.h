@@ -4,6 +4,7 @@
 
 #include "../codec/half.h"
 #include "../span.h"
+#include "strips.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -16,10 +17,12 @@ inline void decode_fp16(const uint16_t* __restrict src, float* __restrict dst, i
   int64_t i = 0;
 #if defined(__AVX512F__)
   for (; i + 16 <= n; i += 16) {
+    if (i % kStrip == 0) ask_ahead(src + i);
     _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i))));
   }
 #elif defined(__F16C__)
   for (; i + 8 <= n; i += 8) {
+    if (i % kStrip == 0) ask_ahead(src + i);
     _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i))));
   }
 #endif
@@ -57,13 +60,13 @@ inline void encode_fp16(const float* __restrict src, uint16_t* __restrict dst, i
 }
 
 // The block as fp32: in place where it is fp32 already, else decoded into `staging`.
-inline const float* decode(const void* src, DType dtype, int64_t offset, int64_t n, float* staging) {
+inline const float* decode(const void* src, DType dtype, int64_t offset, int64_t n, float* __restrict staging) {
   if (dtype == DType::kFloat32) return static_cast<const float*>(src) + offset;
-  const uint16_t* half = static_cast<const uint16_t*>(src) + offset;
+  const uint16_t* __restrict half = static_cast<const uint16_t*>(src) + offset;
   if (dtype == DType::kFloat16) {
     decode_fp16(half, staging, n);
   } else {
-    for (int64_t i = 0; i < n; ++i) staging[i] = Bf16::decode(half[i]);
+    for_each(n, [=](int64_t i) { staging[i] = Bf16::decode(half[i]); }, half);
   }
   return staging;
 }

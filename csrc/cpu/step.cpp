@@ -128,7 +128,8 @@ void norms_with(const Table& table, const StepRecord& record, Norms* out) {
     const float multiplier = record.multiplier * static_cast<float>(*table.row(s));
     with_moments<Rule>(span, offset,
                        [&](auto*... moment) { direct(rules[s], multiplier, n, p, g, direction, moment...); });
-    partial[block] = {s, {sum_of_squares(p, n).sum_of_squares, sum_of_squares(direction, n).sum_of_squares}};
+    const auto squares = [n](const float* x) { return sum_of_squares(x, DType::kFloat32, 0, n).sum_of_squares; };
+    partial[block] = {s, {squares(p), squares(direction)}};
   });
   for (const auto& [s, block] : partial) {
     out[s].param += block.param;

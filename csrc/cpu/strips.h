@@ -10,14 +10,14 @@
 
 namespace deepfast::cpu {
 
-constexpr int64_t kStrip = 64;   // elements
-constexpr int64_t kAhead = 512;  // elements
+constexpr int64_t kStrip = 64;    // elements
+constexpr int64_t kAhead = 1024;  // bytes
 
-// Brings one strip of a stream closer. An address past the end does no harm.
+// Asks for what a stream will read after `strip`. An address past the end does no harm.
 template <class T>
-DF_INLINE void ask_for(const T* strip) {
+DF_INLINE void ask_ahead(const T* strip) {
   for (uint64_t byte = 0; byte < kStrip * sizeof(T); byte += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(strip) + byte, 0, 2);
+    __builtin_prefetch(reinterpret_cast<const char*>(strip) + kAhead + byte, 0, 2);
   }
 }
 
@@ -26,7 +26,7 @@ template <class Body, class... Stream>
 DF_INLINE void for_each(int64_t n, const Body& body, const Stream*... streams) {
   int64_t begin = 0;
   for (; begin + kStrip <= n; begin += kStrip) {
-    (ask_for(streams + begin + kAhead), ...);
+    (ask_ahead(streams + begin), ...);
 #pragma omp simd
     for (int64_t i = begin; i < begin + kStrip; ++i) body(i);
   }
