@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -747,6 +749,26 @@ def test_state_lies_in_huge_pages():
             assert int(line.split()[1]) >= 14 << 10, line
             return
     pytest.fail("the state's mapping is not in smaps")
+
+
+def available_gib() -> float:
+    return int(re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text()).group(1)) / 2**20
+
+
+@pytest.mark.skipif(available_gib() < 11, reason="needs 9 GiB of memory")
+def test_more_elements_than_32_bits_can_count():
+    n = (1 << 31) + 5000
+    p = nn.Parameter(torch.ones(n, dtype=torch.float16))
+    p.grad = torch.full((n,), 0.5, dtype=torch.float16)
+    p.grad[-1], p.grad[0] = 2.0, 1.0
+    optimizer = deepfast.SGD([p], lr=0.25, master="none", max_grad_norm=1e30, backend="cpu")
+    optimizer.step()
+    exact = ((n - 2) * 0.25 + 4.0 + 1.0) ** 0.5
+    assert optimizer.grad_norm.item() == pytest.approx(exact, rel=1e-6)
+    assert p[0] == 0.75
+    assert p[-1] == 0.5
+    for start in range(1, n - 1, 1 << 28):
+        assert (p[start : min(start + (1 << 28), n - 1)] == 0.875).all()
 
 
 @pytest.mark.parametrize(

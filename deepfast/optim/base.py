@@ -135,10 +135,9 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._check(self.param_groups[-1])
-            if any(
-                is_sharded(p) and any(q.is_partial() for q in p.placements) for p in self.param_groups[-1]["params"]
-            ):
-                raise ValueError("deepfast: a parameter is a DTensor of partial sums: redistribute() it first")
+            for shards in filter(None, map(Shards.of, self.param_groups[-1]["params"])):
+                if any(placement.is_partial() for placement in shards.placements):
+                    raise ValueError("deepfast: a parameter is a DTensor of partial sums: redistribute() it first")
             _check_flags(self.param_groups[-1])
         except Exception:
             self.param_groups.pop()
@@ -150,29 +149,18 @@ class Optimizer(torch.optim.Optimizer):
 
     def _init_state(self, wanted: Iterable[tuple[Tensor, dict[str, Any]]]) -> None:
         """What the given parameters' state lacks, one allocation per device, dtype and kind."""
-        missing: dict[tuple[torch.device, torch.dtype, str, float, bool], list[Tensor]] = defaultdict(list)
+        missing: dict[Any, list[Tensor]] = defaultdict(list)
         for p, group in wanted:
             state = self.state.get(p, {})
             if not self._keeps_master(p):
                 state.pop("master", None)  # a model that was cast to fp32 is its own master
-            elif "master" not in state:
-                missing[p.device, torch.float32, "master", 0.0, _is_special(p)].append(p)
-            absent = [name for name in self._moments(group) if state.get(name) is None]
-            for name in absent:
-                missing[p.device, _moment_dtype(p), name, self._initial(group), _is_special(p)].append(p)
-            if not self._counts_steps(group):
-                continue
-            if state.get("step") is not None and len(absent) < len(self._moments(group)):
-                if not _is_count(state["step"]):
-                    state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device=p.device)
-            elif not ("step" in state and _is_count(state["step"]) and state["step"] == 0):
-                missing[p.device, torch.float32, "step", 0.0, False].append(p)
-        for (device, dtype, name, initial, alone), params in missing.items():
+            if "step" in state and not _is_count(state["step"]):
+                state["step"] = torch.tensor(float(state["step"] or 0.0), dtype=torch.float32, device=p.device)
+            for name, dtype, initial in self._absent(p, group):
+                missing[p.device, name, dtype, initial, _is_special(p) and name != "step"].append(p)
+        for (device, name, dtype, initial, alone), params in missing.items():
             like = [p.new_empty((), device="meta") if name == "step" else local(p).detach() for p in params]
-            if alone:
-                views = [_zeros_like(t, dtype) for t in like]
-            else:
-                _, views = memory.zeros_like_each(like, dtype, device)
+            views = [_zeros_like(t, dtype) for t in like] if alone else memory.zeros_like_each(like, dtype, device)[1]
             for p, model, t in zip(params, like, views, strict=True):
                 if name == "master":
                     t.copy_(model)
@@ -182,13 +170,22 @@ class Optimizer(torch.optim.Optimizer):
                 shards = Shards.of(p) if alone else None
                 self.state[p][name] = t if shards is None else shards.wrap(t, p)
 
+    def _absent(self, p: Tensor, group: dict[str, Any]) -> Iterator[tuple[str, torch.dtype, float]]:
+        """What the state of ``p`` lacks: name, dtype, and the value it begins with."""
+        state = self.state.get(p, {})
+        if self._keeps_master(p) and "master" not in state:
+            yield "master", torch.float32, 0.0
+        moments = [name for name in self._moments(group) if state.get(name) is None]
+        for name in moments:
+            yield name, _moment_dtype(p), self._initial(group)
+        # Where no moment is left, the parameter begins anew.
+        if self._counts_steps(group) and ("step" not in state or len(moments) == len(self._moments(group))):
+            yield "step", torch.float32, 0.0
+
     def _has_state(self, p: Tensor, group: dict[str, Any]) -> bool:
         state = self.state.get(p, {})
-        if any(state.get(name) is None for name in self._moments(group)):
-            return False
-        if self._counts_steps(group) and not _is_count(state.get("step")):
-            return False
-        return ("master" in state) == self._keeps_master(p)
+        whole = next(self._absent(p, group), None) is None and ("master" in state) == self._keeps_master(p)
+        return whole and ("step" not in state or _is_count(state["step"]))
 
     def _keeps_master(self, p: Tensor) -> bool:
         return p.dtype in HALF and self.master != "none"
@@ -271,7 +268,6 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"deepfast: the loaded {name!r} has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}"
                 )
-
         for name, shape in (("master", p.shape), ("step", torch.Size())):
             value = (values or {}).get(name)
             if isinstance(value, Tensor) and value.shape != shape and (value.numel() != 1 or name == "master"):
@@ -287,7 +283,8 @@ class Optimizer(torch.optim.Optimizer):
             if p not in saved:
                 self.state.pop(p, None)
         self._init_state((p, group) for p, group in params if p in saved)
-        self.state.update((key, value) for key, value in given["state"].items() if key not in set(names))
+        others = given["state"].keys() - set(names)  # what somebody keeps beside the parameters' states
+        self.state.update((key, given["state"][key]) for key in others)
         for p, values in saved.items():
             if "step" in self.state[p]:
                 values.setdefault("step", 1.0)  # torch's SGD does not count, but what it has kept has begun

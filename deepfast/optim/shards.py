@@ -34,7 +34,8 @@ class Shards(NamedTuple):
         return cls(p.device_mesh, p.placements) if is_sharded(p) else None  # type: ignore[attr-defined]
 
     def fit(self, t: Any) -> bool:
-        return t.placements == self.placements and t.device_mesh == self.mesh
+        mesh = t.device_mesh
+        return (mesh is self.mesh or mesh == self.mesh) and t.placements == self.placements
 
     def local_grad(self, grad: Tensor) -> Tensor:
         """The shard of ``grad`` that belongs to the parameter's; partial sums are added up."""
