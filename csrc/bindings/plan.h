@@ -62,7 +62,6 @@ inline Tensor to_tensor(const Statistics& statistics) {
 
 class Plan : public torch::CustomClassHolder {
  public:
-  using Pointer = c10::intrusive_ptr<Plan>;
   using Gradients = c10::List<std::optional<Tensor>>;
 
   // masters: [n], an empty tensor where there is none. moments: all first moments, then all second ones, …

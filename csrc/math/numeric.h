@@ -52,8 +52,9 @@ DF_INLINE float moving_average(float old, float weight, float a, float b = 1.0f)
   return fma(weight * a, b, fma(-weight, old, old));
 }
 
-// A finite g whose square fp32 cannot hold, cut to where it can. An infinite second moment would stay, and the parameter
-// with it, for ever; a second moment cut by itself would no longer match the first, and the step would be huge.
+// A finite g whose square fp32 cannot hold, cut to where it can. An infinite second moment would stay, and the
+// parameter with it, for ever; a second moment cut by itself would no longer match the first, and the step would be
+// huge.
 DF_INLINE float squarable(float g) {
   constexpr float kLargest = 0x1.fffffep63f;  // its square is below FLT_MAX
   const float magnitude = std::fabs(g);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -445,7 +446,10 @@ class Optimizer(torch.optim.Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         home = launches[0].device
         statistics = None
-        if self.max_grad_norm is not None or self._check_finite or self._measure_norm:
+        asked = self.max_grad_norm is not None or self._check_finite or self._measure_norm
+        if not asked and grad_scale is None and found_inf is None:
+            return {launch.device: _as_they_are(launch.device) for launch in launches}
+        if asked:
             parts = [launch.statistics().to(home) for launch in launches]
             statistics = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
         backend = launches[0].backend if len(launches) == 1 else reference
@@ -467,6 +471,12 @@ class Optimizer(torch.optim.Optimizer):
         """fp64 [groups, 1 + the rule's values]: the gradient's sign, then what ``_hyper`` says."""
         rows = [[-1.0 if g["maximize"] else 1.0, *map(float, self._hyper(g))] for g in self.param_groups]
         return torch.tensor(rows, dtype=torch.float64, device="cpu")
+
+
+@functools.cache
+def _as_they_are(device: torch.device) -> Tensor:
+    """The record of a step that neither scales nor clips nor skips."""
+    return torch.tensor([1.0, 0.0, 0.0], dtype=torch.float32, device=device)
 
 
 def require(condition: bool | Tensor, message: str) -> None:
