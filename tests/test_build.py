@@ -315,4 +315,4 @@ def test_doctor(tmp_path):
     done = run(sys.executable, "-m", "deepfast", "doctor", env={"DEEPFAST_BACKEND": "tpu"})
     assert done.returncode == 0
     assert "unknown backend 'tpu'" in done.stdout
-    assert "Lion is not built yet" in python("import deepfast; deepfast.Lion").stderr
+    assert "comm is not built yet" in python("import deepfast; deepfast.comm").stderr
