@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -473,10 +472,14 @@ class Optimizer(torch.optim.Optimizer):
         return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
-@functools.cache
+_RECORDS: dict[torch.device, Tensor] = {}
+
+
 def _as_they_are(device: torch.device) -> Tensor:
     """The record of a step that neither scales nor clips nor skips."""
-    return torch.tensor([1.0, 0.0, 0.0], dtype=torch.float32, device=device)
+    if device not in _RECORDS:
+        _RECORDS[device] = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float32, device=device)
+    return _RECORDS[device]
 
 
 def require(condition: bool | Tensor, message: str) -> None:
