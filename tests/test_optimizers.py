@@ -280,9 +280,12 @@ def test_without_a_scaler_non_finite_gradients_propagate(name, variant, backend)
     if name not in ("Lion", "LAMB"):  # LAMB's own norm is infinite then, Lion's sign finite
         ours[1].grad[2] = theirs[1].grad[2] = float("inf")
     options = VARIANTS[name][variant]
-    OURS[name](ours, backend=backend, **options).step(), PEERS[name](theirs, **options).step()
+    mine, peer = OURS[name](ours, backend=backend, **options), PEERS[name](theirs, **options)
+    mine.step(), peer.step()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, equal_nan=True)
+        for key in mine.state.get(a, {}).keys() & peer.state.get(b, {}).keys():
+            assert torch.equal(mine.state[a][key].isfinite(), peer.state[b][key].isfinite()), key
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -133,6 +133,52 @@ def test_gradients_that_come_and_go(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_first_gradient_that_comes_late(name, backend):
+    """With nothing else happening that would make the plan anew."""
+    p, q = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    optimizer = OURS[name]([p, q], lr=0.1, backend=backend, **TYPICAL[name])
+    p.grad = torch.ones(4)
+    for _ in range(3):
+        optimizer.step()
+    assert (q == 1).all()
+    q.grad = torch.ones(4)
+    optimizer.step()
+    assert (q < 1).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_state_that_is_transposed_where_it_lies(backend):
+    p = nn.Parameter(torch.arange(9.0).reshape(3, 3))
+    optimizer = deepfast.AdamW([p], lr=0.1, backend=backend)
+    for g in (1.0, 2.0):
+        p.grad = torch.arange(9.0).reshape(3, 3) * g
+        optimizer.step()
+    other = copy.deepcopy(optimizer)
+    (q,) = other.param_groups[0]["params"]
+    q.grad = torch.ones(3, 3)
+    for key in ("exp_avg", "exp_avg_sq"):
+        other.state[q][key] = other.state[q][key].t().contiguous()
+    other.step()
+    p.grad = torch.zeros(3, 3)
+    with torch.no_grad():
+        kept = p.detach().clone()
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.step()  # the last thing that makes a plan
+    optimizer.load_state_dict(state)
+    optimizer.step()
+    optimizer.load_state_dict(state)
+    with torch.no_grad():
+        p.copy_(kept)
+    for key in ("exp_avg", "exp_avg_sq"):
+        moment = optimizer.state[p][key]
+        moment.data = moment.data.t()
+    p.grad = torch.ones(3, 3)
+    optimizer.step()
+    assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_that_change_their_kind(backend):
     """Layout, type, lazy views: noticed at each step."""
     p, q = nn.Parameter(torch.linspace(-1, 1, 35).reshape(7, 5)), nn.Parameter(torch.linspace(-1, 1, 35).reshape(7, 5))
