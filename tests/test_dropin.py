@@ -52,8 +52,6 @@ def train(cls, options, dtype=torch.float32, steps=12, scheduler=None):
 @pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}, {"fused": False}])
 @pytest.mark.parametrize(("name", "sample"), INPUTS, ids=ids(INPUTS, lambda s: s.desc))
 def test_inputs(name, sample, flags):
-    if flags.get("foreach") and isinstance(sample.kwargs.get("lr"), torch.Tensor) and "Adam" in name:
-        pytest.skip("torch refuses this one, and so do we: test_errors")
     ours, _ = train(OURS[name], {**sample.kwargs, **flags})
     theirs, _ = train(PEERS[name], sample.kwargs)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

@@ -758,7 +758,7 @@ def available_gib() -> float:
     return int(re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text()).group(1)) / 2**20
 
 
-@pytest.mark.skipif(available_gib() < 11, reason="needs 9 GiB of memory")
+@pytest.mark.skipif(available_gib() < 11, reason="its two tensors take 9 GiB, and this machine has less than 11 free")
 def test_more_elements_than_32_bits_can_count():
     n = (1 << 31) + 5000
     p = nn.Parameter(torch.ones(n, dtype=torch.float16))

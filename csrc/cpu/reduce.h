@@ -34,8 +34,8 @@ inline BlockSum sum_of_squares(const void* src, DType dtype, int64_t offset, int
 
   double lanes[kStrip];
   for (int64_t lane = 0; lane < kStrip; ++lane) lanes[lane] = sum[lane];
-  for (int64_t half = kStrip / 2; half > 0;
-       half /= 2) {  // pairwise: a chain of 64 additions would take longer than all else
+  // Pairwise: a chain of 64 additions would take longer than all else.
+  for (int64_t half = kStrip / 2; half > 0; half /= 2) {
     for (int64_t lane = 0; lane < half; ++lane) {
       lanes[lane] += lanes[lane + half];
       largest[lane] = std::max(largest[lane], largest[lane + half]);

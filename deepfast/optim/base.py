@@ -359,7 +359,7 @@ class Optimizer(torch.optim.Optimizer):
             self._plan()
             if not self._found_gradients():
                 raise RuntimeError("deepfast: the parameters changed while the step looked at them")
-            # The kernels' plans keep nothing alive; the reference's do, and an unwatched state may change unseen.
+            # The kernels' plans keep no state alive; the reference's do, and an unwatched state may change unseen.
             watched = isinstance(self.state, States) and self.state.watched()
             if watched and all(launch.backend is not reference for launch in self._launches):
                 self._planned = self._seen(), params

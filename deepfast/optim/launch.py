@@ -11,7 +11,7 @@ from torch import Tensor
 from deepfast import reference
 from deepfast.optim.shards import Shards, is_sharded, local
 
-STALE = -1
+STALE = reference.Plan.STALE
 
 
 def mark(p: Tensor) -> tuple[int, ...]:
