@@ -150,7 +150,7 @@ def _lamb(p: Tensor, direction: Tensor, norms: Tensor, hyper: Tensor) -> Tensor:
 
 def mark(p: Tensor) -> tuple[int, int]:
     """Version counter and address of ``p``, which tell whether somebody has written to it."""
-    return 0 if p.is_inference() else p._version, p.data_ptr() if p.device.type == "cpu" else 0
+    return 0 if p.is_inference() else p._version, p.data_ptr() if p.device.type in ("cpu", "cuda") else 0
 
 
 class Rule(NamedTuple):
@@ -235,14 +235,26 @@ class Plan:
     def statistics(self) -> Tensor:
         return statistics([g for _, g in self._active()])
 
+    def decide(
+        self, record: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None, max_norm: float, check: bool
+    ) -> None:
+        """``statistics``, and what follows from them: see :func:`decide_`."""
+        decide_(record, self.statistics(), grad_scale, found_inf, max_norm, check)
+
+    def _row(self, i: int, hyper: Tensor, lrs: Sequence[Tensor | None]) -> Tensor:
+        """The hyperparameters of parameter ``i``, on its device."""
+        group = self._groups[i]
+        row = hyper[group].to(self._params[i].device)
+        lr = lrs[group] if lrs else None
+        return row if lr is None else torch.cat([row[:1], lr.detach().reshape(1).to(row), row[2:]])
+
     def _weight(self, i: int) -> Tensor:
         return self._masters[i] if self._masters[i].numel() else self._params[i]
 
-    def _formula(self, i: int, grad: Tensor, hyper: Tensor, record: Tensor) -> Tensor:
+    def _formula(self, i: int, grad: Tensor, row: Tensor, record: Tensor) -> Tensor:
         """Moves the moments of parameter ``i`` on, unless the step is skipped. Returns what the formula gives."""
         multiplier, found_inf, _ = record.unbind()
         p = _wide(self._weight(i))
-        row = hyper[self._groups[i]].to(p.device)
         moments = [_real(m) for m in self._moments[i :: len(self._kinds)][: self._rule.moments]]
         new_moments = [_wide(m).clone() for m in moments]
         g = _wide(grad.resolve_conj()).to(p.dtype) * (multiplier * row[0]).to(p.dtype)
@@ -252,20 +264,22 @@ class Plan:
             old.copy_(torch.where(found_inf > 0, old, updated.to(old.dtype)))
         return new
 
-    def norms(self, hyper: Tensor, record: Tensor) -> Tensor:
+    def norms(self, hyper: Tensor, lrs: Sequence[Tensor | None], record: Tensor) -> Tensor:
         """fp64 [gradients, 2]: sums of squares of each parameter and its direction. Moves the moments on."""
-        self._directions = [self._formula(i, grad, hyper, record) for i, grad in self._active()]
+        self._directions = [self._formula(i, g, self._row(i, hyper, lrs), record) for i, g in self._active()]
         pairs = [
             [_wide(self._weight(i)).double().square().sum(), direction.double().square().sum()]
             for (i, _), direction in zip(self._active(), self._directions, strict=True)
         ]
         return torch.tensor([]).reshape(0, 2) if not pairs else torch.stack([torch.stack(pair) for pair in pairs])
 
-    def step(self, hyper: Tensor, record: Tensor, norms: Tensor | None) -> None:
+    def step(self, hyper: Tensor, lrs: Sequence[Tensor | None], record: Tensor, norms: Tensor | None) -> None:
         """One step over all parameters that have a gradient.
 
         Args:
             hyper: fp64 [groups, k], a row being the gradient's sign (-1 to maximize) and the rule's own values.
+            lrs: nothing, or for each group a tensor on the parameters' device (one fp32 or fp64 value) that stands for
+                the learning rate in its row, ``hyper[group, 1]``; None where the row holds.
             record: fp32 [3], as ``decide_`` fills it. Where found_inf > 0 nothing is written but the gradient reset.
             norms: what :meth:`norms` gave (summed over ranks), where the rule needs norms.
         """
@@ -273,10 +287,10 @@ class Plan:
         for nth, (i, grad) in enumerate(self._active()):
             weight, param = self._weight(i), self._params[i]
             p = _wide(weight)
+            row = self._row(i, hyper, lrs)
             if self._rule.adapt is None or norms is None:
-                new = self._formula(i, grad, hyper, record)
+                new = self._formula(i, grad, row, record)
             else:
-                row = hyper[self._groups[i]].to(p.device)
                 new = self._rule.adapt(p, self._directions[nth], norms[nth], row[1:])
             new = torch.where(skipped, p, new)
             if weight is not param:
@@ -305,7 +319,7 @@ def step_(
     """One step of ``rule`` without keeping a plan; the arguments are those of :class:`Plan` and its ``step``."""
     plan = Plan(rule, params, masters, moments, steps, groups)
     plan.gather(grads, reset_grad)
-    plan.step(hyper, record, plan.norms(hyper, record) if plan.needs_norms() else None)
+    plan.step(hyper, [], record, plan.norms(hyper, [], record) if plan.needs_norms() else None)
 
 
 def accumulate_(sums: Sequence[Tensor], grads: Sequence[Tensor], weight: float, overwrite: bool) -> None:

@@ -16,6 +16,8 @@ using at::Tensor;
 // back: a transposed gradient or a strided parameter is slower, never wrong.
 class ElementOrder {
  public:
+  explicit ElementOrder(at::Device device) : device_(device) {}
+
   // From here on, the order of `param`: its own where it is dense in memory, else the contiguous one. `param` stays.
   void follow(const Tensor& param) {
     sizes_ = param.sizes();
@@ -27,8 +29,8 @@ class ElementOrder {
   }
 
   void* read(const Tensor& t, const char* what) {
-    TORCH_CHECK(t.device().is_cpu() && t.layout() == at::kStrided, "deepfast: ", what,
-                " must be a dense CPU tensor, got ", t.layout(), " on ", t.device());
+    TORCH_CHECK(t.device() == device_ && t.layout() == at::kStrided, "deepfast: ", what, " must be a dense tensor on ",
+                device_, ", got ", t.layout(), " on ", t.device());
     TORCH_CHECK(t.sizes() == sizes_, "deepfast: ", what, " has shape ", t.sizes(), ", its parameter ", sizes_);
     if (t.strides() == strides_ || t.numel() == 0) return t.data_ptr();
     copies_.push_back(t.new_empty_strided(sizes_, strides_).copy_(t));
@@ -53,6 +55,7 @@ class ElementOrder {
   }
 
  private:
+  at::Device device_;
   at::IntArrayRef sizes_, strides_;
   std::deque<Tensor> copies_;  // strides_ may point into one
   std::vector<std::pair<Tensor, Tensor>> written_;

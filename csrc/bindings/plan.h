@@ -11,68 +11,29 @@
 #include <utility>
 #include <vector>
 
-#include "../cpu/kernels.h"
+#include "../math/rules.h"
 #include "element_order.h"
+#include "tensors.h"
 
 namespace deepfast::bindings {
 
-using at::TensorList;
-
-inline std::optional<DType> kernel_dtype(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kHalf:
-      return DType::kFloat16;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    default:
-      return std::nullopt;
-  }
-}
-
-inline DType dtype_of(const Tensor& t, const char* what) {
-  const std::optional<DType> dtype = kernel_dtype(t);
-  TORCH_CHECK(dtype, "deepfast: ", what, " has dtype ", t.scalar_type(), "; the kernels take float32, float16 and ",
-              "bfloat16 (others run on backend=\"reference\")");
-  return *dtype;
-}
-
-inline void check_count(size_t got, size_t count, const char* what) {
-  TORCH_CHECK(got == count, "deepfast: ", count, " tensors of ", what, " expected, got ", got);
-}
-
-inline float* fp32_values(const Tensor& t, int64_t numel, const char* what) {
-  TORCH_CHECK(t.scalar_type() == at::kFloat && t.numel() == numel && t.is_contiguous(), "deepfast: ", what, " must be ",
-              numel, " contiguous float32 values, got ", t.numel(), " of ", t.scalar_type());
-  return t.mutable_data_ptr<float>();
-}
-
-// Autograd must know what was written behind its back: a graph that still needs the old values has to refuse.
-inline void written(const Tensor& t) {
-  if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
-}
-
-inline Tensor to_tensor(const Statistics& statistics) {
-  Tensor out = at::empty({2}, at::kDouble);
-  out.mutable_data_ptr<double>()[0] = statistics.sum_of_squares;
-  out.mutable_data_ptr<double>()[1] = statistics.non_finite;
-  return out;
-}
-
+// Backend: Cpu (cpu.h) or Cuda (cuda.h), which says what they have in common.
+template <class Backend>
 class Plan : public torch::CustomClassHolder {
  public:
-  using Gradients = c10::List<std::optional<Tensor>>;
-
   // masters: [n], an empty tensor where there is none. moments: all first moments, then all second ones, …
   // steps: [n], or none where the rule does not count. groups: int32 [n], each parameter's row of hyperparameters.
   // The plan does not keep the state alive: who moves it away wants its memory back.
-  Plan(std::string rule, TensorList params, TensorList masters, TensorList moments, TensorList steps,
+  Plan(const std::string& rule, TensorList params, TensorList masters, TensorList moments, TensorList steps,
        const Tensor& groups)
-      : rule_(std::move(rule)), entries_(params.size()) {
-    const std::optional<cpu::RuleInfo> info = cpu::info(rule_.c_str());
-    TORCH_CHECK(info, "deepfast: the CPU backend has no rule named '", rule_, "'");
-    info_ = *info;
+      : rule_(find_rule(rule.c_str())),
+        entries_(params.size()),
+        device_(params.empty() ? at::Device(Backend::kDevice, 0) : params[0].device()),
+        backend_(device_),
+        order_(device_) {
+    TORCH_CHECK(rule_ >= 0, "deepfast: the kernels have no rule named '", rule, "'");
+    TORCH_CHECK(device_.type() == Backend::kDevice, "deepfast: a parameter lies on ", device_);
+    info_ = kRules[rule_];
     const size_t count = params.size();
     check_count(masters.size(), count, "masters");
     check_count(moments.size(), count * info_.moments, "moments");
@@ -98,7 +59,7 @@ class Plan : public torch::CustomClassHolder {
   // plan does not fit any more: a parameter has changed its type or has been written to from outside, or a gradient is
   // none that the kernels take.
   static constexpr int64_t kStale = -1;
-  int64_t gather(const Gradients& given, bool reset_grad) {
+  int64_t gather(const OptionalTensors& given, bool reset_grad) {
     release();
     if (given.empty()) {
       return gather_each(reset_grad, [&](size_t i) { return &entries_[i].param.grad(); });
@@ -108,30 +69,33 @@ class Plan : public torch::CustomClassHolder {
     return gather_each(reset_grad, [&](size_t i) { return &given_[i]; });
   }
 
-  Tensor statistics() const { return to_tensor(cpu::statistics(spans_.data(), spans_.size())); }
+  Tensor statistics() { return backend_.statistics(spans_); }
 
-  // fp64 [gradients, 2]: the sums of squares that `step` needs where the rule needs norms. Moves the moments on.
-  Tensor norms(const Tensor& hyper, const Tensor& record) const {
-    TORCH_CHECK(info_.needs_norms, "deepfast: '", rule_, "' needs no norms");
-    check(hyper);
-    Tensor out = at::empty({static_cast<int64_t>(spans_.size()), 2}, at::kDouble);
-    cpu::norms(rule_.c_str(), spans_.data(), spans_.size(), hyper.const_data_ptr<double>(), hyper.size(1), read(record),
-               static_cast<Norms*>(out.mutable_data_ptr()));
-    return out;
+  // The statistics, and the record that follows from them.
+  void decide(const Tensor& record, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+              double max_norm, bool check) {
+    fp32_values(record, 3, "the record", device_);
+    check_question(grad_scale, found_inf, device_);
+    backend_.decide(record, spans_, {grad_scale, found_inf, max_norm, check});
+    written(record);
   }
 
-  void step(const Tensor& hyper, const Tensor& record, const std::optional<Tensor>& norms) {
-    check(hyper);
-    const StepRecord decided = read(record);
-    const Norms* measured = nullptr;
+  // fp64 [gradients, 2]: the sums of squares that `step` needs where the rule needs norms. Moves the moments on.
+  Tensor norms(const Tensor& hyper, const OptionalTensors& lrs, const Tensor& record) {
+    TORCH_CHECK(info_.needs_norms, "deepfast: '", info_.name, "' needs no norms");
+    check(hyper, lrs, record);
+    return backend_.norms(rule_, spans_, {hyper, lrs}, record);
+  }
+
+  // lrs: none, or for each group a tensor of one value on the parameters' device that stands for hyper[group, 1].
+  void step(const Tensor& hyper, const OptionalTensors& lrs, const Tensor& record, const std::optional<Tensor>& norms) {
+    check(hyper, lrs, record);
+    const double* measured = nullptr;
     if (info_.needs_norms) {
-      TORCH_CHECK(norms && norms->scalar_type() == at::kDouble && norms->is_contiguous() &&
-                      norms->numel() == 2 * static_cast<int64_t>(spans_.size()),
-                  "deepfast: '", rule_, "' needs the norms of ", spans_.size(), " parameters, 2 float64 values each");
-      measured = static_cast<const Norms*>(norms->const_data_ptr());
+      TORCH_CHECK(norms, "deepfast: '", info_.name, "' needs norms");
+      measured = fp64_values(*norms, 2 * static_cast<int64_t>(spans_.size()), "the norms", device_);
     }
-    cpu::step(rule_.c_str(), spans_.data(), spans_.size(), hyper.const_data_ptr<double>(), hyper.size(1), decided,
-              measured, reset_grad_);
+    backend_.step(rule_, spans_, {hyper, lrs}, record, measured, reset_grad_);
     order_.write_back();
     const int64_t count = active_.size();
 #pragma omp parallel for if (count > kManyTensors)
@@ -181,11 +145,11 @@ class Plan : public torch::CustomClassHolder {
 
   static Mark mark(const Tensor& param) {
     return {param.is_inference() ? 0 : static_cast<int64_t>(param._version()),
-            param.device().is_cpu() ? reinterpret_cast<int64_t>(place(*param.unsafeGetTensorImpl())) : 0};
+            reinterpret_cast<int64_t>(place(*param.unsafeGetTensorImpl()))};
   }
 
-  static bool plain(const Tensor& t) {
-    return t.layout() == at::kStrided && t.device().is_cpu() && kernel_dtype(t) && !t.is_neg() &&
+  bool plain(const Tensor& t) const {
+    return t.layout() == at::kStrided && t.device() == device_ && kernel_dtype(t) && !t.is_neg() &&
            !t.key_set().has(c10::DispatchKey::Python);
   }
 
@@ -193,9 +157,9 @@ class Plan : public torch::CustomClassHolder {
   // place.
   enum class Found : uint8_t { kNothing, kReady, kOther, kStale };
 
-  static Found glance(const Entry& entry, const Tensor& grad, Span& span) {
+  Found glance(const Entry& entry, const Tensor& grad, Span& span) const {
     const Tensor& param = entry.param;
-    if (!param.device().is_cpu() || kernel_dtype(param) != entry.dtype) return Found::kStale;
+    if (param.device() != device_ || kernel_dtype(param) != entry.dtype) return Found::kStale;
     const Mark now = mark(param);
     if (has(entry, kMaster) && now != entry.mark) return Found::kStale;
     if (!grad.defined()) return Found::kNothing;
@@ -213,7 +177,7 @@ class Plan : public torch::CustomClassHolder {
   template <class GradientOf>
   int64_t gather_each(bool reset_grad, const GradientOf& gradient_of) {
     reset_grad_ = reset_grad;
-    order_ = ElementOrder();
+    order_ = ElementOrder(device_);
     const int64_t count = entries_.size();
     spans_.resize(count);
     active_.resize(count);
@@ -250,7 +214,7 @@ class Plan : public torch::CustomClassHolder {
     span.numel = param.numel();
     span.param = order_.write(param, "a parameter");
     if (has(entry, kMaster)) span.master = fp32_state(entry, kMaster, "a master");
-    if (info_.counts_steps) span.step = fp32_values(held(entry, kStep), 1, "a step count");
+    if (info_.counts_steps) span.step = fp32_values(held(entry, kStep), 1, "a step count", device_);
     for (int k = 0; k < info_.moments; ++k) span.moment[k] = fp32_state(entry, kMoment + k, "a moment");
     entry.looked = order_.copies() == copies;
     entry.span = span;
@@ -302,20 +266,23 @@ class Plan : public torch::CustomClassHolder {
     return data + t.storage_offset() * t.itemsize();
   }
 
-  void check(const Tensor& hyper) const {
-    TORCH_CHECK(hyper.scalar_type() == at::kDouble && hyper.dim() == 2 && hyper.is_contiguous(),
+  void check(const Tensor& hyper, const OptionalTensors& lrs, const Tensor& record) const {
+    TORCH_CHECK(hyper.scalar_type() == at::kDouble && hyper.dim() == 2 && hyper.is_contiguous() && hyper.is_cpu(),
                 "deepfast: hyper must be a contiguous float64 matrix");
-    TORCH_CHECK(hyper.size(1) == info_.hyper, "deepfast: '", rule_, "' takes ", info_.hyper, " hyperparameters, got ",
-                hyper.size(1));
+    TORCH_CHECK(hyper.size(1) == info_.hyper, "deepfast: '", info_.name, "' takes ", info_.hyper,
+                " hyperparameters, got ", hyper.size(1));
     for (const Span& span : spans_) {
       TORCH_CHECK(span.group >= 0 && span.group < hyper.size(0), "deepfast: group ", span.group, " of ", hyper.size(0));
     }
-  }
-
-  static StepRecord read(const Tensor& record) {
-    StepRecord decided;
-    std::memcpy(&decided, fp32_values(record, 3, "the record"), sizeof decided);
-    return decided;
+    if (!lrs.empty()) check_count(lrs.size(), hyper.size(0), "learning rates");
+    for (size_t group = 0; group < lrs.size(); ++group) {
+      const std::optional<Tensor> lr = lrs.get(group);
+      if (!lr) continue;
+      TORCH_CHECK(lr->numel() == 1 && (lr->scalar_type() == at::kFloat || lr->scalar_type() == at::kDouble),
+                  "deepfast: a learning rate must be one float32 or float64 value");
+      check_device(*lr, device_, "a learning rate");
+    }
+    fp32_values(record, 3, "the record", device_);
   }
 
   // Zeroing a gradient that another parameter has yet to read would lose that one's update.
@@ -334,17 +301,19 @@ class Plan : public torch::CustomClassHolder {
     spans_.clear();
     active_.clear();
     given_.clear();
-    order_ = ElementOrder();
+    order_ = ElementOrder(device_);
   }
 
-  std::string rule_;
-  cpu::RuleInfo info_;
+  int rule_;
+  RuleInfo info_;
   std::vector<Entry> entries_;
+  at::Device device_;
+  Backend backend_;
 
   // From `gather` to the end of `step`.
   bool reset_grad_ = false;
   std::vector<Tensor> given_;
-  std::vector<Span> spans_;                               // of the parameters that have a gradient,
+  Spans spans_;                                           // of the parameters that have a gradient,
   std::vector<std::pair<Entry*, const Tensor*>> active_;  // which one each is, and its gradient
   ElementOrder order_;
 };

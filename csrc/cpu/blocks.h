@@ -10,11 +10,12 @@
 #include <cstdint>
 #include <vector>
 
+#include "../math/squares.h"
 #include "../span.h"
 
 namespace deepfast::cpu {
 
-constexpr int64_t kBlock = 1024;             // elements: the staging buffers of a block stay in L1
+constexpr int64_t kBlock = kStepBlock;       // the staging buffers of a block stay in L1
 constexpr int64_t kSerialBelow = 32 * 1024;  // elements: less is not worth waking a thread for
 
 class Blocks {
@@ -29,6 +30,7 @@ class Blocks {
   }
 
   int64_t size() const { return first_.back(); }
+  int64_t first(int64_t span) const { return first_[span]; }
   int64_t elements() const { return elements_; }
 
   // body(span index, offset of the block's first element, its number of elements, block index)

@@ -1,27 +1,32 @@
-// Sums of squares of one block. Added in fixed lanes, so that neither threads nor vector width decide the order.
+// Sums of squares of one block, and of many blocks' sums (the order: csrc/math/squares.h).
 #pragma once
 
 #include <algorithm>
 
+#include "../math/squares.h"
 #include "convert.h"
 
 namespace deepfast::cpu {
 
-struct BlockSum {
-  double sum_of_squares;
-  bool non_finite;
-};
+static_assert(kStrip == kLanes);
 
-// src[offset .. offset + n] -> its sum of squares. The largest magnitude decides how the squares are added: in fp32
-// lanes where they neither overflow nor vanish, else in fp64.
-inline BlockSum sum_of_squares(const void* src, DType dtype, int64_t offset, int64_t n) {
+inline double pairwise(double* lanes) {
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
+}
+
+// src[offset .. offset + n] -> its sum of squares, not finite where an element is not.
+inline double sum_of_squares(const void* src, DType dtype, int64_t offset, int64_t n) {
   alignas(64) float staged[kStrip];  // decoded strip by strip: memory never waits for arithmetic
   float sum[kStrip] = {};
   uint32_t largest[kStrip] = {};
-  const auto add = [&](int64_t lane, float x) {
-    sum[lane] = fma(x, x, sum[lane]);
-    const uint32_t magnitude = to_bits(x) & ~kSign;
-    largest[lane] = largest[lane] > magnitude ? largest[lane] : magnitude;
+  const auto add = [&](int64_t l, float x) {
+    Lane lane = {sum[l], largest[l]};
+    lane.add(x);
+    sum[l] = lane.sum;
+    largest[l] = lane.largest;
   };
   int64_t i = 0;
   for (; i + kStrip <= n; i += kStrip) {
@@ -34,26 +39,26 @@ inline BlockSum sum_of_squares(const void* src, DType dtype, int64_t offset, int
 
   double lanes[kStrip];
   for (int64_t lane = 0; lane < kStrip; ++lane) lanes[lane] = sum[lane];
-  // Pairwise: a chain of 64 additions would take longer than all else.
-  for (int64_t half = kStrip / 2; half > 0; half /= 2) {
-    for (int64_t lane = 0; lane < half; ++lane) {
-      lanes[lane] += lanes[lane + half];
-      largest[lane] = std::max(largest[lane], largest[lane + half]);
-    }
-  }
-  double total = lanes[0];
-  const uint32_t magnitude = largest[0];
-  const bool non_finite = magnitude >= kInfinity;
-  const float bound = from_bits(magnitude);
-  if (!non_finite && magnitude != 0 && (bound > 0x1p55f || bound < 0x1p-55f)) {
-    total = 0.0;
+  if (needs_fp64(*std::max_element(largest, largest + kStrip))) {
+    std::fill(lanes, lanes + kStrip, 0.0);
     for (i = 0; i < n; i += kStrip) {
       const int64_t length = std::min(kStrip, n - i);
       const float* x = decode(src, dtype, offset + i, length, staged);
-      for (int64_t j = 0; j < length; ++j) total += static_cast<double>(x[j]) * x[j];
+      for (int64_t lane = 0; lane < length; ++lane) lanes[lane] += static_cast<double>(x[lane]) * x[lane];
     }
   }
-  return {total, non_finite};
+  return pairwise(lanes);
+}
+
+// The sum over partial[n]; Total knows how to add a block's sum, and another total.
+template <class Total, class Partial>
+Total fold(const Partial* partial, int64_t n) {
+  Total lanes[kFoldLanes];
+  for (int64_t i = 0; i < n; ++i) lanes[i % kFoldLanes].add(partial[i]);
+  for (int half = kFoldLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) lanes[lane].add(lanes[lane + half]);
+  }
+  return lanes[0];
 }
 
 }  // namespace deepfast::cpu

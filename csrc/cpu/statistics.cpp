@@ -5,20 +5,13 @@
 
 namespace deepfast::cpu {
 
-constexpr int64_t kReadBlock = 4096;  // elements: each block costs a reduction
-
 Statistics statistics(const Span* spans, int64_t count) {
   const Blocks blocks(spans, count, kReadBlock);
-  std::vector<BlockSum> partial(blocks.size());
+  std::vector<double> partial(blocks.size());
   blocks.parallel_for([&](int64_t s, int64_t offset, int64_t n, int64_t block) {
     partial[block] = sum_of_squares(spans[s].grad, spans[s].grad_dtype, offset, n);
   });
-  Statistics total = {0.0, 0.0};
-  for (const BlockSum& p : partial) {
-    total.sum_of_squares += p.sum_of_squares;
-    total.non_finite += p.non_finite;
-  }
-  return total;
+  return fold<Statistics>(partial.data(), blocks.size());
 }
 
 }  // namespace deepfast::cpu

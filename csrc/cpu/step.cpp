@@ -109,17 +109,13 @@ void step_with(const Table& table, const StepRecord& record, const Norms* norms,
 // The first pass of a rule that needs norms: moves the moments on, and measures.
 template <class Rule>
 void norms_with(const Table& table, const StepRecord& record, Norms* out) {
-  std::fill(out, out + table.count, Norms{0.0, 0.0});
+  std::fill(out, out + table.count, Norms());
   if (record.skipped()) return;
   const Span* spans = table.spans;
   const Blocks blocks(spans, table.count);
   std::vector<Rule> rules(table.count);
   for (int64_t s = 0; s < table.count; ++s) rules[s] = table.same(s) ? rules[s - 1] : table.prepare<Rule>(s, 1);
-  struct Partial {
-    int64_t span;
-    Norms norms;
-  };
-  std::vector<Partial> partial(blocks.size());
+  std::vector<Norms> partial(blocks.size());
   blocks.parallel_for([&](int64_t s, int64_t offset, int64_t n, int64_t block) {
     const Span& span = spans[s];
     alignas(64) float staged_param[kBlock], staged_grad[kBlock], direction[kBlock];
@@ -128,56 +124,39 @@ void norms_with(const Table& table, const StepRecord& record, Norms* out) {
     const float multiplier = record.multiplier * static_cast<float>(*table.row(s));
     with_moments<Rule>(span, offset,
                        [&](auto*... moment) { direct(rules[s], multiplier, n, p, g, direction, moment...); });
-    const auto squares = [n](const float* x) { return sum_of_squares(x, DType::kFloat32, 0, n).sum_of_squares; };
-    partial[block] = {s, {squares(p), squares(direction)}};
+    partial[block] = {sum_of_squares(p, DType::kFloat32, 0, n), sum_of_squares(direction, DType::kFloat32, 0, n)};
   });
-  for (const auto& [s, block] : partial) {
-    out[s].param += block.param;
-    out[s].direction += block.direction;
+  for (int64_t s = 0; s < table.count; ++s) {
+    out[s] = fold<Norms>(partial.data() + blocks.first(s), blocks.first(s + 1) - blocks.first(s));
   }
 }
 
 struct Entry {
-  const char* name;
-  RuleInfo info;
   decltype(&step_with<SGD<false>>) step;
   decltype(&norms_with<LAMB>) norms;  // null where the rule needs none
 };
 
 template <class Rule>
-constexpr Entry entry(const char* name) {
-  Entry result = {
-      name, {Rule::kMoments, 1 + Rule::kHyper, Rule::kCountsSteps, Rule::kNeedsNorms}, &step_with<Rule>, {}};
+constexpr Entry entry() {
+  Entry result = {&step_with<Rule>, {}};
   if constexpr (Rule::kNeedsNorms) result.norms = &norms_with<Rule>;
   return result;
 }
 
-#define DEEPFAST_ENTRY(name, Rule) entry<Rule>(name),
-constexpr Entry kRules[] = {DEEPFAST_RULES(DEEPFAST_ENTRY)};
+#define DEEPFAST_ENTRY(name, Rule) entry<Rule>(),
+constexpr Entry kEntries[] = {DEEPFAST_RULES(DEEPFAST_ENTRY)};
 #undef DEEPFAST_ENTRY
-
-const Entry* find(const char* name) {
-  for (const Entry& rule : kRules) {
-    if (std::strcmp(rule.name, name) == 0) return &rule;
-  }
-  return nullptr;
-}
 
 }  // namespace
 
-std::optional<RuleInfo> info(const char* name) {
-  const Entry* rule = find(name);
-  return rule ? std::optional(rule->info) : std::nullopt;
-}
-
-void norms(const char* name, const Span* spans, int64_t count, const double* hyper, int64_t hyper_stride,
+void norms(int rule, const Span* spans, int64_t count, const double* hyper, int64_t hyper_stride,
            const StepRecord& record, Norms* out) {
-  find(name)->norms({spans, count, hyper, hyper_stride}, record, out);
+  kEntries[rule].norms({spans, count, hyper, hyper_stride}, record, out);
 }
 
-void step(const char* name, const Span* spans, int64_t count, const double* hyper, int64_t hyper_stride,
+void step(int rule, const Span* spans, int64_t count, const double* hyper, int64_t hyper_stride,
           const StepRecord& record, const Norms* norms, bool reset_grad) {
-  find(name)->step({spans, count, hyper, hyper_stride}, record, norms, reset_grad);
+  kEntries[rule].step({spans, count, hyper, hyper_stride}, record, norms, reset_grad);
 }
 
 }  // namespace deepfast::cpu

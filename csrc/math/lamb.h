@@ -6,13 +6,9 @@
 #pragma once
 
 #include "adam.h"
+#include "squares.h"
 
 namespace deepfast {
-
-// Sums of squares over one whole parameter.
-struct Norms {
-  double param, direction;
-};
 
 struct LAMB {
   static constexpr int kMoments = 2;  // exp_avg, exp_avg_sq
@@ -61,7 +57,6 @@ struct LAMB {
   // Second pass; the gradient is not needed any more.
   DF_INLINE float update(float p, float, float& m, float& v) const { return fma(-step_size, direction(p, m, v), p); }
 
- private:
   DF_INLINE float direction(float p, float m, float v) const {
     return penalized(m * inv_bias1 / fma(std::sqrt(v), inv_sqrt_bias2, eps), weight_decay, p);
   }

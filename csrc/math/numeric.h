@@ -19,7 +19,7 @@
 namespace deepfast {
 
 // a * b + c, rounded once.
-DF_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+DF_INLINE float fma(float a, float b, float c) { return std::fma(a, b, c); }
 
 DF_INLINE uint32_t to_bits(float x) {
   uint32_t bits;

@@ -1,7 +1,7 @@
 // What one step decides before it writes anything, kept on the device so that the host never has to look.
 #pragma once
 
-#include "numeric.h"
+#include "squares.h"
 
 namespace deepfast {
 
@@ -12,12 +12,6 @@ struct StepRecord {
   float grad_norm;   // global L2 norm of the gradients, unscaled, before clipping
 
   DF_INLINE bool skipped() const { return found_inf > 0.0f; }
-};
-
-// What one read of the gradients yields. Lies in a tensor of two fp64 values.
-struct Statistics {
-  double sum_of_squares;  // of the gradients as they are, scale included
-  double non_finite;      // > 0: some gradient is inf or NaN
 };
 
 // grad_scale: what the gradients were multiplied by (loss scale, number of micro-batches). found_inf: 1 where somebody

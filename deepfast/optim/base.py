@@ -338,9 +338,8 @@ class Optimizer(torch.optim.Optimizer):
         if not launches:
             return loss
         records = self._decide(launches)
-        hyper = self._hyper_table()
         for launch in launches:
-            launch.step(hyper, records[launch.device])
+            launch.step(*self._hyper_table(launch.device), records[launch.device])
         # A plan holds on to the parameters, which keeps torch from exchanging them where it has been told to.
         if self._planned is None or torch.__future__.get_swap_module_params_on_conversion():
             self._forget_plan()
@@ -448,28 +447,35 @@ class Optimizer(torch.optim.Optimizer):
         asked = self.max_grad_norm is not None or self._check_finite or self._measure_norm
         if not asked and grad_scale is None and found_inf is None:
             return {launch.device: _as_they_are(launch.device) for launch in launches}
-        if asked:
-            parts = [launch.statistics().to(home) for launch in launches]
-            statistics = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-        backend = launches[0].backend if len(launches) == 1 else reference
         record = torch.empty(3, dtype=torch.float32, device=home)
-        backend.decide_(
-            record,
-            statistics,
-            _on(grad_scale, home),
-            _on(found_inf, home),
-            self.max_grad_norm or 0.0,
-            self._check_finite,
-        )
-        if statistics is not None:
+        question = _on(grad_scale, home), _on(found_inf, home), self.max_grad_norm or 0.0, self._check_finite
+        if asked and len(launches) == 1 and launches[0].shards is None:
+            launches[0].decide(record, *question)
+        else:
+            if asked:
+                parts = [launch.statistics().to(home) for launch in launches]
+                statistics = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+            backend = launches[0].backend if len(launches) == 1 else reference
+            backend.decide_(record, statistics, *question)
+        if asked:
             self.grad_norm = record[2]
         self._found_inf = record[1]
         return {launch.device: record.to(launch.device) for launch in launches}
 
-    def _hyper_table(self) -> Tensor:
-        """fp64 [groups, 1 + the rule's values]: the gradient's sign, then what ``_hyper`` says."""
-        rows = [[-1.0 if g["maximize"] else 1.0, *map(float, self._hyper(g))] for g in self.param_groups]
-        return torch.tensor(rows, dtype=torch.float64, device="cpu")
+    def _hyper_table(self, device: torch.device) -> tuple[Tensor, list[Tensor | None]]:
+        """fp64 [groups, 1 + the rule's values]: the gradient's sign, then what ``_hyper`` says, the learning rate first.
+
+        And the learning rates that are tensors on ``device``: they are read there, in the step, and stand for the
+        table's. (No list if there are none.)
+        """
+        signs = [-1.0 if group["maximize"] else 1.0 for group in self.param_groups]
+        values = [self._hyper(group) for group in self.param_groups]
+        lrs = [lr if _is_read_on(device, lr) else None for lr, *_ in values]
+        rows = [
+            [sign, 0.0 if lr is not None else float(row[0]), *map(float, row[1:])]
+            for sign, row, lr in zip(signs, values, lrs, strict=True)
+        ]
+        return torch.tensor(rows, dtype=torch.float64, device="cpu"), lrs if any(lr is not None for lr in lrs) else []
 
 
 _RECORDS: dict[torch.device, Tensor] = {}
@@ -522,6 +528,11 @@ def _is_wrapper(t: Tensor) -> bool:
 def _is_special(p: Tensor) -> bool:
     """Whether state like ``p`` is allocated by itself (a DTensor around a part of something cannot be deep-copied)."""
     return is_sharded(p) or _is_wrapper(p)
+
+
+def _is_read_on(device: torch.device, lr: Value) -> bool:
+    """Whether the kernels on ``device`` read ``lr`` for themselves, without the host's waiting for it."""
+    return isinstance(lr, Tensor) and lr.device == device and lr.dtype in (torch.float32, torch.float64)
 
 
 def _is_count(step: Any) -> bool:

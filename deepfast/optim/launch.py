@@ -79,11 +79,17 @@ class Launch:
         found = self._plan.statistics()
         return found if self.shards is None else self.shards.sum_(found)
 
-    def step(self, hyper: Tensor, record: Tensor) -> None:
-        norms = self._plan.norms(hyper, record) if self._plan.needs_norms() else None
+    def decide(
+        self, record: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None, max_norm: float, check: bool
+    ) -> None:
+        """``statistics``, and what follows from them, at once."""
+        self._plan.decide(record, grad_scale, found_inf, max_norm, check)
+
+    def step(self, hyper: Tensor, lrs: list[Tensor | None], record: Tensor) -> None:
+        norms = self._plan.norms(hyper, lrs, record) if self._plan.needs_norms() else None
         if norms is not None and self.shards is not None:
             self.shards.sum_(norms)
-        self._plan.step(hyper, record, norms)
+        self._plan.step(hyper, lrs, record, norms)
         if self.shards is not None:
             torch.autograd.graph.increment_version([p for p in self.params if p.grad is not None])
             for grad in self._copied:

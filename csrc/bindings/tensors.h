@@ -1,0 +1,90 @@
+// What every operator asks of its tensors.
+#pragma once
+
+#include <torch/library.h>
+
+#include <optional>
+#include <vector>
+
+#include "../math/record.h"
+#include "../span.h"
+
+namespace deepfast::bindings {
+
+using at::Tensor;
+using at::TensorList;
+using Spans = std::vector<Span>;
+using OptionalTensors = c10::List<std::optional<Tensor>>;
+
+inline std::optional<DType> kernel_dtype(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    default:
+      return std::nullopt;
+  }
+}
+
+inline DType dtype_of(const Tensor& t, const char* what) {
+  const std::optional<DType> dtype = kernel_dtype(t);
+  TORCH_CHECK(dtype, "deepfast: ", what, " has dtype ", t.scalar_type(), "; the kernels take float32, float16 and ",
+              "bfloat16 (others run on backend=\"reference\")");
+  return *dtype;
+}
+
+inline void check_count(size_t got, size_t count, const char* what) {
+  TORCH_CHECK(got == count, "deepfast: ", count, " tensors of ", what, " expected, got ", got);
+}
+
+inline void check_device(const Tensor& t, at::Device device, const char* what) {
+  TORCH_CHECK(t.device() == device, "deepfast: ", what, " lies on ", t.device(), ", not on ", device);
+}
+
+inline float* fp32_values(const Tensor& t, int64_t numel, const char* what, at::Device device) {
+  TORCH_CHECK(t.scalar_type() == at::kFloat && t.numel() == numel && t.is_contiguous(), "deepfast: ", what, " must be ",
+              numel, " contiguous float32 values, got ", t.numel(), " of ", t.scalar_type());
+  check_device(t, device, what);
+  return t.mutable_data_ptr<float>();
+}
+
+inline double* fp64_values(const Tensor& t, int64_t numel, const char* what, at::Device device) {
+  TORCH_CHECK(t.scalar_type() == at::kDouble && t.numel() == numel && t.is_contiguous(), "deepfast: ", what,
+              " must be ", numel, " contiguous float64 values, got ", t.numel(), " of ", t.scalar_type());
+  check_device(t, device, what);
+  return t.mutable_data_ptr<double>();
+}
+
+// Autograd must know what was written behind its back: a graph that still needs the old values has to refuse.
+inline void written(const Tensor& t) {
+  if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+}
+
+// What `decide` is asked (csrc/math/record.h).
+struct Question {
+  const std::optional<Tensor>& grad_scale;
+  const std::optional<Tensor>& found_inf;
+  double max_norm;
+  bool check;
+};
+
+inline void check_question(const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+                           at::Device device) {
+  if (grad_scale) fp32_values(*grad_scale, 1, "grad_scale", device);
+  if (found_inf) fp32_values(*found_inf, 1, "found_inf", device);
+}
+
+// One row a group, and the learning rates that are tensors (or none).
+struct Hypers {
+  const Tensor& table;  // fp64 [groups, values] on the CPU, checked
+  const OptionalTensors& lrs;
+
+  std::optional<Tensor> lr(int64_t group) const {
+    return lrs.empty() ? std::nullopt : std::optional<Tensor>(lrs.get(group));
+  }
+};
+
+}  // namespace deepfast::bindings

@@ -1,0 +1,85 @@
+// The first pass of a rule that needs norms: moves the moments on, and measures.
+#pragma once
+
+#include "step.cuh"
+
+namespace deepfast::cuda {
+
+// The sums over the blocks [first, last) of a span. A block's sums are taken while its elements are in registers.
+template <class Rule, Weight kWeight, class Grad>
+__device__ void measure(const Rule& rule, const Span& span, int64_t first, int64_t last, float multiplier,
+                        Norms* partial) {
+  using S = Streams<Rule, kWeight, Grad>;
+  constexpr int kSize = S::kPack;
+  const S streams(span);
+  const int phase = streams.phase();
+  const Group<kSize> group;
+  for (int64_t block = first + group.index; block < last; block += group.kGroups) {
+    const int64_t begin = block * kStepBlock, n = min(span.numel - begin, static_cast<int64_t>(kStepBlock));
+    Lane params[kSize], directions[kSize];
+    group.template for_each<1>(begin, n, phase, [&](int64_t i, int j, auto size) {
+      Loaded<size.value, Rule, kWeight, Grad> x(streams, i, multiplier);
+      int lane = j;
+      in_registers<Rule>(x.p, x.g, x.moment, [&](float p, float g, auto&... moment) {
+        params[lane].add(p);
+        directions[lane++].add(rule.direct(p, g, moment...));
+      });
+      x.store_moments(streams, i);
+    });
+    // In fp64, the direction is found again from the moments, as in the second pass.
+    const auto again = [&](const auto& value) {
+      return [&](double (&sums)[kSize]) {
+        group.template for_each<1>(begin, n, phase, [&](int64_t i, int j, auto size) {
+          Loaded<size.value, Rule, kWeight, Grad> x(streams, i, multiplier);
+          int lane = j;
+          in_registers<Rule>(x.p, x.g, x.moment, [&](float p, float, auto&... moment) {
+            const double v = value(p, moment...);
+            sums[lane++] += v * v;
+          });
+        });
+      };
+    };
+    const double param = group.total(params, again([](float p, auto&...) { return p; }));
+    const double direction =
+        group.total(directions, again([&](float p, auto&... moment) { return rule.direction(p, moment...); }));
+    if (group.member == 0) partial[block] = {param, direction};
+  }
+}
+
+// The last thread block to finish its share of a span adds up that span's sums.
+template <class Rule>
+__global__ void __launch_bounds__(kThreads)
+    norms_kernel(const __grid_constant__ Packed packed, const StepRecord* record_at, Norms* partial, uint32_t* counters,
+                 Norms* out) {
+  const Table table(packed);
+  const StepRecord record = *record_at;
+  __shared__ Rule shared;
+  for (Share share(table); share.more(); share.next()) {
+    const Span& span = table.spans[share.span];
+    if (record.skipped()) {
+      if (threadIdx.x == 0) out[share.span] = Norms();
+      continue;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) shared = prepare<Rule>(table, span);
+    __syncthreads();
+    const Rule rule = shared;
+    Norms* sums = partial + table.first[share.span];
+    with_types(span, [&]<Weight kWeight, class Grad>() {
+      measure<Rule, kWeight, Grad>(rule, span, share.first(), share.last(), multiplier_of(record, table, span), sums);
+    });
+    if (last_to_arrive(counters + share.span, share.sharers())) {
+      const Norms total = fold<Norms>(sums, table.first[share.span + 1] - table.first[share.span]);
+      if (threadIdx.x == 0) out[share.span] = total;
+    }
+  }
+}
+
+template <class Rule>
+void launch_norms(const Packed& packed, const Workspace& workspace, const StepRecord* record, Norms* out,
+                  Stream stream) {
+  launch(norms_kernel<Rule>, persistent_grid(norms_kernel<Rule>, packed.blocks), kThreads, stream, packed, record,
+         static_cast<Norms*>(workspace.partial), workspace.counters, out);
+}
+
+}  // namespace deepfast::cuda

@@ -1,0 +1,85 @@
+// Values in memory and in registers: several in one access, and what their 16 bits mean.
+//
+// The widest stream of a kernel moves in 16-byte accesses, and narrower ones lie as many elements wide beside it: the
+// threads of a warp then touch consecutive memory in every stream. (A thread that took eight fp32 values beside eight
+// halves would write half sectors.)
+#pragma once
+
+#include "../codec/half.h"
+#include "../span.h"
+#include "table.cuh"
+
+namespace deepfast::cuda {
+
+using Half = uint16_t;  // fp16 or bf16: a span says which
+
+template <class T, int kSize>
+struct alignas(sizeof(T) * kSize) Pack {
+  T value[kSize];
+
+  __device__ T& operator[](int i) { return value[i]; }
+  __device__ T operator[](int i) const { return value[i]; }
+};
+
+template <int kSize, class T>
+__device__ Pack<T, kSize> load(const T* at) {
+  return *reinterpret_cast<const Pack<T, kSize>*>(at);
+}
+
+template <int kSize, class T>
+__device__ void store(T* at, const Pack<T, kSize>& pack) {
+  *reinterpret_cast<Pack<T, kSize>*>(at) = pack;
+}
+
+inline __device__ float decode(float x, DType) { return x; }
+
+inline __device__ float decode(Half h, DType dtype) {
+  if (dtype == DType::kBFloat16) return Bf16::decode(h);
+#if defined(__CUDA_ARCH__)
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
+  return x;
+#else
+  return Fp16::decode(h);
+#endif
+}
+
+inline __device__ Half nearest_even_fp16(float x) {
+#if defined(__CUDA_ARCH__)
+  Half h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+  return h;
+#else
+  return Fp16::nearest_even(x);
+#endif
+}
+
+// kMaster: by the rule for weights whose fp32 value is kept elsewhere (csrc/codec/half.h), else torch's.
+template <bool kMaster>
+__device__ Half encode(float x, DType dtype) {
+  if (dtype == DType::kBFloat16) return kMaster ? Bf16::from_master(x) : Bf16::nearest_even(x);
+  return nearest_even_fp16(kMaster ? Fp16::saturate(x) : x);
+}
+
+// How many elements of T lie before the first multiple of kSize elements.
+template <int kSize, class T>
+__device__ int phase(const T* at) {
+  return static_cast<int>((0 - reinterpret_cast<uintptr_t>(at) / sizeof(T)) % kSize);
+}
+
+// The elements [begin, end) of a span, by all threads of a block: in packs of kSize from the first aligned one on, what
+// lies before and after one by one. phase < 0: the streams are never aligned together, all go one by one.
+template <int kSize, class Body>
+__device__ void for_each(int64_t begin, int64_t end, int phase, const Body& body) {
+  const int64_t head = phase < 0 || begin + phase > end ? end : begin + phase;  // kSize divides begin
+  const int64_t tail = head + (end - head) / kSize * kSize;
+  for (int64_t i = head + threadIdx.x * kSize; i < tail; i += kThreads * kSize) {
+    body(i, std::integral_constant<int, kSize>());
+  }
+  const int64_t before = head - begin, rest = before + end - tail;
+  for (int64_t nth = threadIdx.x; nth < rest; nth += kThreads) {
+    body(nth < before ? begin + nth : tail + nth - before, std::integral_constant<int, 1>());
+  }
+}
+
+}  // namespace deepfast::cuda

@@ -1,0 +1,82 @@
+// One read of the gradients: the sum of their squares, whether all are finite, and what follows for the step.
+#include "reduce.cuh"
+
+namespace deepfast::cuda {
+namespace {
+
+__device__ void decide_into(StepRecord* record, const Statistics& statistics, const Question& question) {
+  *record = deepfast::decide(statistics, question.grad_scale ? *question.grad_scale : 1.0f,
+                             question.found_inf ? *question.found_inf : 0.0f, question.max_norm, question.check);
+}
+
+// The sums of the blocks [first, last) of a span.
+template <class Grad>
+__device__ void sum_blocks(const Span& span, int64_t first, int64_t last, double* partial) {
+  constexpr int kSize = 16 / sizeof(Grad);
+  const Group<kSize> group;
+  const Grad* grad = static_cast<const Grad*>(span.grad);
+  for (int64_t block = first + group.index; block < last; block += group.kGroups) {
+    const int64_t begin = block * kReadBlock, n = min(span.numel - begin, static_cast<int64_t>(kReadBlock));
+    const auto for_each = [&](const auto& body) {
+      group.for_each<8>(begin, n, phase<kSize>(grad), [&](int64_t i, int j, auto size) {
+        const auto g = load<size.value>(grad + i);
+#pragma unroll
+        for (int k = 0; k < size.value; ++k) body(j + k, decode(g[k], span.grad_dtype));
+      });
+    };
+    Lane lanes[kSize];
+    for_each([&](int j, float g) { lanes[j].add(g); });
+    const double sum = group.total(lanes, [&](double (&sums)[kSize]) {
+      for_each([&](int j, float g) { sums[j] += static_cast<double>(g) * g; });
+    });
+    if (group.member == 0) partial[block] = sum;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    statistics_kernel(const __grid_constant__ Packed packed, double* partial, uint32_t* counter, Statistics* out,
+                      StepRecord* record, Question question) {
+  const Table table(packed);
+  for (Share share(table); share.more(); share.next()) {
+    const Span& span = table.spans[share.span];
+    double* sums = partial + table.first[share.span];
+    if (span.grad_dtype == DType::kFloat32) {
+      sum_blocks<float>(span, share.first(), share.last(), sums);
+    } else {
+      sum_blocks<Half>(span, share.first(), share.last(), sums);
+    }
+  }
+  if (last_to_arrive(counter, gridDim.x)) {
+    const Statistics total = fold<Statistics>(partial, table.blocks);
+    if (threadIdx.x == 0) {
+      if (out) *out = total;
+      if (record) decide_into(record, total, question);
+    }
+  }
+}
+
+__global__ void decide_kernel(StepRecord* record, const Statistics* statistics, Question question) {
+  decide_into(record, statistics ? *statistics : Statistics(), question);
+}
+
+}  // namespace
+
+int64_t statistics_partials(const Job& job) {
+  int64_t blocks = 0;
+  for (int64_t s = 0; s < job.count; ++s) blocks += blocks_of(job.spans[s], kReadBlock);
+  return blocks;
+}
+
+void statistics(const Job& job, const Workspace& workspace, Statistics* out, StepRecord* record,
+                const Question& question, Stream stream) {
+  Packed packed;
+  pack(packed, job, kReadBlock, workspace, stream);
+  launch(statistics_kernel, persistent_grid(statistics_kernel, packed.blocks), kThreads, stream, packed,
+         static_cast<double*>(workspace.partial), workspace.counters, out, record, question);
+}
+
+void decide(StepRecord* record, const Statistics* statistics, const Question& question, Stream stream) {
+  launch(decide_kernel, 1, 1, stream, record, statistics, question);
+}
+
+}  // namespace deepfast::cuda
