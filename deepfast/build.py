@@ -1,9 +1,11 @@
 """Compiles the kernels on first use and keeps them; finds them again in milliseconds.
 
+There are two libraries: the CPU kernels, and the CUDA kernels where torch has CUDA and nvcc is to be had.
+
 A library lives in ``<root>/<interface>/<compiler>/``: ``interface`` names everything that decides whether a library
 can be loaded and would be right here (sources, flags, torch and CUDA versions, architecture, the CPU's instruction
-set), ``compiler`` the compiler that made it. A machine with a compiler looks for exactly its own; one without takes
-any compiler's work. Roots are the package's own ``prebuilt`` folder and the cache.
+set), ``compiler`` the compiler that made it (and the GPUs it made it for). A machine with a compiler looks for exactly
+its own; one without takes any compiler's work. Roots are the package's own ``prebuilt`` folder and the cache.
 
 A build happens in a private folder and is published by one atomic rename, so a reader sees a whole library or none.
 The lock only spares N processes the same work: it is flock's, and dies with its process.
@@ -20,6 +22,7 @@ import platform
 import re
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import tempfile
@@ -33,17 +36,44 @@ import torch
 _PACKAGE = Path(__file__).resolve().parent
 CSRC = next((p for p in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if p.is_dir()), _PACKAGE / "csrc")
 PREBUILT = _PACKAGE / "prebuilt"
-LIBRARY, DIGEST = "libdeepfast.so", "libdeepfast.sha256"
+DIGEST = ".sha256"
 
-# One source list for the first import and for DEEPFAST_PREBUILD.
-KERNELS = ("cpu/step.cpp", "cpu/statistics.cpp", "cpu/accumulate.cpp")
-BINDINGS = ("bindings/ops.cpp",)
+
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """One source list for the first use and for DEEPFAST_PREBUILD."""
+
+    kind: str
+    kernels: tuple[str, ...]  # torch-free
+    bindings: tuple[str, ...]
+    suffixes: tuple[str, ...]  # of what it is made from
+
+    @property
+    def file(self) -> str:
+        return f"libdeepfast_{self.kind.lower()}.so"
+
+
+CPU = Library(
+    "CPU",
+    ("cpu/step.cpp", "cpu/statistics.cpp", "cpu/accumulate.cpp"),
+    ("bindings/ops.cpp",),
+    (".h", ".cpp"),
+)
+CUDA = Library(
+    "CUDA",
+    ("cuda/step.cu", "cuda/statistics.cu", "cuda/accumulate.cu", "cuda/scaler.cu", "cuda/table.cu"),
+    ("bindings/cuda_ops.cpp",),
+    (".h", ".cpp", ".cu", ".cuh"),
+)
 
 # -ffp-contract=off: a multiply-add is fused where the source says fma, nowhere else (bitwise agreement).
 # -fno-math-errno -fno-trapping-math: let sqrt and comparisons be vectorized; they change no result.
 COMMON_FLAGS = ("-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall")
 KERNEL_FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 BINDING_FLAGS = ("-O1",)  # no loops there, and its includes are most of the build time
+# -fmad=false: as -ffp-contract=off. Division and square root are the IEEE ones, denormals are kept: nvcc's default.
+CUDA_FLAGS = ("-std=c++20", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall")
+OLDEST_NVCC = (12, 1)  # kernels with more than 4 KiB of parameters
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 INSTRUCTION_SETS = {"AVX2": _AVX2, "AVX512": _AVX512}
@@ -90,6 +120,73 @@ def compiler() -> Compiler | None:
     return None
 
 
+@functools.cache
+def nvcc() -> Compiler | str:
+    """CUDA's compiler, or why there is none that fits torch.
+
+    Looked for in ``$CUDA_HOME``, on the path, in ``/usr/local/cuda`` and in NVIDIA's Python packages.
+    """
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    packages = [Path(p) / "nvidia" for p in (*site.getsitepackages(), site.getusersitepackages(), *sys.path)]
+    found: list[Path | str | None] = [
+        Path(named) / "bin/nvcc" if named else None,
+        shutil.which("nvcc"),
+        Path("/usr/local/cuda/bin/nvcc"),
+        *(path for folder in packages for path in (folder / "cu13/bin/nvcc", folder / "cuda_nvcc/bin/nvcc")),
+    ]
+    unfit = []
+    for path in filter(None, found):
+        if not Path(path).is_file():
+            continue
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            said = subprocess.run([str(path), "--version"], capture_output=True, text=True, check=True).stdout
+            release = re.search(r"release (\d+)\.(\d+)", said)
+            if release is None:
+                continue
+            version = int(release[1]), int(release[2])
+            wanted = torch.version.cuda
+            if version >= OLDEST_NVCC and (wanted is None or wanted.split(".")[0] == release[1]):
+                return Compiler((str(path),), f"{version[0]}.{version[1]}")
+            unfit.append(f"{path} is of CUDA {version[0]}.{version[1]}")
+    needed = f"CUDA {torch.version.cuda.split('.')[0]}" if torch.version.cuda else "CUDA"
+    return (
+        f"no nvcc of {needed} found, 12.1 or later"
+        + (f" ({'; '.join(unfit)})" if unfit else "")
+        + ": install the CUDA toolkit, or set CUDA_HOME to where it is"
+    )
+
+
+def architectures() -> tuple[str, ...]:
+    """What to compile for: ``$TORCH_CUDA_ARCH_LIST`` ("8.0;9.0a;12.0+PTX"), else the GPUs that torch sees.
+
+    Raises:
+        BuildError: if the list cannot be read, or there is neither list nor GPU.
+    """
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if not listed:
+        if not torch.cuda.is_available():
+            raise BuildError("no GPU to compile for: set TORCH_CUDA_ARCH_LIST (\"8.0;9.0\")", passing=True)
+        seen = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        return tuple(f"sm_{major}{minor}" for major, minor in sorted(seen))
+    names = []
+    for entry in re.split(r"[;,\s]+", listed.strip()):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if match is None:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST={listed!r}: {entry!r} is no compute capability (like 9.0)", True)
+        number = f"{match[1]}{match[2]}{match[3]}"
+        names += [f"sm_{number}", *([f"compute_{number}"] if match[4] else [])]
+    return tuple(dict.fromkeys(names))
+
+
+def arch_flags(names: tuple[str, ...]) -> list[str]:
+    """nvcc's flags for machine code (sm_90) and, where asked for, PTX (compute_90)."""
+    return [
+        flag
+        for name in names
+        for flag in ("-gencode", f"arch={name.replace('sm_', 'compute_')},code={name}")
+    ]
+
+
 def capability() -> str:
     """The instruction set to compile for: torch's own choice, so ``ATEN_CPU_CAPABILITY`` holds here too."""
     return torch.backends.cpu.get_cpu_capability()
@@ -104,16 +201,43 @@ def _digest(*parts: str | bytes) -> str:
 
 
 @functools.cache
-def interface_key() -> str:
-    files = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cpp"))
+def interface_key(library: Library = CPU) -> str:
+    files = sorted(p for p in CSRC.rglob("*") if p.suffix in library.suffixes)
     sources = [part for p in files for part in (str(p.relative_to(CSRC)).encode(), p.read_bytes())]
-    flags = " ".join((*COMMON_FLAGS, *KERNEL_FLAGS, *BINDING_FLAGS, *INSTRUCTION_SETS.get(capability(), ())))
     abi = f"{torch.__version__} {torch.version.cuda} {torch.compiled_with_cxx11_abi()} {platform.machine()}"
+    if library == CUDA:
+        flags = " ".join((*COMMON_FLAGS, *CUDA_FLAGS, *BINDING_FLAGS))
+        return f"{platform.machine()}-cuda-{_digest(*sources, flags, abi)}"
+    flags = " ".join((*COMMON_FLAGS, *KERNEL_FLAGS, *BINDING_FLAGS, *INSTRUCTION_SETS.get(capability(), ())))
     return f"{platform.machine()}-{capability().lower()}-{_digest(*sources, flags, abi, capability())}"
 
 
-def compiler_key(cxx: Compiler) -> str:
-    return f"{Path(cxx.command[-1]).name}-{_digest(cxx.version, *cxx.command)}"
+def compiler_key(*compilers: Compiler) -> str:
+    parts = [part for c in compilers for part in (c.version, *c.command)]
+    return f"{Path(compilers[0].command[-1]).name}-{_digest(*parts)}"
+
+
+def _toolchain(library: Library) -> tuple[str, list[Compiler]]:
+    """The name of a library's folder, and the compilers that make it.
+
+    Raises:
+        BuildError: if one of them is missing.
+    """
+    cxx = compiler()
+    if cxx is None:
+        raise BuildError(
+            f"no C++ compiler found ({'CXX=' + os.environ['CXX'] if os.environ.get('CXX') else 'g++, c++, clang++'}): "
+            "install one (Debian, Ubuntu: apt install g++) or set CXX",
+            passing=True,
+        )
+    if library == CPU:
+        return compiler_key(cxx), [cxx]
+    if torch.version.cuda is None:
+        raise BuildError(f"this torch ({torch.__version__}) is built without CUDA", passing=True)
+    cuda = nvcc()
+    if isinstance(cuda, str):
+        raise BuildError(cuda, passing=True)
+    return "-".join((compiler_key(cuda, cxx), *architectures())), [cxx, cuda]
 
 
 def _named_cache() -> Path:
@@ -156,25 +280,37 @@ def _readable_roots() -> list[Path]:
 def intact(library: Path) -> bool:
     """Whether the library is there, and is what was published: loading half of one would kill the process."""
     try:
-        return library.with_name(DIGEST).read_text() == _digest(library.read_bytes())
+        return library.with_suffix(DIGEST).read_text() == _digest(library.read_bytes())
     except OSError:
         return False
 
 
-def find() -> Path | None:
+def find(library: Library = CPU) -> Path | None:
     """The library for this machine, if it has been built."""
-    cxx = compiler()
+    try:
+        own = _toolchain(library)[0]
+    except BuildError:
+        own = None
     for root in _readable_roots():
-        if cxx:
-            library = root / interface_key() / compiler_key(cxx) / LIBRARY
-            if intact(library):
-                return library
+        folder = root / interface_key(library)
+        if own and intact(folder / own / library.file):
+            return folder / own / library.file
         # A prebuilt library, and any library where nothing can be compiled, may come from another compiler.
-        if root == PREBUILT or cxx is None:
-            found = filter(intact, sorted((root / interface_key()).glob(f"*/{LIBRARY}")))
+        if root == PREBUILT or own is None:
+            found = (path for path in sorted(folder.glob(f"*/{library.file}")) if intact(path) and _fits(library, path))
             if any_library := next(found, None):
                 return any_library
     return None
+
+
+def _fits(library: Library, path: Path) -> bool:
+    """Whether the library holds code for all GPUs here. (One that was compiled here does.)"""
+    if library == CPU:
+        return True
+    try:
+        return set(architectures()) <= set(path.parent.name.split("-"))
+    except BuildError:
+        return False
 
 
 def _first_error(log: str) -> str:
@@ -201,23 +337,34 @@ def _run(command: list[str], log: list[str]) -> None:
         raise BuildError(said or _first_error(done.stdout), passing=bool(passing))
 
 
-def _compile(cxx: Compiler, folder: Path, log: list[str]) -> None:
-    torch_root = Path(torch.__file__).parent
-    include = torch_root / "include"
-    isa = INSTRUCTION_SETS.get(capability(), ())
-    jobs = [(name, (*KERNEL_FLAGS, *isa)) for name in KERNELS]
-    jobs += [(name, (*BINDING_FLAGS, "-isystem", str(include))) for name in BINDINGS]
-    jobs.reverse()  # the longest first
-    objects = [folder / (name.replace("/", "_") + ".o") for name, _ in jobs]
-    commands = [
-        [*cxx.command, *COMMON_FLAGS, *flags, "-c", str(CSRC / name), "-o", str(obj)]
-        for (name, flags), obj in zip(jobs, objects, strict=True)
-    ]
+def compile_commands(library: Library, compilers: list[Compiler], arch: list[str]) -> dict[str, list[str]]:
+    """For each source, the longest first: the command that compiles it, but for ``-o`` and the object's name."""
+    cxx, *cuda = compilers
+    bind = [*cxx.command, *COMMON_FLAGS, *BINDING_FLAGS, "-isystem", str(Path(torch.__file__).parent / "include")]
+    if cuda:
+        kernel = [*cuda[0].command, "-ccbin", cxx.command[-1], *CUDA_FLAGS, *arch]
+    else:
+        kernel = [*cxx.command, *COMMON_FLAGS, *KERNEL_FLAGS, *INSTRUCTION_SETS.get(capability(), ())]
+    jobs = [(name, bind) for name in library.bindings] + [(name, kernel) for name in library.kernels]
+    return {name: [*command, "-c", str(CSRC / name)] for name, command in jobs}
+
+
+def _compile(library: Library, compilers: list[Compiler], folder: Path, log: list[str]) -> None:
+    arch = arch_flags(architectures()) if library == CUDA else []
+    commands = compile_commands(library, compilers, arch)
+    objects = [folder / (name.replace("/", "_") + ".o") for name in commands]
+    whole = [[*command, "-o", str(obj)] for command, obj in zip(commands.values(), objects, strict=True)]
     with ThreadPoolExecutor(max_jobs()) as pool:
-        list(pool.map(lambda command: _run(command, log), commands))
-    libraries = [f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10"]
+        list(pool.map(lambda command: _run(command, log), whole))
+    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
+    if library == CUDA:
+        # The runtime is linked in: it shares the driver's context and streams with torch's, whichever version that is.
+        toolkit = Path(compilers[1].command[0]).resolve().parent.parent
+        folders = [f"-L{toolkit / name}" for name in ("lib64", "lib") if (toolkit / name).is_dir()]
+        libraries += ["-ltorch_cuda", *folders, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     # torch's libgomp and the system's carry the same soname: whichever is loaded first serves both, with one pool.
-    _run([*cxx.command, "-shared", "-fopenmp", *map(str, objects), *libraries, "-o", str(folder / LIBRARY)], log)
+    link = [*compilers[0].command, "-shared", "-fopenmp", *map(str, objects), *libraries]
+    _run([*link, "-o", str(folder / library.file)], log)
     for obj in objects:
         obj.unlink()
 
@@ -229,9 +376,10 @@ def max_jobs() -> int:
     return int(value) if value else len(os.sched_getaffinity(0))
 
 
-def _publish(folder: Path, target: Path) -> None:
-    (folder / DIGEST).write_text(_digest((folder / LIBRARY).read_bytes()))
-    for path in (folder / LIBRARY, folder / DIGEST, folder):
+def _publish(made: Path, target: Path) -> None:
+    folder, digest = made.parent, made.with_suffix(DIGEST)
+    digest.write_text(_digest(made.read_bytes()))
+    for path in (made, digest, folder):
         fd = os.open(path, os.O_RDONLY)
         os.fsync(fd)
         os.close(fd)
@@ -239,7 +387,7 @@ def _publish(folder: Path, target: Path) -> None:
     try:
         os.rename(folder, target)
     except OSError:
-        if not intact(target / LIBRARY):  # else another process was faster, and its work is as good
+        if not intact(target / made.name):  # else another process was faster, and its work is as good
             raise
 
 
@@ -264,8 +412,8 @@ def _locked(path: Path) -> Iterator[bool]:
         lock.release()
 
 
-def build(root: Path | None = None, *, retry: bool = False) -> Path:
-    """Compiles the kernels into ``root`` (the cache) and returns the library's path.
+def build(root: Path | None = None, library: Library = CPU, *, retry: bool = False) -> Path:
+    """Compiles ``library`` into ``root`` (the cache) and returns its path.
 
     Returns at once if they are there. ``retry``: compile even if an earlier attempt with the same sources, flags and
     compiler failed.
@@ -273,22 +421,16 @@ def build(root: Path | None = None, *, retry: bool = False) -> Path:
     Raises:
         BuildError: with the compiler's first error, the log's path and what to do.
     """
-    cxx = compiler()
-    if cxx is None:
-        raise BuildError(
-            f"no C++ compiler found ({'CXX=' + os.environ['CXX'] if os.environ.get('CXX') else 'g++, c++, clang++'}): "
-            "install one (Debian, Ubuntu: apt install g++) or set CXX",
-            passing=True,
-        )
+    own, compilers = _toolchain(library)
     root = cache_dir() if root is None else root
-    target = root / interface_key() / compiler_key(cxx)
-    name = f"{interface_key()}-{compiler_key(cxx)}"
+    target = root / interface_key(library) / own
+    name = f"{interface_key(library)}-{own}"
     failed = root / f"{name}.failed"
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root / f"{name}.lock") as alone:
-            if intact(target / LIBRARY):
-                return target / LIBRARY
+            if intact(target / library.file):
+                return target / library.file
             shutil.rmtree(target, ignore_errors=True)  # damaged, if anything
             if failed.is_file() and not retry:
                 raise BuildError(failed.read_text())
@@ -296,51 +438,52 @@ def build(root: Path | None = None, *, retry: bool = False) -> Path:
                 shutil.rmtree(leftover, ignore_errors=True)
             folder = Path(tempfile.mkdtemp(prefix=f"{name}.build-", dir=root))
             try:
-                _build_into(folder, target, cxx, failed)
+                _build_into(folder, target, library, compilers, failed)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise BuildError(f"could not write to {root}: {error.strerror or error}", passing=True) from error
-    return target / LIBRARY
+    return target / library.file
 
 
-def _build_into(folder: Path, target: Path, cxx: Compiler, failed: Path) -> None:
-    say(f"compiling the CPU kernels for {capability()} with {cxx} into {target} (once for this machine and torch)")
+def _build_into(folder: Path, target: Path, library: Library, compilers: list[Compiler], failed: Path) -> None:
+    what, machine = f"the {library.kind} kernels", capability() if library == CPU else ", ".join(architectures())
+    say(f"compiling {what} for {machine} with {compilers[-1]} into {target} (once for this machine and torch)")
     start = time.perf_counter()
     log: list[str] = []
     try:
-        _compile(cxx, folder, log)
+        _compile(library, compilers, folder, log)
     except BuildError as error:
         log_path = failed.with_suffix(".log")
         log_path.write_text("\n".join(log))
         remedy = "mend that and run: python -m deepfast build"
-        message = f"could not compile the CPU kernels: {error} (log: {log_path}); {remedy}"
+        message = f"could not compile {what}: {error} (log: {log_path}); {remedy}"
         if not error.passing:
             failed.write_text(message)
         raise BuildError(message, passing=error.passing) from None
     folder.chmod(0o755)  # mkdtemp's is private; a shared cache is read by others
-    _publish(folder, target)
+    _publish(folder / library.file, target)
     failed.unlink(missing_ok=True)
     say(f"compiled in {time.perf_counter() - start:.1f} s")
 
 
-def load() -> Path:
-    """Finds or builds the library and registers its operators as ``torch.ops.deepfast``.
+def load(library: Library = CPU) -> Path:
+    """Finds or builds ``library`` and registers its operators as ``torch.ops.deepfast``.
 
     Raises:
         BuildError: if there is no library and none can be built.
     """
-    library = find()
-    if library is None:
+    path = find(library)
+    if path is None:
         if flag("DEEPFAST_DISABLE_JIT"):
             raise BuildError(
                 "no compiled kernels for this machine, and DEEPFAST_DISABLE_JIT forbids compiling: run "
                 "`python -m deepfast build` where it may",
                 passing=True,
             )
-        library = build()
+        path = build(library=library)
     try:
-        torch.ops.load_library(library)
+        torch.ops.load_library(path)
     except OSError as error:
-        raise BuildError(f"{library} cannot be loaded: {error}; delete {library.parent} to compile it again") from error
-    return library
+        raise BuildError(f"{path} cannot be loaded: {error}; delete {path.parent} to compile it again") from error
+    return path

@@ -121,7 +121,7 @@ TYPICAL = {
 }
 SHAPES = [(64, 33), (5,), (), (0, 3), (3000, 7), (1, 4097)]
 HALVES = (torch.float16, torch.bfloat16)
-BACKENDS = ["cpu", "reference"]
+BACKENDS = ["cpu", "cuda", "reference"]  # "cuda" on a CPU: see the fixture cuda_on_host
 
 
 def parameters(dtype=torch.float32, shapes=SHAPES, seed=0) -> list[nn.Parameter]:

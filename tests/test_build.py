@@ -25,7 +25,7 @@ print(p[0].item())
 
 
 def libraries(cache: Path) -> list[Path]:
-    return sorted(cache.glob("*/*/libdeepfast.so"))
+    return sorted(cache.glob("*/*/libdeepfast_cpu.so"))
 
 
 def start(cache: Path, **env: str) -> subprocess.Popen[str]:

@@ -28,7 +28,7 @@ class Cpu {
   }
 
   void decide(const Tensor& record, const double* statistics, const Question& question) {
-    Statistics known;
+    Statistics known = {};
     if (statistics) std::memcpy(&known, statistics, sizeof known);
     decide_from(record, known, question);
   }

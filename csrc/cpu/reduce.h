@@ -53,7 +53,7 @@ inline double sum_of_squares(const void* src, DType dtype, int64_t offset, int64
 // The sum over partial[n]; Total knows how to add a block's sum, and another total.
 template <class Total, class Partial>
 Total fold(const Partial* partial, int64_t n) {
-  Total lanes[kFoldLanes];
+  Total lanes[kFoldLanes] = {};
   for (int64_t i = 0; i < n; ++i) lanes[i % kFoldLanes].add(partial[i]);
   for (int half = kFoldLanes / 2; half > 0; half /= 2) {
     for (int lane = 0; lane < half; ++lane) lanes[lane].add(lanes[lane + half]);

@@ -16,7 +16,7 @@ __device__ void measure(const Rule& rule, const Span& span, int64_t first, int64
   const Group<kSize> group;
   for (int64_t block = first + group.index; block < last; block += group.kGroups) {
     const int64_t begin = block * kStepBlock, n = min(span.numel - begin, static_cast<int64_t>(kStepBlock));
-    Lane params[kSize], directions[kSize];
+    Lane params[kSize] = {}, directions[kSize] = {};
     group.template for_each<1>(begin, n, phase, [&](int64_t i, int j, auto size) {
       Loaded<size.value, Rule, kWeight, Grad> x(streams, i, multiplier);
       int lane = j;

@@ -86,7 +86,7 @@ template <class Total, class Partial>
 __device__ Total fold(const Partial* partial, int64_t n) {
   static_assert(kThreads == kFoldLanes);
   __shared__ Total lanes[kFoldLanes];
-  Total total;
+  Total total = {};
   for (int64_t i = threadIdx.x; i < n; i += kFoldLanes) total.add(partial[i]);
   lanes[threadIdx.x] = total;
   for (int half = kFoldLanes / 2; half > 0; half /= 2) {

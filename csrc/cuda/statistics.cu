@@ -18,13 +18,13 @@ __device__ void sum_blocks(const Span& span, int64_t first, int64_t last, double
   for (int64_t block = first + group.index; block < last; block += group.kGroups) {
     const int64_t begin = block * kReadBlock, n = min(span.numel - begin, static_cast<int64_t>(kReadBlock));
     const auto for_each = [&](const auto& body) {
-      group.for_each<8>(begin, n, phase<kSize>(grad), [&](int64_t i, int j, auto size) {
+      group.template for_each<8>(begin, n, phase<kSize>(grad), [&](int64_t i, int j, auto size) {
         const auto g = load<size.value>(grad + i);
 #pragma unroll
         for (int k = 0; k < size.value; ++k) body(j + k, decode(g[k], span.grad_dtype));
       });
     };
-    Lane lanes[kSize];
+    Lane lanes[kSize] = {};
     for_each([&](int j, float g) { lanes[j].add(g); });
     const double sum = group.total(lanes, [&](double (&sums)[kSize]) {
       for_each([&](int j, float g) { sums[j] += static_cast<double>(g) * g; });

@@ -16,8 +16,8 @@ constexpr int kStepBlock = 1024;  // elements, where a step is made
 
 // One of a block's sums, and the largest magnitude (as bits) it has seen.
 struct Lane {
-  float sum = 0.0f;
-  uint32_t largest = 0;
+  float sum;
+  uint32_t largest;
 
   DF_INLINE void add(float x) {
     sum = fma(x, x, sum);
@@ -35,8 +35,8 @@ DF_INLINE bool needs_fp64(uint32_t largest) {
 
 // Sums over gradients. A block's sum is not finite exactly where one of its elements is not.
 struct Statistics {
-  double sum_of_squares = 0.0;  // of the gradients as they are, scale included
-  double non_finite = 0.0;      // > 0: some gradient is inf or NaN
+  double sum_of_squares;  // of the gradients as they are, scale included
+  double non_finite;      // > 0: some gradient is inf or NaN
 
   DF_INLINE void add(double block) {
     sum_of_squares += block;
@@ -50,7 +50,7 @@ struct Statistics {
 
 // Sums of squares over one whole parameter.
 struct Norms {
-  double param = 0.0, direction = 0.0;
+  double param, direction;
 
   DF_INLINE void add(const Norms& other) {
     param += other.param;

@@ -154,10 +154,15 @@ class Optimizer(torch.optim.Optimizer):
             state = self.state.get(p, {})
             if not self._keeps_master(p):
                 state.pop("master", None)  # a model that was cast to fp32 is its own master
-            if "step" in state and not _is_count(state["step"]):
+            if "step" in state and not _is_count(state["step"], p.device):
                 state["step"] = torch.tensor(float(state["step"] or 0.0), dtype=torch.float32, device=p.device)
             for name, dtype, initial in self._absent(p, group):
                 missing[p.device, name, dtype, initial, _is_special(p) and name != "step"].append(p)
+        if any(_capturing(device) for device, *_ in missing):
+            raise RuntimeError(
+                "deepfast: state that is made while a graph is captured would begin anew at each replay: call "
+                "optimizer.init_state(), or step once, before the capture"
+            )
         for (device, name, dtype, initial, alone), params in missing.items():
             like = [p.new_empty((), device="meta") if name == "step" else local(p).detach() for p in params]
             views = [_zeros_like(t, dtype) for t in like] if alone else memory.zeros_like_each(like, dtype, device)[1]
@@ -185,7 +190,7 @@ class Optimizer(torch.optim.Optimizer):
     def _has_state(self, p: Tensor, group: dict[str, Any]) -> bool:
         state = self.state.get(p, {})
         whole = next(self._absent(p, group), None) is None and ("master" in state) == self._keeps_master(p)
-        return whole and ("step" not in state or _is_count(state["step"]))
+        return whole and ("step" not in state or _is_count(state["step"], p.device))
 
     def _keeps_master(self, p: Tensor) -> bool:
         return p.dtype in HALF and self.master != "none"
@@ -334,6 +339,8 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         launches = self._gather()
+        if any(_capturing(launch.device) for launch in launches):
+            self._check_capture()
         self.grad_norm = self._found_inf = None
         if not launches:
             return loss
@@ -344,6 +351,18 @@ class Optimizer(torch.optim.Optimizer):
         if self._planned is None or torch.__future__.get_swap_module_params_on_conversion():
             self._forget_plan()
         return loss
+
+    def _check_capture(self) -> None:
+        """A graph replays the numbers of its capture; those that change must be tensors, and those are read anew."""
+        for group in self.param_groups:
+            lr, *others = self._hyper(group)
+            if not isinstance(lr, Tensor) or lr.device.type == "cpu":
+                raise RuntimeError(
+                    f"deepfast: a graph would keep the learning rate {float(lr)} for ever: give it as a tensor on the "
+                    f"parameters' device (lr=torch.tensor({float(lr)}, device='cuda')) and change it in place"
+                )
+            if any(isinstance(value, Tensor) and value.device.type != "cpu" for value in others):
+                raise RuntimeError("deepfast: only the learning rate is read on the device: give the others as floats")
 
     def _gather(self) -> list[Launch]:
         """The launches of this step; what does not change from step to step is looked at once."""
@@ -483,9 +502,13 @@ _RECORDS: dict[torch.device, Tensor] = {}
 
 def _as_they_are(device: torch.device) -> Tensor:
     """The record of a step that neither scales nor clips nor skips."""
-    if device not in _RECORDS:
-        _RECORDS[device] = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float32, device=device)
-    return _RECORDS[device]
+    record = _RECORDS.get(device)
+    if record is None:
+        record = torch.zeros(3, dtype=torch.float32, device=device)
+        record[:1].fill_(1.0)
+        if not _capturing(device):  # else it is filled when the graph runs
+            _RECORDS[device] = record
+    return record
 
 
 def require(condition: bool | Tensor, message: str) -> None:
@@ -530,13 +553,20 @@ def _is_special(p: Tensor) -> bool:
     return is_sharded(p) or _is_wrapper(p)
 
 
+def _capturing(device: torch.device) -> bool:
+    """Whether what is launched on ``device`` goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _is_read_on(device: torch.device, lr: Value) -> bool:
     """Whether the kernels on ``device`` read ``lr`` for themselves, without the host's waiting for it."""
     return isinstance(lr, Tensor) and lr.device == device and lr.dtype in (torch.float32, torch.float64)
 
 
-def _is_count(step: Any) -> bool:
-    return isinstance(step, Tensor) and step.dtype == torch.float32 and step.numel() == 1
+def _is_count(step: Any, device: torch.device) -> bool:
+    return (
+        isinstance(step, Tensor) and step.dtype == torch.float32 and step.numel() == 1 and step.device == device
+    )
 
 
 def _zeros_like(t: Tensor, dtype: torch.dtype) -> Tensor:

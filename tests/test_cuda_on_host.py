@@ -1,0 +1,210 @@
+"""The CUDA kernels, compiled for the host with sanitizers, against the CPU kernels: equal to the last bit.
+
+What cannot show here, races between thread blocks, the design rules out: blocks write disjoint elements, and what one
+block reads of another (partial sums, and step counts that the last block moves on) lies on either side of a fence and
+an atomic arrival (csrc/cuda/table.cuh, last_to_arrive).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import EVERY, OURS, VARIANTS, give_gradients, kept, parameters
+from conftest import ON_HOST, ROOT, compile_all, run, shared_folder
+from torch import nn
+
+import deepfast
+from deepfast import build, ops
+
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory):
+    cxx = build.compiler()
+    assert cxx is not None
+    folder = shared_folder(tmp_path_factory, "cuda_harness")
+    flags = ["-std=c++20", "-O1", "-g1", "-fopenmp", "-ffp-contract=off", "-w", *SANITIZERS, "-I", ON_HOST, "-x", "c++"]
+    sources = [build.CSRC / name for name in (*build.CUDA.kernels, *build.CPU.kernels)]
+    sources += [ON_HOST / "threads.cpp", ON_HOST / "harness.cpp"]
+    commands = {
+        folder / f"{path.parent.name}_{path.stem}.o": [*cxx.command, *flags, "-c", path] for path in sources
+    }
+    return compile_all(folder / "harness", commands, cxx.command, ["-fopenmp", *SANITIZERS])
+
+
+# Scenario, and how many cases of it.
+SCENARIOS = {
+    "step": 700,  # every dtype, layout of streams, tail
+    "one": 70,  # many thread blocks on one span
+    "overflow": 42,  # the table just fits a launch's parameters, or just does not
+    "thousands": 14,
+    "empty": 70,
+    "statistics": 500,
+    "statistics-many": 20,
+    "accumulate": 200,
+    "scaler": 300,
+}
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_same_bits_as_on_a_cpu(harness, scenario, seed):
+    done = run(harness, scenario, SCENARIOS[scenario] // 2, seed, env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{SCENARIOS[scenario] // 2} cases")
+
+
+PLANTED = {
+    "csrc/cuda/pack.cuh": ("head + (end - head) / kSize * kSize", "head + (end - head + kSize - 1) / kSize * kSize"),
+    "csrc/cuda/step.cuh": ("    __syncthreads();\n    const Rule rule = shared;", "    const Rule rule = shared;"),
+}
+
+
+@pytest.mark.parametrize("file", PLANTED)
+def test_planted_faults_are_found(harness, tmp_path, file):
+    """An access beside a buffer, and a missing barrier: the harness that finds none must be one that would."""
+    cxx = build.compiler()
+    assert cxx is not None
+    clone = tmp_path / "csrc"
+    run("cp", "-r", ROOT / "csrc", clone)
+    path = tmp_path / file
+    right, wrong = PLANTED[file]
+    assert right in path.read_text()
+    path.write_text(path.read_text().replace(right, wrong))
+    flags = ["-std=c++20", "-O1", "-fopenmp", "-ffp-contract=off", "-w", *SANITIZERS, "-I", ON_HOST, "-x", "c++"]
+    done = run(*cxx.command, *flags, "-c", clone / "cuda/step.cu", "-o", tmp_path / "step.o")
+    assert done.returncode == 0, done.stderr
+    others = [path for path in harness.parent.glob("*.o") if path.name != "cuda_step.o"]
+    done = run(*cxx.command, "-fopenmp", *SANITIZERS, tmp_path / "step.o", *others, "-o", tmp_path / "harness")
+    assert done.returncode == 0, done.stderr
+    assert run(tmp_path / "harness", "step", 50, 1, env={"OMP_NUM_THREADS": "1"}).returncode != 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("name", "variant"), EVERY)
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_whole_steps_give_the_same_bits(name, variant, dtype, backend):
+    """Norm, clipping, update, rounding and reset through the optimizers, on both backends."""
+    results = []
+    for chosen in (backend, "cpu"):
+        params = parameters(dtype)
+        optimizer = OURS[name](params, backend=chosen, max_grad_norm=1.0, reset_grad=True, **VARIANTS[name][variant])
+        for step in range(3):
+            give_gradients(params, seed=step, scale=10.0 ** (step - 1))
+            optimizer.step()
+        tensors = [t for p in params for t in (p, p.grad, kept(optimizer, p), *optimizer.state[p].values())]
+        results.append([*tensors, optimizer.grad_norm])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_a_full_half_precision_step_is_two_launches(cuda_on_host, backend):
+    params = parameters(torch.float16)
+    optimizer = deepfast.AdamW(params, max_grad_norm=1.0, reset_grad=True, backend=backend)
+    scaler = deepfast.LossScaler(init_scale=128.0)
+    scaler.scale(torch.ones(()))
+    for step in range(3):
+        give_gradients(params, seed=step)
+        before = cuda_on_host.launches()
+        scaler.step(optimizer)
+        assert cuda_on_host.launches() - before == 2
+        scaler.update()
+
+
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_thousands_of_parameters_are_one_launch_once_they_are_known(cuda_on_host, backend):
+    params = [nn.Parameter(torch.full((3,), float(i))) for i in range(1000)]
+    optimizer = deepfast.SGD(params, lr=1.0, backend=backend)
+    for p in params:
+        p.grad = torch.ones(3)
+    launches = []
+    for step in range(4):
+        if step == 3:
+            params[500].grad = torch.full((3,), 2.0)
+        before = cuda_on_host.launches()
+        optimizer.step()
+        launches.append(cuda_on_host.launches() - before)
+    pieces = launches[0] - 1
+    assert pieces > 1
+    assert launches == [1 + pieces, 1, 1, 2], "what is sent again is only what has changed"
+    assert all((p == i - (4 if i != 500 else 5)).all() for i, p in enumerate(params))
+
+
+@pytest.mark.parametrize("count", [3, 1000])
+def test_what_goes_into_a_graph_takes_no_memory_from_outside(cuda_on_host, count):
+    """A graph runs again when the plan's own memory may be gone or hold another table."""
+    made = [nn.Parameter(torch.ones(5)) for _ in range(count)]
+    for p in made:
+        p.grad = torch.ones(5)
+    plan = cuda_on_host.Plan("sgd", made, [torch.empty(0)] * count, [], [], torch.zeros(count, dtype=torch.int32))
+    hyper = torch.tensor([[1.0, 0.5, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    record = torch.tensor([1.0, 0.0, 0.0])
+
+    def step() -> int:
+        before = cuda_on_host.launches()
+        plan.gather([], False)
+        plan.step(hyper, [], record, None)
+        return cuda_on_host.launches() - before
+
+    first = step()
+    assert step() == 1
+    cuda_on_host.capture(True)
+    try:
+        assert step() == first, "the whole table is part of the graph"
+    finally:
+        cuda_on_host.capture(False)
+    assert step() == 1
+    assert all((p == -1.0).all() for p in made)
+
+
+def test_learning_rates_are_read_when_the_kernel_runs(cuda_on_host):
+    p = nn.Parameter(torch.ones(5))
+    p.grad = torch.ones(5)
+    plan = cuda_on_host.Plan("sgd", [p], [torch.empty(0)], [], [], torch.zeros(1, dtype=torch.int32))
+    hyper = torch.tensor([[1.0, 99.0, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    for lr in (torch.tensor(0.25), torch.tensor([0.5], dtype=torch.float64)):
+        plan.gather([], False)
+        plan.step(hyper, [lr], torch.tensor([1.0, 0.0, 0.0]), None)
+    assert (p == 0.25).all()
+    plan.gather([], False)
+    with pytest.raises(RuntimeError, match="one float32 or float64 value"):
+        plan.step(hyper, [torch.tensor(1)], torch.tensor([1.0, 0.0, 0.0]), None)
+
+
+def test_the_operators_give_the_same_bits(cuda_on_host):
+    g = torch.Generator().manual_seed(0)
+    grads = [torch.randn(n, generator=g).to(dtype) for n in (0, 5, 4097) for dtype in ops.KERNEL_DTYPES]
+    assert torch.equal(cuda_on_host.statistics(grads), ops.native.statistics(grads))
+    sums = [torch.randn(g.shape) for g in grads]
+    twins = [t.clone() for t in sums]
+    for backend, target in ((cuda_on_host, sums), (ops.native, twins)):
+        backend.accumulate_(target, grads, 0.3, False)
+    assert all(map(torch.equal, sums, twins))
+    for overflow in (0.0, 2.0):
+        states = [torch.tensor([8.0, 1.0, 1.0, 0.0]) for _ in range(2)]
+        for backend, state in zip((cuda_on_host, ops.native), states, strict=True):
+            found = [torch.zeros(()), torch.tensor(overflow)]
+            backend.scaler_update_(state, found, 2.0, 0.5, 2, 1, False, True, 1.0, 64.0)
+        assert torch.equal(*states)
+    records = [torch.zeros(3) for _ in range(2)]
+    known = ops.native.statistics(grads)
+    for backend, record in zip((cuda_on_host, ops.native), records, strict=True):
+        backend.decide_(record, known, torch.tensor(8.0), torch.tensor(0.0), 0.5, True)
+    assert torch.equal(*records)
+
+
+def test_capturing_needs_what_a_replay_can_change(monkeypatch):
+    from deepfast.optim import base
+
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    monkeypatch.setattr(base, "_capturing", lambda device: True)
+    fresh = deepfast.AdamW([p], lr=torch.tensor(0.5))
+    with pytest.raises(RuntimeError, match=r"call optimizer.init_state\(\), or step once, before the capture"):
+        fresh.step()
+    sgd = deepfast.SGD([p], lr=0.5)
+    with pytest.raises(RuntimeError, match=r"lr=torch.tensor\(0.5, device='cuda'\)"):
+        sgd.step()
+    assert (p == 1).all()
