@@ -10,7 +10,7 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-CXX_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
+CXX_FILES := $(shell git ls-files "*.h" "*.cpp" "*.cu" "*.cuh")
 
 .PHONY: help train test lint format bench readme clean
 help:

@@ -356,15 +356,15 @@ def _compile(library: Library, compilers: list[Compiler], folder: Path, log: lis
     whole = [[*command, "-o", str(obj)] for command, obj in zip(commands.values(), objects, strict=True)]
     with ThreadPoolExecutor(max_jobs()) as pool:
         list(pool.map(lambda command: _run(command, log), whole))
-    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
-    if library == CUDA:
-        # The runtime is linked in: it shares the driver's context and streams with torch's, whichever version that is.
-        toolkit = Path(compilers[1].command[0]).resolve().parent.parent
-        folders = [f"-L{toolkit / name}" for name in ("lib64", "lib") if (toolkit / name).is_dir()]
-        libraries += ["-ltorch_cuda", *folders, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    cxx, *cuda = compilers
     # torch's libgomp and the system's carry the same soname: whichever is loaded first serves both, with one pool.
-    link = [*compilers[0].command, "-shared", "-fopenmp", *map(str, objects), *libraries]
-    _run([*link, "-o", str(folder / library.file)], log)
+    link = [*cxx.command, "-shared", "-fopenmp"]
+    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
+    if cuda:
+        # The CUDA runtime is linked in: it shares the driver's context and streams with torch's, whatever its version.
+        link = [*cuda[0].command, "-ccbin", cxx.command[-1], "-shared", "-cudart", "static", "-Xcompiler", "-fopenmp"]
+        libraries.append("-ltorch_cuda")
+    _run([*link, *map(str, objects), *libraries, "-o", str(folder / library.file)], log)
     for obj in objects:
         obj.unlink()
 

@@ -119,16 +119,16 @@ class CudaOn {
     const bool known = memory.sent.size() >= static_cast<size_t>(table_bytes);
     if (!known) memory.sent.assign(table_bytes, static_cast<char>(0xff));  // no span begins with such a pointer
     const auto data = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
-    return {data(memory.partial), static_cast<uint32_t*>(data(memory.counters)),
-            static_cast<char*>(data(memory.table)), capturing ? nullptr : memory.sent.data()};
+    return {data(memory.partial), static_cast<uint32_t*>(data(memory.counters)), static_cast<char*>(data(memory.table)),
+            capturing ? nullptr : memory.sent.data()};
   }
 
   void statistics(const Spans& spans, Statistics* out, StepRecord* record, const cuda::Question& question) {
     const c10::DeviceGuard guard(device_);
     const cuda::Job job = job_of(spans, {});
     Memory fresh;
-    const cuda::Workspace workspace = workspace_in(
-        statistics_, fresh, cuda::statistics_partials(job) * sizeof(double), 1, cuda::table_bytes(job));
+    const cuda::Workspace workspace =
+        workspace_in(statistics_, fresh, cuda::statistics_partials(job) * sizeof(double), 1, cuda::table_bytes(job));
     cuda::statistics(job, workspace, out, record, question, stream());
   }
 
@@ -152,8 +152,7 @@ class CudaOn {
 
   static cuda::Question pointers(const Question& question) {
     const auto data = [](const std::optional<Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; };
-    return {data(question.grad_scale), data(question.found_inf), static_cast<float>(question.max_norm),
-            question.check};
+    return {data(question.grad_scale), data(question.found_inf), static_cast<float>(question.max_norm), question.check};
   }
 
   static const StepRecord* decided(const Tensor& record) {

@@ -7,6 +7,7 @@ namespace {
 template <class Grad>
 __device__ void add(const Span& span, int64_t begin, int64_t end, float weight, bool overwrite) {
   constexpr int kPack = 4;
+  const DType dtype = span.grad_dtype;
   float* sum = static_cast<float*>(span.param);
   const Grad* grad = static_cast<const Grad*>(span.grad);
   const int common = phase<kPack>(sum);
@@ -16,14 +17,14 @@ __device__ void add(const Span& span, int64_t begin, int64_t end, float weight, 
     if (!overwrite) total = load<size.value>(sum + i);
 #pragma unroll
     for (int j = 0; j < size.value; ++j) {
-      const float x = decode(g[j], span.grad_dtype);
+      const float x = decode(g[j], dtype);
       total[j] = overwrite ? weight * x : fma(weight, x, total[j]);
     }
     store<size.value>(sum + i, total);
   });
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     accumulate_kernel(const __grid_constant__ Packed packed, float weight, bool overwrite) {
   const Table table(packed);
   for (Share share(table); share.more(); share.next()) {

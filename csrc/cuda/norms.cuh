@@ -18,7 +18,7 @@ __device__ void measure(const Rule& rule, const Span& span, int64_t first, int64
     const int64_t begin = block * kStepBlock, n = min(span.numel - begin, static_cast<int64_t>(kStepBlock));
     Lane params[kSize] = {}, directions[kSize] = {};
     group.template for_each<1>(begin, n, phase, [&](int64_t i, int j, auto size) {
-      Loaded<size.value, Rule, kWeight, Grad> x(streams, i, multiplier);
+      Loaded<size.value, true, Rule, kWeight, Grad> x(streams, i, multiplier);
       int lane = j;
       in_registers<Rule>(x.p, x.g, x.moment, [&](float p, float g, auto&... moment) {
         params[lane].add(p);
@@ -30,7 +30,7 @@ __device__ void measure(const Rule& rule, const Span& span, int64_t first, int64
     const auto again = [&](const auto& value) {
       return [&](double (&sums)[kSize]) {
         group.template for_each<1>(begin, n, phase, [&](int64_t i, int j, auto size) {
-          Loaded<size.value, Rule, kWeight, Grad> x(streams, i, multiplier);
+          Loaded<size.value, false, Rule, kWeight, Grad> x(streams, i, multiplier);
           int lane = j;
           in_registers<Rule>(x.p, x.g, x.moment, [&](float p, float, auto&... moment) {
             const double v = value(p, moment...);
@@ -48,7 +48,7 @@ __device__ void measure(const Rule& rule, const Span& span, int64_t first, int64
 
 // The last thread block to finish its share of a span adds up that span's sums.
 template <class Rule>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     norms_kernel(const __grid_constant__ Packed packed, const StepRecord* record_at, Norms* partial, uint32_t* counters,
                  Norms* out) {
   const Table table(packed);

@@ -21,13 +21,47 @@ struct alignas(sizeof(T) * kSize) Pack {
   __device__ T operator[](int i) const { return value[i]; }
 };
 
+// Spelled out for a pack: from what could be one access, the compiler makes four on some architectures.
 template <int kSize, class T>
 __device__ Pack<T, kSize> load(const T* at) {
-  return *reinterpret_cast<const Pack<T, kSize>*>(at);
+  Pack<T, kSize> pack;
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof pack == 16) {
+    uint32_t word[4];
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                 : "l"(at));
+    std::memcpy(&pack, word, sizeof pack);
+    return pack;
+  }
+  if constexpr (sizeof pack == 8) {
+    uint32_t word[2];
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "l"(at));
+    std::memcpy(&pack, word, sizeof pack);
+    return pack;
+  }
+#endif
+  pack = *reinterpret_cast<const Pack<T, kSize>*>(at);
+  return pack;
 }
 
 template <int kSize, class T>
 __device__ void store(T* at, const Pack<T, kSize>& pack) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof pack == 16) {
+    uint32_t word[4];
+    std::memcpy(word, &pack, sizeof pack);
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(word[0]), "r"(word[1]), "r"(word[2]),
+                 "r"(word[3]));
+    return;
+  }
+  if constexpr (sizeof pack == 8) {
+    uint32_t word[2];
+    std::memcpy(word, &pack, sizeof pack);
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(at), "r"(word[0]), "r"(word[1]));
+    return;
+  }
+#endif
   *reinterpret_cast<Pack<T, kSize>*>(at) = pack;
 }
 
@@ -73,10 +107,12 @@ template <int kSize, class Body>
 __device__ void for_each(int64_t begin, int64_t end, int phase, const Body& body) {
   const int64_t head = phase < 0 || begin + phase > end ? end : begin + phase;  // kSize divides begin
   const int64_t tail = head + (end - head) / kSize * kSize;
+#pragma unroll 1  // a pack's stores end what can be under way: unrolling would only cost registers
   for (int64_t i = head + threadIdx.x * kSize; i < tail; i += kThreads * kSize) {
     body(i, std::integral_constant<int, kSize>());
   }
   const int64_t before = head - begin, rest = before + end - tail;
+#pragma unroll 1
   for (int64_t nth = threadIdx.x; nth < rest; nth += kThreads) {
     body(nth < before ? begin + nth : tail + nth - before, std::integral_constant<int, 1>());
   }

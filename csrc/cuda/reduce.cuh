@@ -38,6 +38,7 @@ struct Group {
     int64_t row = first;
 #pragma unroll kRows
     for (; row < whole; ++row) body(begin + row * kLanes + mine, 0, std::integral_constant<int, kSize>());
+#pragma unroll 1
     for (; row < rows; ++row) edge(row);
   }
 

@@ -14,6 +14,7 @@ template <class Grad>
 __device__ void sum_blocks(const Span& span, int64_t first, int64_t last, double* partial) {
   constexpr int kSize = 16 / sizeof(Grad);
   const Group<kSize> group;
+  const DType dtype = span.grad_dtype;
   const Grad* grad = static_cast<const Grad*>(span.grad);
   for (int64_t block = first + group.index; block < last; block += group.kGroups) {
     const int64_t begin = block * kReadBlock, n = min(span.numel - begin, static_cast<int64_t>(kReadBlock));
@@ -21,7 +22,7 @@ __device__ void sum_blocks(const Span& span, int64_t first, int64_t last, double
       group.template for_each<8>(begin, n, phase<kSize>(grad), [&](int64_t i, int j, auto size) {
         const auto g = load<size.value>(grad + i);
 #pragma unroll
-        for (int k = 0; k < size.value; ++k) body(j + k, decode(g[k], span.grad_dtype));
+        for (int k = 0; k < size.value; ++k) body(j + k, decode(g[k], dtype));
       });
     };
     Lane lanes[kSize] = {};
@@ -33,7 +34,7 @@ __device__ void sum_blocks(const Span& span, int64_t first, int64_t last, double
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     statistics_kernel(const __grid_constant__ Packed packed, double* partial, uint32_t* counter, Statistics* out,
                       StepRecord* record, Question question) {
   const Table table(packed);

@@ -30,7 +30,7 @@ struct Streams {
         grad(static_cast<Grad*>(span.grad)),
         param_dtype(span.param_dtype),
         grad_dtype(span.grad_dtype) {
-    for (int k = 0; k < kSlots; ++k) moment[k] = span.moment[k];
+    for (int k = 0; k < Rule::kMoments; ++k) moment[k] = span.moment[k];
   }
 
   // As in for_each; -1 where the streams are never aligned together.
@@ -53,7 +53,7 @@ __device__ void in_registers(float (&p)[kSize], const float (&g)[kSize], Moments
 }
 
 // What is loaded of kSize elements: all loads are under way before the first value is needed.
-template <int kSize, class Rule, Weight kWeight, class Grad>
+template <int kSize, bool kReadsGrad, class Rule, Weight kWeight, class Grad>
 struct Loaded {
   using S = Streams<Rule, kWeight, Grad>;
   float p[kSize], g[kSize];
@@ -61,9 +61,12 @@ struct Loaded {
 
   __device__ Loaded(const S& streams, int64_t i, float multiplier) {
     const auto weight = load<kSize>(streams.weight + i);
-    const auto grad = load<kSize>(streams.grad + i);
+    Pack<Grad, kSize> grad = {};
+    if constexpr (kReadsGrad) grad = load<kSize>(streams.grad + i);
+    if constexpr (Rule::kMoments > 0) {
 #pragma unroll
-    for (int k = 0; k < Rule::kMoments; ++k) moment[k] = load<kSize>(streams.moment[k] + i);
+      for (int k = 0; k < Rule::kMoments; ++k) moment[k] = load<kSize>(streams.moment[k] + i);
+    }
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
       p[j] = decode(weight[j], streams.param_dtype);
@@ -72,8 +75,10 @@ struct Loaded {
   }
 
   __device__ void store_moments(const S& streams, int64_t i) const {
+    if constexpr (Rule::kMoments > 0) {
 #pragma unroll
-    for (int k = 0; k < Rule::kMoments; ++k) store<kSize>(streams.moment[k] + i, moment[k]);
+      for (int k = 0; k < Rule::kMoments; ++k) store<kSize>(streams.moment[k] + i, moment[k]);
+    }
   }
 };
 
@@ -83,7 +88,7 @@ __device__ void update(const Rule& rule, const Span& span, int64_t begin, int64_
   const S streams(span);
   for_each<S::kPack>(begin, end, streams.phase(), [&](int64_t i, auto size) {
     constexpr int kSize = size.value;
-    Loaded<kSize, Rule, kWeight, Grad> x(streams, i, multiplier);
+    Loaded<kSize, !Rule::kNeedsNorms, Rule, kWeight, Grad> x(streams, i, multiplier);
     in_registers<Rule>(x.p, x.g, x.moment,
                        [&](float& p, float g, auto&... moment) { p = rule.update(p, g, moment...); });
     if constexpr (!Rule::kNeedsNorms) x.store_moments(streams, i);  // else the first pass has
@@ -144,7 +149,7 @@ inline __device__ float multiplier_of(const StepRecord& record, const Table& tab
 // One thread finds the rule out for all: its fp64 arithmetic is slow on most GPUs. The step counts are moved on by the
 // last thread block to finish, when nobody will read them any more.
 template <class Rule>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     step_kernel(const __grid_constant__ Packed packed, const StepRecord* record_at, const Norms* norms, bool reset_grad,
                 uint32_t* counter) {
   const Table table(packed);

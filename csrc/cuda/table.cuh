@@ -19,6 +19,7 @@
 namespace deepfast::cuda {
 
 constexpr int kThreads = 256;
+constexpr int kResident = 2;  // thread blocks a multiprocessor holds at least: up to 128 registers a thread
 constexpr int kTableBytes = 32 * 1024 - 256;  // the rest: a kernel's other parameters
 
 struct alignas(16) Packed {

@@ -28,9 +28,9 @@ struct dim3 {
 
 namespace cuda_on_host {
 
-inline int processors = 3;       // of the device that is played
-inline bool capturing = false;   // whether its streams say that they are being captured
-inline int64_t launches = 0;     // so far
+inline int processors = 3;      // of the device that is played
+inline bool capturing = false;  // whether its streams say that they are being captured
+inline int64_t launches = 0;    // so far
 void run(dim3 grid, dim3 block, const std::function<void()>& kernel);
 void wait_for_block();
 void exchange(uint32_t mask, const void* mine, void* theirs, size_t size, int apart);

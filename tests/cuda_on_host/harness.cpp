@@ -57,8 +57,8 @@ struct Buffer {
 
 // What the numbers of a case are like.
 struct Taste {
-  int exponent = 0;     // decimal, of all
-  int poison = 0;       // percent of spans that hold an inf or NaN somewhere
+  int exponent = 0;       // decimal, of all
+  int poison = 0;         // percent of spans that hold an inf or NaN somewhere
   bool any_bits = false;  // any bit pattern whatever
 };
 
@@ -123,12 +123,18 @@ struct Twins {
 
 int64_t any_numel(int64_t most) {
   switch (below(8)) {
-    case 0: return 0;
-    case 1: return 1;
-    case 2: return below(8);
-    case 3: return std::min<int64_t>(most, 1024 * (1 + below(3)) - 3 + below(7));
-    case 4: return std::min<int64_t>(most, 4096 * (1 + below(2)) - 3 + below(7));
-    default: return below(most + 1);
+    case 0:
+      return 0;
+    case 1:
+      return 1;
+    case 2:
+      return below(8);
+    case 3:
+      return std::min<int64_t>(most, 1024 * (1 + below(3)) - 3 + below(7));
+    case 4:
+      return std::min<int64_t>(most, 4096 * (1 + below(2)) - 3 + below(7));
+    default:
+      return below(most + 1);
   }
 }
 
@@ -237,9 +243,7 @@ struct Memory {
   }
 };
 
-StepRecord any_record() {
-  return {chance(30) ? 1.0f : std::fabs(uniform()) * 2, chance(15) ? 2.0f : 0.0f, 0.0f};
-}
+StepRecord any_record() { return {chance(30) ? 1.0f : std::fabs(uniform()) * 2, chance(15) ? 2.0f : 0.0f, 0.0f}; }
 
 // Steps in a row over one list of spans; from step to step the gradients move, as they do in life.
 void step_case(int rule, const std::vector<int64_t>& numels, int64_t groups) {

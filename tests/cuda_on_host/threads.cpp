@@ -75,14 +75,14 @@ Context fresh_context(char* stack, size_t size, void (*main)()) {
 struct Fiber {
   Context context;
   State state;
-  uint32_t mask;                      // of the exchange it waits for
-  int apart;                          // how far away the lane is that it asks
+  uint32_t mask;  // of the exchange it waits for
+  int apart;      // how far away the lane is that it asks
   alignas(16) char mine[16], theirs[16];
 };
 
 std::vector<Fiber> fibers(kMostThreads);
-char* const stacks = static_cast<char*>(mmap(nullptr, kMostThreads* kStack, PROT_READ | PROT_WRITE,
-                                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+char* const stacks = static_cast<char*>(
+    mmap(nullptr, kMostThreads* kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
 Context scheduler;
 const std::function<void()>* running = nullptr;
 int current = 0;

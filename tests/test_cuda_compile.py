@@ -1,0 +1,184 @@
+"""The CUDA kernels as machine code for four generations of GPUs, and their build; no GPU is needed for either."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import python, run
+
+from deepfast import build, reference
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+pytestmark = pytest.mark.xdist_group("cuda_compile")
+
+
+def cuobjdump() -> str:
+    """The toolkit's, or the one that Triton brings."""
+    import triton
+
+    own = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    found = str(own) if own.is_file() else shutil.which("cuobjdump")
+    assert found
+    return found
+
+
+@pytest.fixture(scope="module")
+def nvcc() -> build.Compiler:
+    found = build.nvcc()
+    assert isinstance(found, build.Compiler), found
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory, nvcc):
+    """What ptxas said of each source, and the memory accesses of each kernel on each architecture."""
+    cxx = build.compiler()
+    assert cxx is not None
+    folder = tmp_path_factory.mktemp("cuda")
+    said, accesses = "", {}
+    for name in build.CUDA.kernels:
+        command = build.compile_commands(build.CUDA, [cxx, nvcc], build.arch_flags(ARCHITECTURES))[name]
+        obj = folder / f"{Path(name).stem}.o"
+        done = run(*command, "--threads", 2, "-Xptxas", "-v", "-o", obj)
+        assert done.returncode == 0, done.stderr
+        assert "warning" not in done.stderr
+        said += done.stderr
+        for arch in ARCHITECTURES:
+            accesses.update({(arch, k): v for k, v in machine_code(obj, arch).items()})
+    return said, accesses
+
+
+def machine_code(obj: Path, arch: str) -> dict[str, Counter]:
+    """kernel -> how many of each load and store it holds."""
+    kernels: dict[str, Counter] = {}
+    counts: Counter = Counter()
+    for line in run(cuobjdump(), "-sass", "-arch", arch, obj).stdout.splitlines():
+        if name := re.search(r"Function : (\S+)", line):
+            counts = kernels.setdefault(name[1], Counter())
+        elif access := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?((?:LD|ST)[GL]?(?:\.\w+)*)[ ;]", line):
+            counts[access[1]] += 1
+    return kernels
+
+
+# As the compiler spells the rules in a kernel's name.
+SPELLED = {
+    "adam": "4AdamILb0E",
+    "adam_amsgrad": "4AdamILb1E",
+    "sgd": "3SGDILb0E",
+    "sgd_momentum": "3SGDILb1E",
+    "lion": "4LionE",
+    "lamb": "4LAMBE",
+    "adagrad": "7AdagradE",
+}
+
+
+def test_nothing_is_spilled(compiled):
+    said, accesses = compiled
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    assert len(frames) >= len(ARCHITECTURES) * (len(reference.RULES) + 4)
+    assert set(frames) == {("0", "0", "0")}
+    for (arch, kernel), counts in accesses.items():
+        local = [access for access in counts if access.startswith(("LDL", "STL"))]
+        assert not local, (arch, kernel)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("rule", reference.RULES)
+def test_steps_move_16_bytes_at_a_time(compiled, rule, arch):
+    counts = next(v for (a, k), v in compiled[1].items() if a == arch and f"step_kernelINS_{SPELLED[rule]}" in k)
+    moments, reads_grad = reference.RULES[rule].moments, rule != "lamb"
+    # Of the six combinations of weight (fp32; master; 16 bits) and gradient (fp32; 16 bits): the fp32 streams.
+    loads = sum(int(wide) + moments + (1 if g and reads_grad else 0) for wide in (1, 1, 0) for g in (1, 0))
+    stores = sum(int(wide) + (moments if reads_grad else 0) + g for wide in (1, 1, 0) for g in (1, 0))
+    if moments == 0:  # no fp32 stream at all: eight halves at a time
+        loads, stores = loads + 2, stores + 2
+    stores += 2  # where a step is skipped, the gradients are reset by themselves
+    assert counts["LDG.E.128"] == loads
+    assert counts["STG.E.128"] == stores
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("kernel", "loads", "stores"), [("norms_kernel", 16, 12), ("statistics_kernel", 16, 0), ("accumulate_kernel", 3, 2)]
+)
+def test_other_kernels_do_so_too(compiled, kernel, loads, stores, arch):
+    counts = next(v for (a, k), v in compiled[1].items() if a == arch and kernel in k)
+    assert counts["LDG.E.128"] >= loads
+    assert counts["STG.E.128"] >= stores
+
+
+def test_arithmetic_is_what_the_formulas_say(nvcc, tmp_path):
+    """IEEE division and roots, denormals kept, and no multiply-add that is not written as one."""
+    ptx = tmp_path / "step.ptx"
+    done = run(*nvcc.command, *build.CUDA_FLAGS, "-arch=compute_90", "-ptx", build.CSRC / "cuda/step.cu", "-o", ptx)
+    assert done.returncode == 0, done.stderr
+    text = ptx.read_text()
+    assert not re.search(r"\.approx|\.ftz|div\.full", text)
+    for exact in ("div.rn.f32", "sqrt.rn.f32", "fma.rn.f32", "mul.rn.f32"):
+        assert exact in text
+    assert not re.search(r"\b(mul|add|sub)\.f(32|64)", text), "without .rn the assembler may fuse them"
+
+
+STUB = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 0; }'
+BUILD = """
+import torch
+torch.version.cuda = "%s"
+from deepfast import build, ops
+found = ops.cuda()
+assert not isinstance(found, str), found
+assert torch._C._dispatch_has_kernel_for_dispatch_key("deepfast::step_", "CUDA")
+print(build.find(build.CUDA), found.Plan)
+"""
+
+
+def test_the_library_builds_and_loads_without_a_gpu(nvcc, tmp_path):
+    """With a stand-in for the one function that torch's CUDA build would give."""
+    cxx = build.compiler()
+    assert cxx is not None
+    (tmp_path / "stub.cpp").write_text(STUB)
+    stub = tmp_path / "libtorch_cuda.so"
+    done = run(*cxx.command, "-shared", "-fPIC", tmp_path / "stub.cpp", "-o", stub)
+    assert done.returncode == 0, done.stderr
+    env = {"LIBRARY_PATH": str(tmp_path), "LD_LIBRARY_PATH": str(tmp_path), "TORCH_CUDA_ARCH_LIST": "9.0",
+           "DEEPFAST_CACHE_DIR": str(tmp_path / "cache")}  # fmt: skip
+    code = BUILD % nvcc.version
+    first = python(code, env=env)
+    assert first.returncode == 0, first.stderr
+    assert "compiling the CUDA kernels for sm_90 with nvcc" in first.stderr
+    assert "sm_90/libdeepfast_cuda.so" in first.stdout
+    again = python(code, env=env)
+    assert again.stdout.split()[0] == first.stdout.split()[0]
+    assert "compiling" not in again.stderr
+    other = python(code, env={**env, "TORCH_CUDA_ARCH_LIST": "8.0", "DEEPFAST_DISABLE_JIT": "1"})
+    assert "DEEPFAST_DISABLE_JIT forbids compiling" in other.stderr, "not the library for another GPU"
+    listed = python(code, env={**env, "TORCH_CUDA_ARCH_LIST": "Hopper"})
+    assert "'Hopper' is no compute capability" in listed.stderr
+    unfit = python(BUILD % "11.8", env=env)
+    assert "no nvcc of CUDA 11 found" in unfit.stderr
+    assert f"is of CUDA {nvcc.version}" in unfit.stderr
+
+
+def test_without_cuda_nothing_is_compiled():
+    assert torch.version.cuda is not None or "built without CUDA" in str(python(
+        "from deepfast import ops; print(ops.cuda())").stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("listed", "names"),
+    [
+        ("8.0", ("sm_80",)),
+        ("8.0;9.0a, 12.0+PTX", ("sm_80", "sm_90a", "sm_120", "compute_120")),
+        ("10.0 10.0", ("sm_100",)),
+    ],
+)
+def test_architectures(monkeypatch, listed, names):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    assert build.architectures() == names
+    flags = build.arch_flags(names)
+    assert flags[1] == "arch=compute_" + names[0][3:] + ",code=" + names[0]
