@@ -2,6 +2,7 @@
 # make test    lint and the whole test suite
 # make lint    ruff, mypy, clang-format
 # make format  what lint asks for
+# make gpu     on a machine with a GPU, in the Python it is given (PYTHON=): all that needs one; installs nothing
 # make bench   the benchmarks (RESULTS=file.json keeps the figures)
 # make readme  the README's generated tables
 
@@ -12,7 +13,7 @@ BIN    := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CXX_FILES := $(shell git ls-files "*.h" "*.cpp" "*.cu" "*.cuh")
 
-.PHONY: help train test lint format bench readme clean
+.PHONY: help train test lint format gpu bench readme clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -48,6 +49,9 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+gpu:
+	$(PYTHON) tools/gpu.py
 
 bench: $(VENV)/.dev
 	DEEPFAST_RESULTS=$(RESULTS) $(BIN)/python -m pytest benchmarks -s -q -p no:xdist

@@ -22,9 +22,13 @@ class BuildWithKernels(build_py):
         if os.environ.get("DEEPFAST_PREBUILD", "0") in ("", "0"):
             return
         sys.path.insert(0, str(Path(__file__).parent))
+        import torch
+
         from deepfast import build
 
         build.build(prebuilt)
+        if torch.version.cuda and not isinstance(build.nvcc(), str):
+            build.build(prebuilt, build.CUDA)  # for $TORCH_CUDA_ARCH_LIST, or the GPUs here
 
 
 setup(cmdclass={"build_py": BuildWithKernels})

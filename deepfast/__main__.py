@@ -29,6 +29,7 @@ def doctor() -> int:
     line("instructions", f"{build.capability()} (ATEN_CPU_CAPABILITY lowers it)")
     line("huge pages", _huge_pages())
     line("C++ compiler", cxx or "none: install g++ or set CXX")
+    line("nvcc", build.nvcc())
     try:
         line("cache", build.cache_dir())
     except build.BuildError as error:
@@ -38,7 +39,7 @@ def doctor() -> int:
     line("trainer", f"missing {', '.join(missing)}: pip install 'deepfast[train]'" if missing else "ready")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from deepfast import ops
+        from deepfast import kernels, ops
     line("CPU kernels", ops.LIBRARY or f"none: {ops.BUILD_ERROR}")
     try:
         chosen = ops.forced()
@@ -47,8 +48,35 @@ def doctor() -> int:
         line("on a CPU", "compiled kernels" if native else f"the reference, in plain torch ({why})")
     except ConfigError as error:
         line("on a CPU", f"nothing: DEEPFAST_BACKEND: {error}")
-    line("on a GPU", "the reference, in plain torch: CUDA and Triton kernels are not built yet")
+        line("on a GPU", f"nothing: DEEPFAST_BACKEND: {error}")
+        return 0 if ops.LIBRARY else 1
+    line("CUDA kernels", _cuda_kernels())
+    why_not = kernels.available()
+    line("Triton kernels", "ready" if why_not is None else f"none: {why_not}")
+    line("on a GPU", _on_a_gpu(chosen))
     return 0 if ops.LIBRARY else 1
+
+
+def _cuda_kernels() -> str:
+    """Where the CUDA kernels are, or would be compiled, or why neither. (Nothing is compiled for a question.)"""
+    from deepfast import build
+
+    found = build.find(build.CUDA)
+    if found is not None:
+        return str(found)
+    try:
+        build.toolchain(build.CUDA)
+    except build.BuildError as error:
+        return f"none: {error}"
+    return "not compiled yet (python -m deepfast build)"
+
+
+def _on_a_gpu(chosen: str) -> str:
+    from deepfast import kernels
+
+    compiled = not _cuda_kernels().startswith("none") and chosen in ("auto", "cuda")
+    interpreted = kernels.available() is None and chosen in ("auto", "triton")
+    return "compiled kernels" if compiled else "Triton" if interpreted else "the reference, in plain torch"
 
 
 def _huge_pages() -> str:
@@ -66,19 +94,21 @@ def _gpu() -> str:
     if not torch.cuda.is_available():
         return "none that torch can use" + ("" if shutil.which("nvidia-smi") is None else " (nvidia-smi is here)")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return f"{', '.join(names)}; nvcc: {shutil.which('nvcc') or 'not on the path'}"
+    return ", ".join(names)
 
 
 def build_kernels() -> int:
     """Compiles the kernels if they are not there, also where an earlier attempt failed. Returns the exit code."""
     from deepfast import build
 
+    import torch
+
     try:
-        library = build.find() or build.build(retry=True)
+        for library in (build.CPU, *([build.CUDA] if torch.version.cuda else [])):
+            print(build.find(library) or build.build(library=library, retry=True))
     except build.BuildError as error:
         print(f"deepfast: {error}", file=sys.stderr)
         return 1
-    print(library)
     return 0
 
 

@@ -128,16 +128,14 @@ def nvcc() -> Compiler | str:
     """
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     packages = [Path(p) / "nvidia" for p in (*site.getsitepackages(), site.getusersitepackages(), *sys.path)]
-    found: list[Path | str | None] = [
-        Path(named) / "bin/nvcc" if named else None,
-        shutil.which("nvcc"),
+    candidates = [
+        *([Path(named) / "bin/nvcc"] if named else []),
+        *map(Path, filter(None, [shutil.which("nvcc")])),
         Path("/usr/local/cuda/bin/nvcc"),
         *(path for folder in packages for path in (folder / "cu13/bin/nvcc", folder / "cuda_nvcc/bin/nvcc")),
     ]
     unfit = []
-    for path in filter(None, found):
-        if not Path(path).is_file():
-            continue
+    for path in filter(Path.is_file, candidates):
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
             said = subprocess.run([str(path), "--version"], capture_output=True, text=True, check=True).stdout
             release = re.search(r"release (\d+)\.(\d+)", said)
@@ -165,7 +163,7 @@ def architectures() -> tuple[str, ...]:
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if not listed:
         if not torch.cuda.is_available():
-            raise BuildError("no GPU to compile for: set TORCH_CUDA_ARCH_LIST (\"8.0;9.0\")", passing=True)
+            raise BuildError('no GPU to compile for: set TORCH_CUDA_ARCH_LIST ("8.0;9.0")', passing=True)
         seen = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         return tuple(f"sm_{major}{minor}" for major, minor in sorted(seen))
     names = []
@@ -180,11 +178,7 @@ def architectures() -> tuple[str, ...]:
 
 def arch_flags(names: tuple[str, ...]) -> list[str]:
     """nvcc's flags for machine code (sm_90) and, where asked for, PTX (compute_90)."""
-    return [
-        flag
-        for name in names
-        for flag in ("-gencode", f"arch={name.replace('sm_', 'compute_')},code={name}")
-    ]
+    return [flag for name in names for flag in ("-gencode", f"arch={name.replace('sm_', 'compute_')},code={name}")]
 
 
 def capability() -> str:
@@ -217,7 +211,7 @@ def compiler_key(*compilers: Compiler) -> str:
     return f"{Path(compilers[0].command[-1]).name}-{_digest(*parts)}"
 
 
-def _toolchain(library: Library) -> tuple[str, list[Compiler]]:
+def toolchain(library: Library) -> tuple[str, list[Compiler]]:
     """The name of a library's folder, and the compilers that make it.
 
     Raises:
@@ -288,7 +282,7 @@ def intact(library: Path) -> bool:
 def find(library: Library = CPU) -> Path | None:
     """The library for this machine, if it has been built."""
     try:
-        own = _toolchain(library)[0]
+        own = toolchain(library)[0]
     except BuildError:
         own = None
     for root in _readable_roots():
@@ -421,7 +415,7 @@ def build(root: Path | None = None, library: Library = CPU, *, retry: bool = Fal
     Raises:
         BuildError: with the compiler's first error, the log's path and what to do.
     """
-    own, compilers = _toolchain(library)
+    own, compilers = toolchain(library)
     root = cache_dir() if root is None else root
     target = root / interface_key(library) / own
     name = f"{interface_key(library)}-{own}"

@@ -1,8 +1,8 @@
 """Which code runs: finds or compiles the kernels and hands out backends.
 
-A backend is an object with the functions of :mod:`deepfast.reference` and its ``Plan``: ``native`` for the CPU kernels,
-what ``cuda()`` and ``triton()`` give for a GPU's, :mod:`deepfast.reference` itself where there are none. The CPU kernels
-are loaded (or compiled) when this module is imported, the others when they are first needed.
+A backend is an object with the functions of :mod:`deepfast.reference` and its ``Plan``: ``native`` for the CPU
+kernels, what ``cuda()`` and ``triton()`` give for a GPU's, :mod:`deepfast.reference` itself where there are none. The
+CPU kernels are loaded (or compiled) when this module is imported, the others when they are first needed.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor, nn
 
@@ -121,12 +123,15 @@ TYPICAL = {
 }
 SHAPES = [(64, 33), (5,), (), (0, 3), (3000, 7), (1, 4097)]
 HALVES = (torch.float16, torch.bfloat16)
-BACKENDS = ["cpu", "cuda", "reference"]  # "cuda" on a CPU: see the fixture cuda_on_host
+# On a CPU, "cuda" is what the fixture cuda_on_host gives; DEEPFAST_TEST_DEVICE=cuda runs the same tests on a GPU.
+DEVICE = os.environ.get("DEEPFAST_TEST_DEVICE", "cpu")
+BACKENDS = ["cuda", "triton", "reference"] if DEVICE == "cuda" else ["cpu", "cuda", "reference"]
 
 
 def parameters(dtype=torch.float32, shapes=SHAPES, seed=0) -> list[nn.Parameter]:
     g = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(s, generator=g, dtype=torch.float64).to(dtype)) for s in shapes]
+    values = [torch.randn(s, generator=g, dtype=torch.float64, device="cpu") for s in shapes]
+    return [nn.Parameter(value.to(torch.get_default_device(), dtype)) for value in values]
 
 
 def give_gradients(*lists: list[nn.Parameter], seed=0, scale=1.0) -> None:
@@ -134,7 +139,8 @@ def give_gradients(*lists: list[nn.Parameter], seed=0, scale=1.0) -> None:
     for params in lists:
         g = torch.Generator().manual_seed(seed)
         for p in params:
-            p.grad = (torch.randn(p.shape, generator=g, dtype=torch.float64) * scale).to(p.dtype)
+            grad = torch.randn(p.shape, generator=g, dtype=torch.float64, device="cpu") * scale
+            p.grad = grad.to(p.device, p.dtype)
 
 
 def difference(a: list[nn.Parameter], b: list[nn.Parameter]) -> float:

@@ -83,10 +83,31 @@ def cuda_on_host(tmp_path_factory) -> SimpleNamespace:
 
 
 @pytest.fixture(autouse=True)
+def _on_device():
+    """Tests that make their tensors without saying where run on a GPU where DEEPFAST_TEST_DEVICE says so."""
+    import torch
+    from cases import DEVICE
+
+    if DEVICE == "cpu":
+        yield
+        return
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.fixture(autouse=True)
 def _play_cuda(request, monkeypatch) -> None:
     """``backend="cuda"`` on a CPU is the CUDA backend on the host, in tests that are given that backend."""
+    from cases import DEVICE
+
     callspec = getattr(request.node, "callspec", None)
-    if callspec is None or callspec.params.get("backend") != "cuda":
+    if (
+        DEVICE != "cpu"
+        or request.node.get_closest_marker("gpu")
+        or callspec is None
+        or callspec.params.get("backend") != "cuda"
+    ):
         return
     from deepfast import ops
 

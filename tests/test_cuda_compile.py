@@ -164,8 +164,8 @@ def test_the_library_builds_and_loads_without_a_gpu(nvcc, tmp_path):
 
 
 def test_without_cuda_nothing_is_compiled():
-    assert torch.version.cuda is not None or "built without CUDA" in str(python(
-        "from deepfast import ops; print(ops.cuda())").stdout
+    assert torch.version.cuda is not None or "built without CUDA" in str(
+        python("from deepfast import ops; print(ops.cuda())").stdout
     )
 
 

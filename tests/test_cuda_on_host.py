@@ -27,9 +27,7 @@ def harness(tmp_path_factory):
     flags = ["-std=c++20", "-O1", "-g1", "-fopenmp", "-ffp-contract=off", "-w", *SANITIZERS, "-I", ON_HOST, "-x", "c++"]
     sources = [build.CSRC / name for name in (*build.CUDA.kernels, *build.CPU.kernels)]
     sources += [ON_HOST / "threads.cpp", ON_HOST / "harness.cpp"]
-    commands = {
-        folder / f"{path.parent.name}_{path.stem}.o": [*cxx.command, *flags, "-c", path] for path in sources
-    }
+    commands = {folder / f"{path.parent.name}_{path.stem}.o": [*cxx.command, *flags, "-c", path] for path in sources}
     return compile_all(folder / "harness", commands, cxx.command, ["-fopenmp", *SANITIZERS])
 
 

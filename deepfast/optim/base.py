@@ -482,14 +482,14 @@ class Optimizer(torch.optim.Optimizer):
         return {launch.device: record.to(launch.device) for launch in launches}
 
     def _hyper_table(self, device: torch.device) -> tuple[Tensor, list[Tensor | None]]:
-        """fp64 [groups, 1 + the rule's values]: the gradient's sign, then what ``_hyper`` says, the learning rate first.
+        """fp64 [groups, 1 + the rule's values]: the gradient's sign, then what ``_hyper`` says (lr first).
 
         And the learning rates that are tensors on ``device``: they are read there, in the step, and stand for the
         table's. (No list if there are none.)
         """
         signs = [-1.0 if group["maximize"] else 1.0 for group in self.param_groups]
         values = [self._hyper(group) for group in self.param_groups]
-        lrs = [lr if _is_read_on(device, lr) else None for lr, *_ in values]
+        lrs = [lr if isinstance(lr, Tensor) and _is_read_on(device, lr) else None for lr, *_ in values]
         rows = [
             [sign, 0.0 if lr is not None else float(row[0]), *map(float, row[1:])]
             for sign, row, lr in zip(signs, values, lrs, strict=True)
@@ -558,15 +558,13 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _is_read_on(device: torch.device, lr: Value) -> bool:
+def _is_read_on(device: torch.device, lr: Tensor) -> bool:
     """Whether the kernels on ``device`` read ``lr`` for themselves, without the host's waiting for it."""
-    return isinstance(lr, Tensor) and lr.device == device and lr.dtype in (torch.float32, torch.float64)
+    return lr.device == device and lr.dtype in (torch.float32, torch.float64)
 
 
 def _is_count(step: Any, device: torch.device) -> bool:
-    return (
-        isinstance(step, Tensor) and step.dtype == torch.float32 and step.numel() == 1 and step.device == device
-    )
+    return isinstance(step, Tensor) and step.dtype == torch.float32 and step.numel() == 1 and step.device == device
 
 
 def _zeros_like(t: Tensor, dtype: torch.dtype) -> Tensor:
