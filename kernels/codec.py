@@ -32,9 +32,7 @@ def pointer(address, DTYPE: tl.constexpr, PACK: tl.constexpr):
 
 @triton.jit
 def decode(x, DTYPE: tl.constexpr):
-    if DTYPE == tl.bfloat16:
-        return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
+    return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True) if DTYPE == tl.bfloat16 else x.to(tl.float32)
 
 
 @triton.jit
@@ -65,10 +63,12 @@ def fp16_saturated(x):
 def encode(x, DTYPE: tl.constexpr, MASTER: tl.constexpr):
     """MASTER: by the rule for weights whose fp32 value is kept elsewhere, else torch's."""
     if DTYPE == tl.bfloat16:
-        return bf16_from_master(x) if MASTER else bf16_nearest_even(x)
-    if DTYPE == tl.float16 and MASTER:
-        x = fp16_saturated(x)
-    return x.to(DTYPE)
+        encoded = bf16_from_master(x) if MASTER else bf16_nearest_even(x)
+    elif DTYPE == tl.float16:
+        encoded = (fp16_saturated(x) if MASTER else x).to(tl.float16)
+    else:
+        encoded = x
+    return encoded
 
 
 @triton.jit
