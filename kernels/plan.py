@@ -1,0 +1,284 @@
+"""What an optimizer's steps have in common: its parameters and their state, looked at once and kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepfast.reference import mark
+
+from . import statistics, step
+from .checks import (
+    check_count,
+    check_device,
+    check_dtype,
+    check_question,
+    check_values,
+    is_plain,
+    require,
+    type_name,
+    written,
+)
+from .formulas import RULES
+from .order import ElementOrder
+from .table import Span, Table, capturing, span_of, upload
+
+
+@dataclasses.dataclass
+class Entry:
+    """A parameter, its state (weak: who moves it away wants its memory back), and what was last found of both."""
+
+    param: Tensor
+    dtype: torch.dtype
+    group: int
+    mark: tuple[int, int]
+    master: weakref.ref[Tensor] | None
+    step: weakref.ref[Tensor] | None
+    moments: list[weakref.ref[Tensor]]
+    seen: list[Any] | None = None  # where all of it lay, gradient included, when `span` was made of it
+    span: Span | None = None
+
+    def state(self) -> list[Tensor]:
+        """Step count and master, where there are any, and moments."""
+        tensors = [ref() for ref in (self.step, self.master, *self.moments) if ref is not None]
+        require(all(t is not None for t in tensors), "a tensor of the optimizer's state is gone")
+        return [t for t in tensors if t is not None]
+
+
+class Plan:
+    """:class:`deepfast.reference.Plan` on Triton's kernels, and the twin of ``csrc/bindings/plan.h``.
+
+    Each step only the gradients are new: where nothing has moved since the last one, nothing is sent to the device but
+    hyperparameters that have changed. Nothing is ever read back.
+
+    Args:
+        rule: a key of ``formulas.RULES``.
+        params: n tensors of fp32, fp16 or bf16 on one device, in any layout.
+        masters: n fp32 tensors, an empty one where there is none.
+        moments: fp32, as many times n as the rule keeps, all first moments first.
+        steps: n tensors of one fp32 value, or none where the rule does not count.
+        groups: int32 [n] on the CPU, each parameter's row of hyperparameters.
+
+    Raises:
+        RuntimeError: for tensors that do not fit, in every method before anything is written.
+    """
+
+    STALE = -1
+
+    def __init__(
+        self,
+        rule: str,
+        params: Sequence[Tensor],
+        masters: Sequence[Tensor],
+        moments: Sequence[Tensor],
+        steps: Sequence[Tensor],
+        groups: Tensor,
+    ) -> None:
+        require(rule in RULES, f"the kernels have no rule named '{rule}'")
+        self._name, self._rule, count = rule, RULES[rule], len(params)
+        check_count(masters, count, "masters")
+        check_count(moments, count * self._rule.moments, "moments")
+        check_count(steps, count if self._rule.counts_steps else 0, "step counts")
+        require(
+            groups.dtype == torch.int32 and groups.is_contiguous() and groups.numel() == count,
+            "groups must be one int32 a parameter",
+        )
+        self._device = params[0].device if count else _home()
+        self._entries = [
+            Entry(
+                param,
+                check_dtype(param, "a parameter"),
+                group,
+                mark(param),
+                weakref.ref(masters[i]) if masters[i].numel() else None,
+                weakref.ref(steps[i]) if steps else None,
+                [weakref.ref(moment) for moment in moments[i::count]],
+            )
+            for i, (param, group) in enumerate(zip(params, groups.tolist(), strict=True))
+        ]
+        self._active: list[tuple[Entry, Tensor]] = []
+        self._spans: list[Span] = []
+        self._order = ElementOrder(self._device)
+        self._reset_grad = False
+        self._table: Table | None = None  # of this step,
+        self._last_table: Table | None = None  # and of the last one
+        self._last_groups: tuple[list[int], Tensor] | None = None
+
+    def needs_norms(self) -> bool:
+        return self._rule.direct is not None
+
+    def marks(self) -> list[int]:
+        """Of each parameter after its last step: version counter and address."""
+        return [value for entry in self._entries for value in entry.mark]
+
+    def gather(self, grads: Sequence[Tensor | None], reset_grad: bool) -> int:
+        """Finds the gradients (each parameter's own, unless they are given) and returns how many there are.
+
+        ``STALE`` where a parameter has changed its type or was written to from outside, or a gradient is none that the
+        kernels take.
+        """
+        self._release()
+        self._reset_grad = reset_grad
+        if grads:
+            check_count(grads, len(self._entries), "gradients")
+        try:
+            for i, entry in enumerate(self._entries):
+                grad = grads[i] if grads else entry.param.grad
+                if self._is_stale(entry, grad):
+                    self._release()
+                    return self.STALE
+                if grad is not None:
+                    self._active.append((entry, grad))
+                    self._spans.append(self._span(entry, grad))
+            if reset_grad:
+                self._check_distinct()
+        except BaseException:
+            self._release()
+            raise
+        return len(self._active)
+
+    def _is_stale(self, entry: Entry, grad: Tensor | None) -> bool:
+        param = entry.param
+        if param.device != self._device or param.dtype != entry.dtype:
+            return True
+        if entry.master is not None and mark(param) != entry.mark:
+            return True
+        return grad is not None and not is_plain(grad, self._device)
+
+    def _span(self, entry: Entry, grad: Tensor) -> Span:
+        """The last one, unless something has moved."""
+        state = entry.state()
+        seen = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (entry.param, grad, *state)]
+        if entry.span is None or seen != entry.seen:
+            copies = self._order.copies
+            entry.span = self._look(entry, grad, state)
+            entry.seen = seen if self._order.copies == copies else None
+            entry.mark = entry.mark[0], mark(entry.param)[1]
+        return entry.span
+
+    def _look(self, entry: Entry, grad: Tensor, state: list[Tensor]) -> Span:
+        """Everything checked, and brought into one element order."""
+        order, param = self._order, entry.param
+        order.follow(param)
+        address = order.write(param, "a parameter")
+        at_step = 0
+        if entry.step is not None:
+            count, *state = state
+            check_values(count, 1, "a step count", self._device)
+            at_step = count.data_ptr()
+        addresses = []
+        for i, t in enumerate(state):
+            what = "a master" if i == 0 and entry.master is not None else "a moment"
+            require(t.dtype == torch.float32, f"{what} has dtype {type_name(t)}")
+            addresses.append(order.write(t, what))
+        at_grad = order.write(grad, "a gradient") if self._reset_grad else order.read(grad, "a gradient")
+        master = addresses.pop(0) if entry.master is not None else 0
+        return span_of(
+            (address, entry.dtype), (at_grad, grad.dtype), param.numel(), master, addresses, at_step, entry.group
+        )
+
+    def _check_distinct(self) -> None:
+        """Zeroing a gradient that another parameter has yet to read would lose that one's update."""
+        grads = [span.grad for span in self._spans if span.numel]
+        require(
+            len(set(grads)) == len(grads),
+            "two parameters share one gradient tensor, and reset_grad would zero it before both have read it",
+        )
+
+    def _release(self) -> None:
+        self._active, self._spans = [], []
+        self._order, self._table = ElementOrder(self._device), None
+
+    def _on_device(self) -> Table:
+        """This step's table: the last one where all lies as before."""
+        if self._table is None:
+            if capturing(self._device):  # a graph gets its own, made in it, that no other step knows of
+                self._table = Table(self._spans, self._device)
+            elif self._last_table is not None and self._last_table.spans == self._spans:
+                self._table = self._last_table
+            else:
+                self._table = self._last_table = Table(self._spans, self._device, self._last_table)
+        return self._table
+
+    def _groups(self, hyper: Tensor, lrs: Sequence[Tensor | None]) -> Tensor:
+        """int64 [groups, hyper + 2] on the device: the bits of ``hyper``, address and size of a tensor lr."""
+        rows = hyper.view(torch.int64).tolist()
+        for row, lr in zip(rows, lrs or [None] * len(rows), strict=True):
+            row += (0, 0) if lr is None else (lr.data_ptr(), lr.element_size())
+        flat = [value for row in rows for value in row]
+        if capturing(self._device):
+            return upload(flat, self._device)
+        if self._last_groups is None or self._last_groups[0] != flat:
+            self._last_groups = flat, upload(flat, self._device)
+        return self._last_groups[1]
+
+    def statistics(self) -> Tensor:
+        """fp64 [2]: sum of squares of all gradients, and > 0 where one of them is not finite."""
+        return statistics.statistics(self._on_device())
+
+    def decide(
+        self, record: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None, max_norm: float, check: bool
+    ) -> None:
+        """``statistics``, and the record that follows from them: see :func:`deepfast.reference.decide_`."""
+        check_values(record, 3, "the record", self._device)
+        check_question(grad_scale, found_inf, self._device)
+        statistics.decide_from_gradients(record, self._on_device(), grad_scale, found_inf, max_norm, check)
+        written([record])
+
+    def norms(self, hyper: Tensor, lrs: Sequence[Tensor | None], record: Tensor) -> Tensor:
+        """fp64 [gradients, 2]: the sums of squares that ``step`` needs. Moves the moments on."""
+        require(self.needs_norms(), f"'{self._name}' needs no norms")
+        self._check(hyper, lrs, record)
+        return step.norms(self._rule, self._on_device(), self._groups(hyper, lrs), record)
+
+    def step(self, hyper: Tensor, lrs: Sequence[Tensor | None], record: Tensor, norms: Tensor | None) -> None:
+        """One step over all parameters that have a gradient; the arguments are the reference's."""
+        self._check(hyper, lrs, record)
+        if self.needs_norms():
+            require(norms is not None, f"'{self._name}' needs norms")
+            assert norms is not None
+            check_values(norms, 2 * len(self._spans), "the norms", self._device, torch.float64)
+        else:
+            norms = None
+        groups = self._groups(hyper, lrs)
+        step.step(self._rule, self._on_device(), groups, record, norms, self._reset_grad)
+        self._order.write_back()
+        written([entry.param for entry, _ in self._active])
+        if self._reset_grad:
+            written([grad for _, grad in self._active])
+        for entry, _ in self._active:
+            if entry.master is not None:
+                entry.mark = mark(entry.param)
+        self._release()
+
+    def _check(self, hyper: Tensor, lrs: Sequence[Tensor | None], record: Tensor) -> None:
+        require(
+            hyper.dtype == torch.float64 and hyper.dim() == 2 and hyper.is_contiguous() and hyper.device.type == "cpu",
+            "hyper must be a contiguous float64 matrix",
+        )
+        rows, columns = hyper.shape
+        require(
+            columns == self._rule.hyper, f"'{self._name}' takes {self._rule.hyper} hyperparameters, got {columns}"
+        )
+        for span in self._spans:
+            require(0 <= span.group < rows, f"group {span.group} of {rows}")
+        if lrs:
+            check_count(lrs, rows, "learning rates")
+        for lr in lrs:
+            if lr is not None:
+                require(
+                    lr.numel() == 1 and lr.dtype in (torch.float32, torch.float64),
+                    "a learning rate must be one float32 or float64 value",
+                )
+                check_device(lr, self._device, "a learning rate")
+        check_values(record, 3, "the record", self._device)
+
+
+def _home() -> torch.device:
+    """Where the sums over no parameter at all lie."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
