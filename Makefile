@@ -38,6 +38,7 @@ train: $(VENV)/.train
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m triton tests/test_triton.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

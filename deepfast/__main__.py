@@ -99,9 +99,9 @@ def _gpu() -> str:
 
 def build_kernels() -> int:
     """Compiles the kernels if they are not there, also where an earlier attempt failed. Returns the exit code."""
-    from deepfast import build
-
     import torch
+
+    from deepfast import build
 
     try:
         for library in (build.CPU, *([build.CUDA] if torch.version.cuda else [])):

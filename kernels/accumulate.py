@@ -1,6 +1,5 @@
 """Micro-batches summed in fp32, also where their gradients are 16 bits wide."""
 
-# ruff: noqa: N803
 from __future__ import annotations
 
 import triton

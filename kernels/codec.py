@@ -3,7 +3,6 @@
 fp16 goes through the hardware's casts, bf16 through its bits: Triton's interpreter computes bf16 wrongly.
 """
 
-# ruff: noqa: N803
 from __future__ import annotations
 
 import triton

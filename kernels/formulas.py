@@ -9,7 +9,6 @@ root are the IEEE ones, and a sign is changed by ``* -1.0`` (an older Triton's m
 0 into 0, not into -0).
 """
 
-# ruff: noqa: N803  (compile-time arguments are written in capitals)
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -205,11 +204,12 @@ def decided(sum_of_squares, non_finite, grad_scale, found_inf, max_norm, CHECK: 
     scale = grad_scale.to(tl.float64)
     norm = (tl.sqrt(sum_of_squares) / scale).to(tl.float32)
     coefficient = max_norm.to(tl.float64) / (norm.to(tl.float64) + 1e-6)
-    clip = tl.where((max_norm > 0) & ((coefficient < 1.0) | (coefficient != coefficient)), coefficient, 1.0)
-    overflow = found_inf > 0
+    clip = tl.where((coefficient < 1.0) | (coefficient != coefficient), coefficient, 1.0)
+    clip = tl.where(max_norm > 0, clip, 1.0)
+    overflow = tl.where(found_inf > 0, 1.0, 0.0)
     if CHECK:
-        overflow = overflow | (non_finite > 0)
-    return (clip / scale).to(tl.float32), tl.where(overflow, 1.0, 0.0), norm
+        overflow = tl.where(non_finite > 0, 1.0, overflow)
+    return (clip / scale).to(tl.float32), overflow, norm
 
 
 @triton.jit

@@ -240,8 +240,8 @@ class Plan:
         """One step over all parameters that have a gradient; the arguments are the reference's."""
         self._check(hyper, lrs, record)
         if self.needs_norms():
-            require(norms is not None, f"'{self._name}' needs norms")
-            assert norms is not None
+            if norms is None:
+                raise RuntimeError(f"deepfast: '{self._name}' needs norms")
             check_values(norms, 2 * len(self._spans), "the norms", self._device, torch.float64)
         else:
             norms = None
@@ -262,9 +262,7 @@ class Plan:
             "hyper must be a contiguous float64 matrix",
         )
         rows, columns = hyper.shape
-        require(
-            columns == self._rule.hyper, f"'{self._name}' takes {self._rule.hyper} hyperparameters, got {columns}"
-        )
+        require(columns == self._rule.hyper, f"'{self._name}' takes {self._rule.hyper} hyperparameters, got {columns}")
         for span in self._spans:
             require(0 <= span.group < rows, f"group {span.group} of {rows}")
         if lrs:

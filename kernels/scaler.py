@@ -1,6 +1,5 @@
 """The loss scaler's transition, in one program."""
 
-# ruff: noqa: N803
 from __future__ import annotations
 
 import torch

@@ -5,7 +5,6 @@ and the blocks' sums are dealt out to 256 lanes likewise. A program takes TILE b
 elements, so that its threads hold neighbouring lanes and read 16 bytes each.
 """
 
-# ruff: noqa: N803
 from __future__ import annotations
 
 import triton

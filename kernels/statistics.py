@@ -1,6 +1,5 @@
 """One read of the gradients: the sum of their squares, whether all are finite, and what follows for the step."""
 
-# ruff: noqa: N803
 from __future__ import annotations
 
 import torch

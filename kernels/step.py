@@ -1,6 +1,5 @@
 """The step: unscale, clip, update, write the weight, reset the gradient, each value in registers once."""
 
-# ruff: noqa: N803
 from __future__ import annotations
 
 import torch
@@ -272,9 +271,7 @@ def fold_norms_kernel(
     tl.store(at + 1, direction)
 
 
-def prepare(
-    rule: Rule, table: Table, groups: Tensor, record: Tensor, norms: Tensor | None, *, advance: bool
-) -> Tensor:
+def prepare(rule: Rule, table: Table, groups: Tensor, record: Tensor, norms: Tensor | None, *, advance: bool) -> Tensor:
     """fp32 [spans, CONSTANTS]; with ``advance`` the step counts are moved on."""
     constants = torch.empty((len(table), CONSTANTS.value), dtype=torch.float32, device=table.device)
     launch(prepare_kernel, len(table), table.device, table.rows, groups, record, norms, constants,

@@ -1,6 +1,5 @@
 """The spans of a launch, on the device: one row each, and which span every block of elements belongs to."""
 
-# ruff: noqa: N803
 from __future__ import annotations
 
 import contextlib
@@ -93,6 +92,9 @@ class Table:
         rows: int64 [spans, COLUMNS].
         owners, read_owners: int32 [blocks], the row that each block belongs to.
     """
+
+    owners: Tensor
+    read_owners: Tensor
 
     def __init__(self, spans: Sequence[Span], device: torch.device, previous: Table | None = None) -> None:
         self.spans, self.device = spans, device

@@ -123,9 +123,16 @@ TYPICAL = {
 }
 SHAPES = [(64, 33), (5,), (), (0, 3), (3000, 7), (1, 4097)]
 HALVES = (torch.float16, torch.bfloat16)
-# On a CPU, "cuda" is what the fixture cuda_on_host gives; DEEPFAST_TEST_DEVICE=cuda runs the same tests on a GPU.
+# Three ways to run the same tests. On a CPU: "cuda" is what the fixture cuda_on_host gives. On a GPU, with
+# DEEPFAST_TEST_DEVICE=cuda. And Triton's kernels in its interpreter, with TRITON_INTERPRET=1, which makes all of Triton
+# run there: in a process of its own.
 DEVICE = os.environ.get("DEEPFAST_TEST_DEVICE", "cpu")
-BACKENDS = ["cuda", "triton", "reference"] if DEVICE == "cuda" else ["cpu", "cuda", "reference"]
+if DEVICE == "cuda":
+    BACKENDS = ["cuda", "triton", "reference"]
+elif os.environ.get("TRITON_INTERPRET") == "1":
+    BACKENDS = ["triton"]
+else:
+    BACKENDS = ["cpu", "cuda", "reference"]
 
 
 def parameters(dtype=torch.float32, shapes=SHAPES, seed=0) -> list[nn.Parameter]:

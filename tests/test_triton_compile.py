@@ -1,0 +1,86 @@
+"""Triton's kernels compiled ahead of time for four generations of GPUs; no GPU is needed, and no interpreter."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+
+import pytest
+import triton
+import triton.language as tl
+from conftest import run
+from test_cuda_compile import ARCHITECTURES, cuobjdump
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from deepfast.kernels import formulas, statistics, step
+
+POINTERS = {"rows": "*i64", "owners": "*i32", "constants": "*fp32", "record": "*fp32", "partial": "*fp64",
+            "directions": "*fp64", "first": "i32", "end": "i32"}  # fmt: skip
+
+
+def machine_code(kernel, constants: dict, arch: str, folder) -> tuple[str, Counter, str]:
+    """A kernel's PTX, the memory accesses of its machine code, and what the assembler says it uses."""
+    assert os.environ.get("TRITON_INTERPRET", "0") == "0"
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else POINTERS[name] for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": 4, "enable_fp_fusion": False})
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    code = run(cuobjdump(), "-sass", cubin).stdout
+    accesses = Counter(re.findall(r"\b((?:LDG|STG|LDL|STL)\.?[\w.]*)", code))
+    used = run(cuobjdump(), "-res-usage", cubin)
+    return compiled.asm["ptx"], accesses, used.stdout + used.stderr
+
+
+# Parameter, whether it has a master, gradient.
+STORED = {
+    "fp32": (tl.float32, False, tl.float32),
+    "bf16, master": (tl.bfloat16, True, tl.bfloat16),
+    "fp16, no master": (tl.float16, False, tl.float16),
+}
+
+
+def wide(accesses: Counter, access: str) -> int:
+    return sum(count for name, count in accesses.items() if name.startswith(access) and name.endswith(".128"))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("rule", formulas.RULES)
+def test_steps_move_16_bytes_at_a_time(rule, stored, arch, tmp_path):
+    what, (param, master, grad) = formulas.RULES[rule], STORED[stored]
+    fp32 = what.moments + (1 if master or param == tl.float32 else 0)
+    pack = 4 if fp32 else 8
+    constants = {"UPDATE": what.update, "MOMENTS": what.moments, "COUNT": what.constants, "PARAM_TYPE": param,
+                 "HAS_MASTER": master, "GRAD_TYPE": grad, "PACK": pack, "RESET": True}  # fmt: skip
+    ptx, accesses, used = machine_code(step.step_kernel, constants, arch, tmp_path)
+    assert "STACK:0" in used
+    assert not any(name.startswith(("LDL", "STL")) for name in accesses)
+    reads_grad = rule != "lamb"
+    # Two accesses of a thread in each stream: 1024 elements, 128 threads, four values at a time. One where it is eight.
+    each = 2 if pack == 4 else 1
+    loads = fp32 + (grad == tl.float32 and reads_grad) if fp32 else 2
+    stores = (fp32 if reads_grad else fp32 - what.moments) + (grad == tl.float32) if fp32 else 2
+    assert wide(accesses, "LDG") >= each * loads
+    assert wide(accesses, "STG") >= each * stores
+    assert not re.search(r"\.approx|\.ftz|div\.full", ptx)
+    assert not re.search(r"\b(mul|add|sub)\.f(32|64)", ptx), "without .rn the assembler may fuse them"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_other_kernels_too(arch, tmp_path):
+    lamb = formulas.RULES["lamb"]
+    constants = {"DIRECT": lamb.direct, "DIRECTION": lamb.direction, "MOMENTS": 2, "COUNT": lamb.constants,
+                 "PARAM_TYPE": tl.float32, "HAS_MASTER": False, "GRAD_TYPE": tl.float32, "PACK": 4}  # fmt: skip
+    _, accesses, used = machine_code(step.norms_kernel, constants, arch, tmp_path)
+    assert "STACK:0" in used
+    assert wide(accesses, "LDG") >= 4
+    assert wide(accesses, "STG") >= 2
+    _, accesses, used = machine_code(statistics.squares_kernel, {"GRAD_TYPE": tl.float32, "PACK": 4}, arch, tmp_path)
+    assert "STACK:0" in used
+    assert wide(accesses, "LDG") >= statistics.UNROLL.value
