@@ -101,8 +101,13 @@ class Compiler:
     command: tuple[str, ...]
     version: str
 
+    @property
+    def program(self) -> str:
+        """The compiler itself, of a command like `ccache g++ -m64`."""
+        return next(word for word in reversed(self.command) if not word.startswith("-"))
+
     def __str__(self) -> str:
-        return f"{Path(self.command[-1]).name} {self.version}"
+        return f"{Path(self.program).name} {self.version}"
 
 
 @functools.cache
@@ -174,6 +179,25 @@ def architectures() -> tuple[str, ...]:
         number = f"{match[1]}{match[2]}{match[3]}"
         names += [f"sm_{number}", *([f"compute_{number}"] if match[4] else [])]
     return tuple(dict.fromkeys(names))
+
+
+def check_covered(names: tuple[str, ...]) -> None:
+    """Raises BuildError if torch sees a GPU that code for ``names`` does not run on."""
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        major, minor = torch.cuda.get_device_capability(i)
+        for name in names:
+            kind, _, number = name.partition("_")
+            wanted = int(re.sub(r"\D", "", number))
+            exact = number[-1:].isalpha()
+            here = 10 * major + minor
+            if wanted == here or (not exact and wanted < here and (kind == "compute" or wanted // 10 == major)):
+                break
+        else:
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST={os.environ.get('TORCH_CUDA_ARCH_LIST')!r} leaves out the GPU that is here "
+                f"({major}.{minor}): add it, or unset the variable",
+                passing=True,
+            )
 
 
 def arch_flags(names: tuple[str, ...]) -> list[str]:
@@ -298,7 +322,7 @@ def find(library: Library = CPU) -> Path | None:
 
 
 def _fits(library: Library, path: Path) -> bool:
-    """Whether the library holds code for all GPUs here. (One that was compiled here does.)"""
+    """Whether the library, which was compiled elsewhere, holds code for what is wanted here."""
     if library == CPU:
         return True
     try:
@@ -336,7 +360,7 @@ def compile_commands(library: Library, compilers: list[Compiler], arch: list[str
     cxx, *cuda = compilers
     bind = [*cxx.command, *COMMON_FLAGS, *BINDING_FLAGS, "-isystem", str(Path(torch.__file__).parent / "include")]
     if cuda:
-        kernel = [*cuda[0].command, "-ccbin", cxx.command[-1], *CUDA_FLAGS, *arch]
+        kernel = [*cuda[0].command, "-ccbin", cxx.program, *CUDA_FLAGS, *arch]
     else:
         kernel = [*cxx.command, *COMMON_FLAGS, *KERNEL_FLAGS, *INSTRUCTION_SETS.get(capability(), ())]
     jobs = [(name, bind) for name in library.bindings] + [(name, kernel) for name in library.kernels]
@@ -356,7 +380,7 @@ def _compile(library: Library, compilers: list[Compiler], folder: Path, log: lis
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
     if cuda:
         # The CUDA runtime is linked in: it shares the driver's context and streams with torch's, whatever its version.
-        link = [*cuda[0].command, "-ccbin", cxx.command[-1], "-shared", "-cudart", "static", "-Xcompiler", "-fopenmp"]
+        link = [*cuda[0].command, "-ccbin", cxx.program, "-shared", "-cudart", "static", "-Xcompiler", "-fopenmp"]
         libraries.append("-ltorch_cuda")
     _run([*link, *map(str, objects), *libraries, "-o", str(folder / library.file)], log)
     for obj in objects:
@@ -467,6 +491,8 @@ def load(library: Library = CPU) -> Path:
     Raises:
         BuildError: if there is no library and none can be built.
     """
+    if library == CUDA:
+        check_covered(architectures())
     path = find(library)
     if path is None:
         if flag("DEEPFAST_DISABLE_JIT"):

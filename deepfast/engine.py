@@ -192,7 +192,7 @@ class Engine(nn.Module):
 
     def _fused_step(self, optimizer: Any, divisor: float) -> Tensor | None:
         """Unscales, checks, clips and updates in one pass. Returns the gradients' norm."""
-        with optimizer._scaled(None if divisor == 1.0 else torch.tensor(divisor, device=self.device)):
+        with optimizer._scaled(None if divisor == 1.0 else torch.full((), divisor, device=self.device)):
             self.scaler.step(optimizer)
         return optimizer.grad_norm
 

@@ -8,6 +8,7 @@ CPU kernels are loaded (or compiled) when this module is imported, the others wh
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import types
 import warnings
@@ -72,9 +73,7 @@ def triton() -> Any:
     why_not = kernels.available()
     if why_not is not None:
         return why_not
-    from deepfast.kernels import backend
-
-    return backend
+    return importlib.import_module("deepfast.kernels.backend")
 
 
 def forced(backend: str = "auto") -> str:

@@ -108,6 +108,7 @@ class Plan:
         self._table: Table | None = None  # of this step,
         self._last_table: Table | None = None  # and of the last one
         self._last_groups: tuple[list[int], Tensor] | None = None
+        self._stream = 0  # on which both were made
 
     def needs_norms(self) -> bool:
         return self._rule.direct is not None
@@ -124,6 +125,9 @@ class Plan:
         """
         self._release()
         self._reset_grad = reset_grad
+        stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
+        if stream != self._stream:  # their memory may be given to others as soon as that stream has done with it
+            self._stream, self._last_table, self._last_groups = stream, None, None
         if grads:
             check_count(grads, len(self._entries), "gradients")
         try:

@@ -138,7 +138,10 @@ class Table:
 
 
 def capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def upload(values: Sequence[int], device: torch.device) -> Tensor:
@@ -149,18 +152,31 @@ def upload(values: Sequence[int], device: torch.device) -> Tensor:
     """
     if capturing(device):
         return _written(values, device)
+    if device.type == "cuda" and device not in _READY:
+        _written([0], device)  # a module cannot be loaded while a graph is captured
+        _READY.add(device)
     host = torch.tensor(values, dtype=torch.int64, device="cpu")
     # torch keeps pinned memory until the copy is over.
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
+_READY: set[torch.device] = set()  # where _write is loaded
 _AT_ONCE = 256  # 32-bit words, 2 KiB of a kernel's 4 KiB of parameters
 
 
 @triton.jit(do_not_specialize=["words"])
 def _write(out, words):
     for i in tl.static_range(len(words)):
-        tl.store(out + i, (words[i] & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True))
+        tl.store(out + i, ((words[i] >> 1) & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True))
+
+
+def _disguised(word: int) -> int:
+    """A 32-bit word as an odd number of 64 bits.
+
+    Triton compiles anew for arguments of 32 bits, for 1 and for multiples of 16, and does so for what is in a tuple
+    even where it is told not to.
+    """
+    return (1 << 33) + ((word & 0xFFFFFFFF) << 1) + 1
 
 
 def _written(values: Sequence[int], device: torch.device) -> Tensor:
@@ -168,8 +184,7 @@ def _written(values: Sequence[int], device: torch.device) -> Tensor:
     words += [0] * (-len(words) % _AT_ONCE)
     out = torch.empty(len(words), dtype=torch.int32, device=device)
     for first in range(0, len(words), _AT_ONCE):
-        # Raised above 32 bits, so that all are of one type, whatever their values: one compilation for all.
-        some = tuple((word & 0xFFFFFFFF) + (1 << 32) for word in words[first : first + _AT_ONCE])
+        some = tuple(map(_disguised, words[first : first + _AT_ONCE]))
         launch(_write, 1, device, out[first:], some, num_warps=1)
     return out[: 2 * len(values)].view(torch.int64)
 

@@ -144,7 +144,7 @@ def test_no_compiler_at_all(tmp_path, built):
 @pytest.fixture
 def clone(tmp_path) -> Path:
     """The sources, to be spoilt or installed."""
-    for name in ("deepfast", "csrc"):
+    for name in ("deepfast", "csrc", "kernels"):
         shutil.copytree(
             ROOT / name, tmp_path / "clone" / name, ignore=shutil.ignore_patterns("__pycache__", "prebuilt")
         )

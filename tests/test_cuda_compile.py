@@ -182,3 +182,27 @@ def test_architectures(monkeypatch, listed, names):
     assert build.architectures() == names
     flags = build.arch_flags(names)
     assert flags[1] == "arch=compute_" + names[0][3:] + ",code=" + names[0]
+
+
+@pytest.mark.parametrize(
+    ("listed", "here", "covered"),
+    [
+        ("9.0", (9, 0), True),
+        ("8.0", (8, 6), True),
+        ("8.6", (8, 0), False),
+        ("8.0", (9, 0), False),
+        ("8.0+PTX", (9, 0), True),
+        ("9.0a", (9, 0), True),
+        ("10.0a", (10, 3), False),
+    ],
+)
+def test_a_list_that_leaves_out_the_gpu_is_noticed(monkeypatch, listed, here, covered):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: here)
+    if covered:
+        build.check_covered(build.architectures())
+    else:
+        with pytest.raises(build.BuildError, match="leaves out the GPU that is here"):
+            build.check_covered(build.architectures())

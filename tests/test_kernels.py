@@ -369,5 +369,5 @@ def test_backends_are_chosen_by_device_and_dtype(monkeypatch):
     monkeypatch.setenv("DEEPFAST_BACKEND", "tpu")
     with pytest.raises(ValueError, match="unknown backend 'tpu'"):
         ops.forced()
-    with pytest.raises(RuntimeError, match="asked for a parameter on meta"):
+    with pytest.raises(RuntimeError, match="but the parameter lies on meta"):
         ops.select("cpu", torch.device("meta"), torch.float32)

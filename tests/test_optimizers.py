@@ -803,11 +803,13 @@ def test_bad_options_are_refused(options, message):
 def test_a_forced_backend_that_is_missing_is_an_error(monkeypatch):
     params = parameters()
     give_gradients(params)
-    with pytest.raises(ValueError, match="'cuda' is not built yet"):
-        deepfast.AdamW(params, backend="cuda")
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match="backend='cuda' was asked for, but the parameter lies on cpu"):
+        deepfast.AdamW(params, backend="cuda").step()
     monkeypatch.setenv("DEEPFAST_BACKEND", "triton")
-    with pytest.raises(ValueError, match="'triton' is not built yet"):
-        deepfast.AdamW(params)
+    with pytest.raises(RuntimeError, match="backend='triton' was asked for, but the parameter lies on cpu"):
+        deepfast.AdamW(params).step()
+    assert all(map(torch.equal, params, before))
 
 
 def test_rounding_of_masters_is_stated_in_the_reference():

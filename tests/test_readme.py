@@ -33,7 +33,8 @@ def test_every_environment_variable_is_listed():
 
 
 def test_the_files_it_counts_are_the_files_there_are():
-    assert len((*build.KERNELS, *build.BINDINGS)) == 4
-    assert sorted((*build.KERNELS, *build.BINDINGS)) == sorted(
-        str(p.relative_to(build.CSRC)) for p in build.CSRC.rglob("*.cpp")
-    )
+    listed = {library: [*library.kernels, *library.bindings] for library in (build.CPU, build.CUDA)}
+    assert [len(names) for names in listed.values()] == [4, 6], "four files for the CPU, six for CUDA"
+    there = [p for suffix in ("*.cpp", "*.cu") for p in build.CSRC.rglob(suffix)]
+    found = sorted(str(p.relative_to(build.CSRC)) for p in there)
+    assert sorted(name for names in listed.values() for name in names) == found

@@ -322,3 +322,5 @@ def test_what_goes_into_a_graph_is_written_by_kernels(backend):
 
     values = [0, 1, -1, 2**40 + 3, -(2**62), 2**31, 2**32 - 1] * 50
     assert table._written(values, torch.device("cpu")).tolist() == values
+    words = [table._disguised(word) for word in (0, 1, 16, 2**31, 2**32 - 1, -5)]
+    assert all(word % 2 == 1 and word > 2**32 for word in words), "one compilation for all of them"

@@ -160,8 +160,8 @@ class Optimizer(torch.optim.Optimizer):
                 missing[p.device, name, dtype, initial, _is_special(p) and name != "step"].append(p)
         if any(_capturing(device) for device, *_ in missing):
             raise RuntimeError(
-                "deepfast: state that is made while a graph is captured would begin anew at each replay: call "
-                "optimizer.init_state(), or step once, before the capture"
+                "deepfast: state that is made while a graph is captured would begin anew at each replay: step once "
+                "before the capture"
             )
         for (device, name, dtype, initial, alone), params in missing.items():
             like = [p.new_empty((), device="meta") if name == "step" else local(p).detach() for p in params]
@@ -339,8 +339,9 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         launches = self._gather()
-        if any(_capturing(launch.device) for launch in launches):
-            self._check_capture()
+        for launch in launches:
+            if _capturing(launch.device):
+                self._check_capture(launch.device)
         self.grad_norm = self._found_inf = None
         if not launches:
             return loss
@@ -352,14 +353,15 @@ class Optimizer(torch.optim.Optimizer):
             self._forget_plan()
         return loss
 
-    def _check_capture(self) -> None:
+    def _check_capture(self, device: torch.device) -> None:
         """A graph replays the numbers of its capture; those that change must be tensors, and those are read anew."""
         for group in self.param_groups:
             lr, *others = self._hyper(group)
-            if not isinstance(lr, Tensor) or lr.device.type == "cpu":
+            if not isinstance(lr, Tensor) or not _is_read_on(device, lr):
+                value = "..." if isinstance(lr, Tensor) else lr
                 raise RuntimeError(
-                    f"deepfast: a graph would keep the learning rate {float(lr)} for ever: give it as a tensor on the "
-                    f"parameters' device (lr=torch.tensor({float(lr)}, device='cuda')) and change it in place"
+                    f"deepfast: a graph would keep the learning rate of its capture for ever: give it as a float32 or "
+                    f"float64 tensor on {device} (lr=torch.tensor({value}, device='cuda')) and change it in place"
                 )
             if any(isinstance(value, Tensor) and value.device.type != "cpu" for value in others):
                 raise RuntimeError("deepfast: only the learning rate is read on the device: give the others as floats")
@@ -497,17 +499,19 @@ class Optimizer(torch.optim.Optimizer):
         return torch.tensor(rows, dtype=torch.float64, device="cpu"), lrs if any(lr is not None for lr in lrs) else []
 
 
-_RECORDS: dict[torch.device, Tensor] = {}
+_RECORDS: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _as_they_are(device: torch.device) -> Tensor:
     """The record of a step that neither scales nor clips nor skips."""
-    record = _RECORDS.get(device)
+    # Another stream would not wait until it is filled.
+    key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    record = _RECORDS.get(key)
     if record is None:
         record = torch.zeros(3, dtype=torch.float32, device=device)
         record[:1].fill_(1.0)
         if not _capturing(device):  # else it is filled when the graph runs
-            _RECORDS[device] = record
+            _RECORDS[key] = record
     return record
 
 
@@ -555,7 +559,10 @@ def _is_special(p: Tensor) -> bool:
 
 def _capturing(device: torch.device) -> bool:
     """Whether what is launched on ``device`` goes into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _is_read_on(device: torch.device, lr: Tensor) -> bool:
