@@ -491,7 +491,7 @@ def load(library: Library = CPU) -> Path:
     Raises:
         BuildError: if there is no library and none can be built.
     """
-    if library == CUDA:
+    if library == CUDA and os.environ.get("TORCH_CUDA_ARCH_LIST"):
         check_covered(architectures())
     path = find(library)
     if path is None:

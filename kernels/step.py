@@ -66,7 +66,7 @@ def prepare_kernel(
     if COUNTS_STEPS:
         steps_at = tl.load(row + STEP).to(tl.pointer_type(tl.float32))
         steps = tl.load(steps_at)
-        t = steps.to(tl.int64) + 1
+        t = (steps + 1.0).to(tl.int64)
         if ADVANCE:
             tl.store(steps_at, steps + 1.0, mask=not tl.load(record + 1) > 0)
 

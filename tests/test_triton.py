@@ -99,7 +99,7 @@ spans = st.tuples(
     poison=st.sampled_from([None, None, torch.inf, torch.nan]),
     record=st.tuples(st.floats(0.0, 2.0, width=32), st.sampled_from([0.0, 0.0, 0.0, 2.0])),
     sign=st.sampled_from([1.0, -1.0]),
-    steps=st.sampled_from([0.0, 0.0, 1.0, 12345.0]),
+    steps=st.sampled_from([0.0, 0.0, 1.0, 12345.0, 2.0**24]),
     lr=st.sampled_from([None, torch.float32, torch.float64]),
     reset=st.booleans(),
     seed=st.integers(0, 2**31),

@@ -65,8 +65,8 @@ struct Table {
   }
 
   template <class Rule>
-  Rule prepare(int64_t s, int64_t ahead) const {
-    const int64_t t = Rule::kCountsSteps ? static_cast<int64_t>(*spans[s].step) + ahead : 0;
+  Rule prepare(int64_t s, float ahead) const {
+    const int64_t t = Rule::kCountsSteps ? static_cast<int64_t>(*spans[s].step + ahead) : 0;
     return Rule::prepare(row(s) + 1, t);
   }
 };
@@ -84,7 +84,7 @@ void step_with(const Table& table, const StepRecord& record, const Norms* norms,
   std::vector<Rule> rules(table.count);
   for (int64_t s = 0; s < table.count; ++s) {
     if constexpr (Rule::kCountsSteps) *spans[s].step += 1.0f;
-    rules[s] = table.same(s) ? rules[s - 1] : table.prepare<Rule>(s, 0);
+    rules[s] = table.same(s) ? rules[s - 1] : table.prepare<Rule>(s, 0.0f);
     if constexpr (Rule::kNeedsNorms) rules[s].adapt(norms[s]);
   }
   blocks.parallel_for([&](int64_t s, int64_t offset, int64_t n, int64_t) {
@@ -114,7 +114,7 @@ void norms_with(const Table& table, const StepRecord& record, Norms* out) {
   const Span* spans = table.spans;
   const Blocks blocks(spans, table.count);
   std::vector<Rule> rules(table.count);
-  for (int64_t s = 0; s < table.count; ++s) rules[s] = table.same(s) ? rules[s - 1] : table.prepare<Rule>(s, 1);
+  for (int64_t s = 0; s < table.count; ++s) rules[s] = table.same(s) ? rules[s - 1] : table.prepare<Rule>(s, 1.0f);
   std::vector<Norms> partial(blocks.size());
   blocks.parallel_for([&](int64_t s, int64_t offset, int64_t n, int64_t block) {
     const Span& span = spans[s];

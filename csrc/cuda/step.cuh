@@ -139,7 +139,7 @@ __device__ Rule prepare(const Table& table, const Span& span) {
 #pragma unroll
   for (int k = 0; k < Rule::kHyper; ++k) values[k] = row.values[1 + k];
   if (row.lr) values[0] = row.lr_is_fp64 ? *static_cast<const double*>(row.lr) : *static_cast<const float*>(row.lr);
-  return Rule::prepare(values, Rule::kCountsSteps ? static_cast<int64_t>(*span.step) + 1 : 0);
+  return Rule::prepare(values, Rule::kCountsSteps ? static_cast<int64_t>(*span.step + 1.0f) : 0);
 }
 
 inline __device__ float multiplier_of(const StepRecord& record, const Table& table, const Span& span) {

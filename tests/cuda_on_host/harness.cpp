@@ -176,7 +176,7 @@ void add_span(Twins& twins, int rule, int64_t numel, const Taste& taste, int64_t
   }
   if (kRules[rule].counts_steps) {
     Buffer step(1, 4, 0);
-    const float count = chance(30) ? 0.0f : static_cast<float>(below(100000));
+    const float count = chance(30) ? 0.0f : chance(5) ? 0x1p24f : static_cast<float>(below(100000));
     std::memcpy(step.data(), &count, 4);
     twins.add(std::move(step), &Span::step, a, b, "the step count");
   }
