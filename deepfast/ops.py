@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import library
 
 from deepfast import build, reference
 from deepfast.errors import ConfigError
@@ -42,8 +43,8 @@ except build.BuildError as _error:
 else:
     # In-place operators return nothing: under a fake tensor there is nothing to compute.
     for _name in ("decide_", "step_", "accumulate_", "scaler_update_"):
-        torch.library.register_fake(f"deepfast::{_name}", lambda *args, **kwargs: None)
-    torch.library.register_fake("deepfast::statistics", lambda grads: grads[0].new_empty(2, dtype=torch.float64))
+        library.register_fake(f"deepfast::{_name}", lambda *args, **kwargs: None)
+    library.register_fake("deepfast::statistics", lambda grads: grads[0].new_empty(2, dtype=torch.float64))
     native = types.SimpleNamespace(
         Plan=torch.classes.deepfast.Plan, **{name: getattr(torch.ops.deepfast, name) for name in _OPERATORS}
     )

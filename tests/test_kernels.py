@@ -9,7 +9,7 @@ import torch
 from conftest import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.library import opcheck
+from torch import library
 
 import deepfast
 from deepfast import build, ops, reference
@@ -259,7 +259,7 @@ CHECKS = [("step_", step_arguments(rule=rule)) for rule in reference.RULES]
 def test_opcheck(name, arguments):
     operator = getattr(native, name).default
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    opcheck(operator, arguments, test_utils=tests)
+    library.opcheck(operator, arguments, test_utils=tests)
 
 
 def test_every_operator_is_checked():
