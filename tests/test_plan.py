@@ -259,7 +259,7 @@ def test_the_number_of_live_objects_stays_flat(name, dtype):
 
     before = steps(20)
     after = steps(1000)
-    assert after[1] == before[1]
+    assert after[1] <= before[1]  # fewer: what an earlier test has left went meanwhile
     assert after[0] <= before[0] + 5
 
 
