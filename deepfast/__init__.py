@@ -38,7 +38,7 @@ __all__ = [
     "initialize",
 ]
 
-_NOT_YET = frozenset(("comm", "step_in_backward"))
+_NOT_YET = frozenset(("step_in_backward",))
 
 
 def __getattr__(name: str):

@@ -1,6 +1,7 @@
 """Compiles the kernels on first use and keeps them; finds them again in milliseconds.
 
-There are two libraries: the CPU kernels, and the CUDA kernels where torch has CUDA and nvcc is to be had.
+There are three libraries: the CPU kernels, the CUDA kernels where torch has CUDA and nvcc is to be had, and the
+communication between ranks, a Python extension module that is made when it is first needed.
 
 A library lives in ``<root>/<interface>/<compiler>/``: ``interface`` names everything that decides whether a library
 can be loaded and would be right here (sources, flags, torch and CUDA versions, architecture, the CPU's instruction
@@ -17,6 +18,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import re
@@ -25,11 +27,13 @@ import shutil
 import site
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,6 +68,12 @@ CUDA = Library(
     ("cuda/step.cu", "cuda/statistics.cu", "cuda/accumulate.cu", "cuda/scaler.cu", "cuda/table.cu"),
     ("bindings/cuda_ops.cpp",),
     (".h", ".cpp", ".cu", ".cuh"),
+)
+COMM = Library(
+    "Comm",
+    ("cpu/collectives.cpp", "cpu/peers.cpp", "cpu/statistics.cpp"),
+    ("bindings/comm.cpp",),
+    (".h", ".cpp"),
 )
 
 # -ffp-contract=off: a multiply-add is fused where the source says fma, nowhere else (bitwise agreement).
@@ -226,6 +236,8 @@ def interface_key(library: Library = CPU) -> str:
     if library == CUDA:
         flags = " ".join((*COMMON_FLAGS, *CUDA_FLAGS, *BINDING_FLAGS))
         return f"{platform.machine()}-cuda-{_digest(*sources, flags, abi)}"
+    if library == COMM:
+        abi += f" {sys.implementation.cache_tag}"
     flags = " ".join((*COMMON_FLAGS, *KERNEL_FLAGS, *BINDING_FLAGS, *INSTRUCTION_SETS.get(capability(), ())))
     return f"{platform.machine()}-{capability().lower()}-{_digest(*sources, flags, abi, capability())}"
 
@@ -248,7 +260,7 @@ def toolchain(library: Library) -> tuple[str, list[Compiler]]:
             "install one (Debian, Ubuntu: apt install g++) or set CXX",
             passing=True,
         )
-    if library == CPU:
+    if library != CUDA:
         return compiler_key(cxx), [cxx]
     if torch.version.cuda is None:
         raise BuildError(f"this torch ({torch.__version__}) is built without CUDA", passing=True)
@@ -323,7 +335,7 @@ def find(library: Library = CPU) -> Path | None:
 
 def _fits(library: Library, path: Path) -> bool:
     """Whether the library, which was compiled elsewhere, holds code for what is wanted here."""
-    if library == CPU:
+    if library != CUDA:
         return True
     try:
         return set(architectures()) <= set(path.parent.name.split("-"))
@@ -359,6 +371,8 @@ def compile_commands(library: Library, compilers: list[Compiler], arch: list[str
     """For each source, the longest first: the command that compiles it, but for ``-o`` and the object's name."""
     cxx, *cuda = compilers
     bind = [*cxx.command, *COMMON_FLAGS, *BINDING_FLAGS, "-isystem", str(Path(torch.__file__).parent / "include")]
+    if library == COMM:
+        bind += ["-isystem", sysconfig.get_path("include")]
     if cuda:
         kernel = [*cuda[0].command, "-ccbin", cxx.program, *CUDA_FLAGS, *arch]
     else:
@@ -378,6 +392,8 @@ def _compile(library: Library, compilers: list[Compiler], folder: Path, log: lis
     # torch's libgomp and the system's carry the same soname: whichever is loaded first serves both, with one pool.
     link = [*cxx.command, "-shared", "-fopenmp"]
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
+    if library == COMM:
+        libraries.append("-ltorch_python")
     if cuda:
         # The CUDA runtime is linked in: it shares the driver's context and streams with torch's, whatever its version.
         link = [*cuda[0].command, "-ccbin", cxx.program, "-shared", "-cudart", "static", "-Xcompiler", "-fopenmp"]
@@ -465,7 +481,7 @@ def build(root: Path | None = None, library: Library = CPU, *, retry: bool = Fal
 
 
 def _build_into(folder: Path, target: Path, library: Library, compilers: list[Compiler], failed: Path) -> None:
-    what, machine = f"the {library.kind} kernels", capability() if library == CPU else ", ".join(architectures())
+    what, machine = f"the {library.kind} kernels", ", ".join(architectures()) if library == CUDA else capability()
     say(f"compiling {what} for {machine} with {compilers[-1]} into {target} (once for this machine and torch)")
     start = time.perf_counter()
     log: list[str] = []
@@ -485,8 +501,8 @@ def _build_into(folder: Path, target: Path, library: Library, compilers: list[Co
     say(f"compiled in {time.perf_counter() - start:.1f} s")
 
 
-def load(library: Library = CPU) -> Path:
-    """Finds or builds ``library`` and registers its operators as ``torch.ops.deepfast``.
+def locate(library: Library = CPU) -> Path:
+    """Finds or builds ``library``.
 
     Raises:
         BuildError: if there is no library and none can be built.
@@ -502,8 +518,40 @@ def load(library: Library = CPU) -> Path:
                 passing=True,
             )
         path = build(library=library)
+    return path
+
+
+def load(library: Library = CPU) -> Path:
+    """Finds or builds ``library`` and registers its operators as ``torch.ops.deepfast``.
+
+    Raises:
+        BuildError: if there is no library and none can be built.
+    """
+    path = locate(library)
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        raise BuildError(f"{path} cannot be loaded: {error}; delete {path.parent} to compile it again") from error
+        raise _unloadable(path, error) from error
     return path
+
+
+@functools.cache
+def load_comm() -> Any:
+    """Finds or builds the communication between ranks and imports it.
+
+    Raises:
+        BuildError: if there is none and none can be built.
+    """
+    path = locate(COMM)
+    spec = importlib.util.spec_from_file_location("deepfast_comm", path)
+    assert spec is not None and spec.loader is not None
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except (ImportError, OSError) as error:
+        raise _unloadable(path, error) from error
+    return module
+
+
+def _unloadable(path: Path, error: Exception) -> BuildError:
+    return BuildError(f"{path} cannot be loaded: {error}; delete {path.parent} to compile it again")

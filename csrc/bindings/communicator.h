@@ -1,0 +1,365 @@
+// Collectives over tensors: contiguous or not, on this host or over several.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/csrc/distributed/c10d/Backend.hpp>
+#include <torch/csrc/distributed/c10d/Store.hpp>
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <sstream>
+#include <thread>
+
+#include "../cpu/collectives.h"
+#include "../cpu/kernels.h"
+
+namespace deepfast::bindings {
+
+using at::Tensor;
+using cpu::Missing;
+using cpu::Peers;
+
+inline std::optional<Element> element_type(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return Element::kFloat32;
+    case at::kHalf:
+      return Element::kFloat16;
+    case at::kBFloat16:
+      return Element::kBFloat16;
+    case at::kDouble:
+      return Element::kFloat64;
+    case at::kInt:
+      return Element::kInt32;
+    case at::kLong:
+      return Element::kInt64;
+    default:
+      return std::nullopt;
+  }
+}
+
+// This rank's heap, handed out: the first gap that is large enough. Pages that have come back stay for the next.
+class Heap : public std::enable_shared_from_this<Heap> {
+ public:
+  explicit Heap(std::shared_ptr<Peers> peers) : peers_(std::move(peers)) {
+    if (peers_->heap_bytes() > 0) gaps_[0] = peers_->heap_bytes();
+  }
+
+  Tensor empty(int64_t numel, at::ScalarType dtype) {
+    const auto options = at::TensorOptions().dtype(dtype);
+    const int64_t bytes = std::max<int64_t>(1, (numel * c10::elementSize(dtype) + kAlign - 1) / kAlign) * kAlign;
+    const int64_t offset = take(bytes);
+    char* data = peers_->heap(peers_->rank()) + offset;
+    return at::from_blob(
+        data, {numel}, [self = shared_from_this(), offset, bytes](void*) { self->give_back(offset, bytes); }, options);
+  }
+
+ private:
+  static constexpr int64_t kAlign = 4096;
+
+  int64_t take(int64_t bytes) {
+    const std::lock_guard lock(mutex_);
+    for (auto gap = gaps_.begin(); gap != gaps_.end(); ++gap) {
+      const auto [offset, size] = *gap;
+      if (size < bytes) continue;
+      gaps_.erase(gap);
+      if (size > bytes) gaps_[offset + bytes] = size - bytes;
+      return offset;
+    }
+    TORCH_CHECK(false, "deepfast: no ", bytes, " bytes left of the communicator's ", peers_->heap_bytes(),
+                " of shared memory: free tensors that empty() has given, or make fewer");
+  }
+
+  void give_back(int64_t offset, int64_t bytes) {
+    const std::lock_guard lock(mutex_);
+    auto gap = gaps_.emplace(offset, bytes).first;
+    if (const auto next = std::next(gap); next != gaps_.end() && gap->first + gap->second == next->first) {
+      gap->second += next->second;
+      gaps_.erase(next);
+    }
+    if (gap == gaps_.begin()) return;
+    const auto before = std::prev(gap);
+    if (before->first + before->second == gap->first) {
+      before->second += gap->second;
+      gaps_.erase(gap);
+    }
+  }
+
+  std::shared_ptr<Peers> peers_;
+  std::mutex mutex_;
+  std::map<int64_t, int64_t> gaps_;  // offset -> bytes
+};
+
+// The other hosts, as each host's first rank reaches them: through torch.distributed, once an operation.
+class Hosts {
+ public:
+  // leaders: one rank a host. names[host]: what the whole group calls the host's ranks, the leader first.
+  Hosts(c10::intrusive_ptr<c10d::Backend> leaders, c10::intrusive_ptr<c10d::Store> store, int host,
+        std::vector<std::vector<int>> names)
+      : leaders_(std::move(leaders)), store_(std::move(store)), host_(host), names_(std::move(names)) {}
+
+  bool leads() const { return leaders_.defined(); }
+
+  // Adds `t` over the hosts, in place. While it waits it keeps its number of this operation in the store, and looks
+  // there for what the other hosts have to say.
+  void add(Peers& peers, Tensor t) {
+    ++operation_;
+    peers.wait_elsewhere(true);
+    std::vector<Tensor> tensors = {std::move(t)};
+    std::string error;
+    try {
+      const auto work = leaders_->allreduce(tensors);
+      const auto start = Clock::now();
+      auto look = start + kLook;
+      while (!work->isCompleted()) {
+        std::this_thread::sleep_for(kNap);
+        if (Clock::now() < look) continue;
+        look = Clock::now() + kLook;
+        say("at", std::to_string(operation_));
+        peers.look_up();
+        if (const auto missed = failed(); !missed.empty()) peers.fail("as another host has found", missed);
+        if (Clock::now() - start > peers.timeout() + kGrace) peers.fail("silent at the timeout", absent());
+      }
+      work->wait();
+    } catch (const Missing&) {
+      throw;
+    } catch (const c10::Error& broken) {  // a connection that ended: whose it was, the store knows
+      error = broken.what_without_backtrace();
+    } catch (const std::runtime_error& broken) {
+      error = broken.what();
+    }
+    peers.wait_elsewhere(false);
+    if (error.empty()) return;
+    say("at", std::to_string(operation_));
+    for (const auto until = Clock::now() + kGrace; Clock::now() < until; std::this_thread::sleep_for(kLook)) {
+      if (const auto missed = failed(); !missed.empty()) peers.fail("as another host has found", missed);
+      if (absent().empty()) break;
+    }
+    const auto missed = absent();
+    peers.fail(error.substr(0, error.find('\n')), missed.empty() ? names_[host_] : missed);
+  }
+
+  // So that the other hosts learn whom this one has missed.
+  void report(const std::vector<int>& missed) {
+    std::ostringstream text;
+    for (int rank : missed) text << rank << ' ';
+    say("missed", text.str());
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr auto kNap = std::chrono::microseconds(50);
+  static constexpr auto kLook = std::chrono::milliseconds(100);
+  static constexpr auto kGrace = std::chrono::milliseconds(1500);  // for other hosts to say whom they have missed
+
+  static std::string key(const char* what, int host) { return std::string(what) + "/" + std::to_string(host); }
+
+  void say(const char* what, const std::string& text) {
+    try {
+      store_->set(key(what, host_), std::vector<uint8_t>(text.begin(), text.end()));
+    } catch (const std::exception&) {  // the store may be gone with the rank that kept it
+    }
+  }
+
+  std::string said(const char* what, int host) {
+    try {
+      if (!store_->check({key(what, host)})) return "";
+      const auto bytes = store_->get(key(what, host));
+      return {bytes.begin(), bytes.end()};
+    } catch (const std::exception&) {
+      return "";
+    }
+  }
+
+  std::vector<int> failed() {
+    for (size_t host = 0; host < names_.size(); ++host) {
+      std::istringstream text(static_cast<int>(host) == host_ ? "" : said("missed", host));
+      std::vector<int> ranks{std::istream_iterator<int>(text), {}};
+      if (!ranks.empty()) return ranks;
+    }
+    return {};
+  }
+
+  // The leaders of hosts that have not come to this operation.
+  std::vector<int> absent() {
+    std::vector<int> ranks;
+    for (size_t host = 0; host < names_.size(); ++host) {
+      if (static_cast<int>(host) != host_ && said("at", host) != std::to_string(operation_)) {
+        ranks.push_back(names_[host][0]);
+      }
+    }
+    return ranks;
+  }
+
+  c10::intrusive_ptr<c10d::Backend> leaders_;
+  c10::intrusive_ptr<c10d::Store> store_;
+  const int host_;
+  const std::vector<std::vector<int>> names_;
+  uint64_t operation_ = 0;
+};
+
+class Communicator {
+ public:
+  // rank: in the whole group; hosts: null where all ranks share this one.
+  Communicator(int rank, int ranks, std::shared_ptr<Peers> peers, std::shared_ptr<Hosts> hosts)
+      : rank_(rank), ranks_(ranks), peers_(std::move(peers)), hosts_(std::move(hosts)), heap_(new Heap(peers_)) {}
+
+  Peers& peers() { return *peers_; }
+  int ranks() const { return ranks_; }
+  Tensor empty(int64_t numel, at::ScalarType dtype) { return heap_->empty(numel, dtype); }
+
+  // found_inf: fp32, set to 1 where the result is not finite. statistics: fp64 [2].
+  void all_reduce(Tensor t, double factor, const std::optional<Tensor>& statistics,
+                  const std::optional<Tensor>& found_inf) {
+    const Element type = type_of(t);
+    check_factor(type, factor);
+    run([&] {
+      Statistics found = {};
+      Statistics* wanted = statistics || found_inf ? &found : nullptr;
+      if (!hosts_) {
+        Tensor data = t.contiguous();
+        cpu::all_reduce(*peers_, data.mutable_data_ptr(), data.numel(), {type, type, factor, wanted});
+        if (!data.is_same(t)) t.copy_(data);
+      } else {
+        t.copy_(summed(t, factor));
+        if (wanted) found = statistics_of(t);
+      }
+      t.unsafeGetTensorImpl()->bump_version();
+      tell(found, statistics, found_inf);
+    });
+  }
+
+  // t: [ranks, ...] -> out: [...], this rank's part of the sum; out may be a float of another width.
+  void reduce_scatter(Tensor out, const Tensor& t, double factor, const std::optional<Tensor>& statistics,
+                      const std::optional<Tensor>& found_inf) {
+    const Element type = type_of(t), out_type = type_of(out);
+    check_factor(type, factor);
+    check_pair(t, out, "reduce_scatter");
+    run([&] {
+      Statistics found = {};
+      Statistics* wanted = statistics || found_inf ? &found : nullptr;
+      Tensor data = out.contiguous();
+      const Tensor in = t.contiguous();
+      if (!hosts_) {
+        cpu::reduce_scatter(*peers_, in.const_data_ptr(), data.mutable_data_ptr(), data.numel(),
+                            {type, out_type, factor, wanted});
+      } else {
+        data.view(-1).copy_(summed(in, factor).view({ranks_, -1})[rank_]);
+        if (wanted) found = statistics_of(data);
+      }
+      if (!data.is_same(out)) out.copy_(data);
+      out.unsafeGetTensorImpl()->bump_version();
+      tell(found, statistics, found_inf);
+    });
+  }
+
+  // t: [...] -> out: [ranks, ...] in rank order; out may be a float of another width.
+  void all_gather(Tensor out, const Tensor& t) {
+    const Element type = type_of(t), out_type = type_of(out);
+    check_pair(out, t, "all_gather");
+    run([&] {
+      Tensor data = out.contiguous();
+      const Tensor in = t.contiguous();
+      if (!hosts_) {
+        cpu::all_gather(*peers_, in.const_data_ptr(), data.mutable_data_ptr(), in.numel(), type, out_type);
+      } else {
+        // Every rank's bytes beside zeros: their sum is exact.
+        Tensor all = at::zeros({ranks_, in.numel() * in.element_size()}, at::kByte);
+        std::memcpy(static_cast<char*>(all[rank_].mutable_data_ptr()), in.const_data_ptr(), all.size(1));
+        all = summed_bytes(all);
+        data.view(-1).copy_(at::from_blob(all.mutable_data_ptr(), {ranks_ * in.numel()}, in.options()));
+      }
+      if (!data.is_same(out)) out.copy_(data);
+      out.unsafeGetTensorImpl()->bump_version();
+    });
+  }
+
+  void close() { peers_->close(); }
+
+ private:
+  static Element type_of(const Tensor& t) {
+    const auto type = element_type(t.scalar_type());
+    TORCH_CHECK_TYPE(type && t.layout() == at::kStrided, "deepfast: collectives take dense float32, float16, bfloat16, ",
+                     "float64, int32 and int64, not ", t.layout(), " ", t.scalar_type());
+    TORCH_CHECK(t.is_cpu(), "deepfast: this communicator is for tensors on a CPU, not on ", t.device());
+    return *type;
+  }
+
+  static void check_factor(Element type, double factor) {
+    TORCH_CHECK_TYPE(factor == 1.0 || type <= Element::kFloat64, "deepfast: integers are summed, not scaled or averaged");
+  }
+
+  void check_pair(const Tensor& whole, const Tensor& part, const char* what) const {
+    TORCH_CHECK(whole.numel() == ranks_ * part.numel(), "deepfast: ", what, ": one tensor must have ", ranks_,
+                " times the other's elements, got ", whole.numel(), " and ", part.numel());
+    const bool floats = *element_type(whole.scalar_type()) <= Element::kBFloat16 &&
+                        *element_type(part.scalar_type()) <= Element::kBFloat16;
+    TORCH_CHECK_TYPE(floats || whole.scalar_type() == part.scalar_type(), "deepfast: ", what, " cannot turn ",
+                     whole.scalar_type(), " into ", part.scalar_type());
+  }
+
+  static Statistics statistics_of(const Tensor& t) {
+    const Tensor data = t.contiguous();
+    Span span = {};
+    span.grad = data.mutable_data_ptr();
+    span.grad_dtype = static_cast<DType>(type_of(t));
+    span.numel = data.numel();
+    return cpu::statistics(&span, 1);
+  }
+
+  static void tell(const Statistics& found, const std::optional<Tensor>& statistics,
+                   const std::optional<Tensor>& found_inf) {
+    if (statistics) {
+      TORCH_CHECK(statistics->scalar_type() == at::kDouble && statistics->numel() == 2 && statistics->is_contiguous(),
+                  "deepfast: statistics must be 2 contiguous float64 values");
+      std::memcpy(statistics->mutable_data_ptr(), &found, sizeof found);
+    }
+    if (found_inf && found.non_finite > 0) found_inf->fill_(1);
+  }
+
+  // Over all hosts: reduced on each (in fp32, where t is 16 bits wide), then once between them, then shown to all.
+  Tensor summed(const Tensor& t, double factor) {
+    const Tensor in = t.contiguous();
+    Tensor wide = in.element_size() == 2 ? in.to(at::kFloat) : in.clone();
+    const Element type = type_of(wide);
+    cpu::all_reduce(*peers_, wide.mutable_data_ptr(), wide.numel(), {type, type, factor, nullptr});
+    return over_hosts(wide);
+  }
+
+  Tensor summed_bytes(Tensor t) {
+    // Disjoint, so integers of any width do; four bytes at a time.
+    Tensor words = at::zeros({(t.numel() + 3) / 4}, at::kInt);
+    std::memcpy(words.mutable_data_ptr(), t.const_data_ptr(), t.numel());
+    cpu::all_reduce(*peers_, words.mutable_data_ptr(), words.numel(), {Element::kInt32, Element::kInt32, 1.0, nullptr});
+    return over_hosts(words);
+  }
+
+  Tensor over_hosts(Tensor t) {
+    if (hosts_->leads()) hosts_->add(*peers_, t);
+    cpu::broadcast(*peers_, t.mutable_data_ptr(), t.nbytes(), 0);
+    return t;
+  }
+
+  // One operation at a time. Whom this host has missed, the others are told.
+  template <class Body>
+  void run(const Body& body) {
+    const std::lock_guard lock(mutex_);
+    const at::NoGradGuard no_grad;
+    try {
+      body();
+    } catch (const Missing& missing) {
+      if (hosts_) hosts_->report(missing.ranks);
+      throw;
+    }
+  }
+
+  const int64_t rank_, ranks_;
+  std::shared_ptr<Peers> peers_;
+  std::shared_ptr<Hosts> hosts_;
+  std::shared_ptr<Heap> heap_;
+  std::mutex mutex_;
+};
+
+}  // namespace deepfast::bindings

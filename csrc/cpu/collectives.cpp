@@ -1,0 +1,287 @@
+#include "collectives.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "reduce.h"
+
+namespace deepfast::cpu {
+
+namespace {
+
+constexpr int64_t kPiece = 1 << 20;       // bytes: what is staged stays in the cache
+constexpr int64_t kSerial = 256 * 1024;  // bytes: less is not worth waking a thread for
+static_assert(kPiece <= Peers::kStage && Peers::kStage / kMaxRanks / 8 >= kReadBlock);
+
+int64_t size_of(Element type) {
+  switch (type) {
+    case Element::kFloat16:
+    case Element::kBFloat16:
+      return 2;
+    case Element::kFloat64:
+    case Element::kInt64:
+      return 8;
+    default:
+      return 4;
+  }
+}
+
+bool is_float(Element type) { return type <= Element::kBFloat16; }
+
+// The same elements of all ranks, and where their sum goes.
+struct Streams {
+  const char* from[kMaxRanks];
+  char* to[kMaxRanks];
+  int sources, targets;
+
+  Streams(int sources, int targets) : sources(sources), targets(targets) {}
+};
+
+// elements [at, at + n), n <= kStepBlock
+void reduce_floats(const Streams& s, int64_t at, int64_t n, const Reduction& how) {
+  alignas(64) float sum[kStepBlock], staged[kStepBlock];
+  const DType in = static_cast<DType>(how.in), out = static_cast<DType>(how.out);
+  const float factor = static_cast<float>(how.factor);
+  const float* x = decode(s.from[0], in, at, n, sum);
+  for (int r = 1; r < s.sources; ++r) {
+    const float* y = decode(s.from[r], in, at, n, staged);
+    for_each(n, [=, &sum](int64_t i) { sum[i] = x[i] + y[i]; }, x, y);
+    x = sum;
+  }
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    sum[i] = x[i] * factor;
+    largest = std::max(largest, to_bits(sum[i]) & 0x7fffffffu);
+  }
+  if (!is_finite(from_bits(largest))) {
+    for (int64_t i = 0; i < n; ++i) {
+      const auto load = [&](int r) {
+        float value;
+        return *decode(s.from[r], in, at + i, 1, &value);
+      };
+      if (!is_finite(sum[i])) sum[i] = reduced(load, s.sources, factor);
+    }
+  }
+  for (int t = 0; t < s.targets; ++t) {
+    if (out == DType::kFloat32) {
+      std::memcpy(s.to[t] + at * sizeof(float), sum, n * sizeof(float));
+    } else if (t == 0) {
+      encode(sum, s.to[0], out, at, n, false);
+    } else {
+      std::memcpy(s.to[t] + at * 2, s.to[0] + at * 2, n * 2);
+    }
+  }
+}
+
+template <class T>
+void reduce_others(const Streams& s, int64_t at, int64_t n, double factor) {
+  // Integers wrap around, as torch's do.
+  using Sum = std::conditional_t<std::is_integral_v<T>, std::make_unsigned<T>, std::type_identity<T>>::type;
+  for (int64_t i = at; i < at + n; ++i) {
+    Sum sum = reinterpret_cast<const T*>(s.from[0])[i];
+    for (int r = 1; r < s.sources; ++r) sum += reinterpret_cast<const T*>(s.from[r])[i];
+    if constexpr (!std::is_integral_v<T>) sum *= factor;
+    for (int t = 0; t < s.targets; ++t) reinterpret_cast<T*>(s.to[t])[i] = static_cast<T>(sum);
+  }
+}
+
+// elements [begin, end), begin a multiple of kReadBlock; sums[block]: of squares, where they are wanted.
+void reduce(const Streams& s, int64_t begin, int64_t end, const Reduction& how, double* sums) {
+  const bool serial = (end - begin) * size_of(how.in) < kSerial || omp_get_max_threads() == 1;
+#pragma omp parallel for schedule(static) if (!serial)
+  for (int64_t block = begin / kReadBlock; block < (end + kReadBlock - 1) / kReadBlock; ++block) {
+    const int64_t stop = std::min((block + 1) * int64_t{kReadBlock}, end);
+    for (int64_t at = block * kReadBlock; at < stop; at += kStepBlock) {
+      const int64_t n = std::min<int64_t>(kStepBlock, stop - at);
+      switch (how.in) {
+        case Element::kFloat64:
+          reduce_others<double>(s, at, n, how.factor);
+          break;
+        case Element::kInt32:
+          reduce_others<int32_t>(s, at, n, how.factor);
+          break;
+        case Element::kInt64:
+          reduce_others<int64_t>(s, at, n, how.factor);
+          break;
+        default:
+          reduce_floats(s, at, n, how);
+      }
+    }
+    if (sums) {
+      const int64_t at = block * kReadBlock;
+      sums[block] = sum_of_squares(s.to[0], static_cast<DType>(how.out), at, stop - at);
+    }
+  }
+}
+
+// Floats to floats of another width, or bytes to bytes.
+void convert(const char* from, Element in, char* to, Element out, int64_t n) {
+  if (in == out) {
+    std::memcpy(to, from, n * size_of(in));
+    return;
+  }
+  alignas(64) float staged[kStepBlock];
+  for (int64_t at = 0; at < n; at += kStepBlock) {
+    const int64_t length = std::min<int64_t>(kStepBlock, n - at);
+    const float* x = decode(from, static_cast<DType>(in), at, length, staged);
+    if (out == Element::kFloat32) {
+      std::memcpy(to + at * 4, x, length * 4);
+    } else {
+      encode(x, to, static_cast<DType>(out), at, length, false);
+    }
+  }
+}
+
+int64_t blocks_of(int64_t numel) { return (numel + kReadBlock - 1) / kReadBlock; }
+
+// Pieces take the two slots in turn, the last one that of the operation: the next operation may write to the other at
+// once, whatever is still being read.
+int first_slot(int slot, int64_t numel, int64_t piece) { return slot ^ ((numel + piece - 1) / piece + 1) % 2; }
+
+void check_sums(const Reduction& how, int64_t numel) {
+  if (how.statistics && (!is_float(how.out) || blocks_of(numel) > Peers::kSums)) {
+    throw std::runtime_error("deepfast: statistics are of fp32, fp16 and bf16, and of at most 2^35 elements");
+  }
+}
+
+}  // namespace
+
+void all_reduce(Peers& peers, void* data, int64_t numel, const Reduction& how) {
+  check_sums(how, numel);
+  const int rank = peers.rank(), ranks = peers.ranks();
+  const int64_t size = size_of(how.in);
+  char* own = static_cast<char*>(data);
+  int slot = peers.begin({Announcement::kAllReduce, how.in, how.out, numel, how.factor, peers.heap_offset(data)});
+
+  if (numel * size <= kOneShot) {
+    std::memcpy(peers.stage(rank, slot), own, numel * size);
+    peers.meet();
+    peers.check_agreement();
+    Streams s(ranks, 1);
+    for (int r = 0; r < ranks; ++r) s.from[r] = peers.stage(r, slot);
+    s.to[0] = own;
+    double sums[kOneShot / 2 / kReadBlock + 1];
+    reduce(s, 0, numel, how, how.statistics ? sums : nullptr);
+    if (how.statistics) *how.statistics = fold<Statistics>(sums, blocks_of(numel));
+    return;
+  }
+
+  double* sums = how.statistics ? peers.sums() : nullptr;
+  peers.meet();
+  peers.check_agreement();
+  if (peers.all_in_heap()) {
+    Streams s(ranks, ranks);
+    for (int r = 0; r < ranks; ++r) s.from[r] = s.to[r] = peers.heap(r) + peers.said(r).offset;
+    const Portion mine = portion_of(numel, rank, ranks);
+    reduce(s, mine.begin, mine.end, how, sums);
+    peers.meet();
+  } else {
+    const int64_t piece = kPiece / size / kReadBlock * kReadBlock;
+    slot = first_slot(slot, numel, piece);
+    for (int64_t begin = 0; begin < numel; begin += piece, slot ^= 1) {
+      // What a peer is to reduce is shown to it; where its own portion would lie, a rank shows its result. Whoever
+      // still reads a slot has not come to the first meeting of the next piece.
+      const int64_t n = std::min(piece, numel - begin);
+      char* shown = peers.stage(rank, slot);
+      char* at = own + begin * size;
+      for (int r = 0; r < ranks; ++r) {
+        const Portion p = portion_of(n, r, ranks);
+        if (r != rank) std::memcpy(shown + p.begin * size, at + p.begin * size, (p.end - p.begin) * size);
+      }
+      peers.meet();
+      Streams s(ranks, 2);
+      for (int r = 0; r < ranks; ++r) s.from[r] = r == rank ? at : peers.stage(r, slot);
+      s.to[0] = at;
+      s.to[1] = shown;
+      const Portion mine = portion_of(n, rank, ranks);
+      reduce(s, mine.begin, mine.end, how, sums ? sums + begin / kReadBlock : nullptr);
+      peers.meet();
+      for (int r = 0; r < ranks; ++r) {
+        const Portion p = portion_of(n, r, ranks);
+        if (r != rank) std::memcpy(at + p.begin * size, peers.stage(r, slot) + p.begin * size, (p.end - p.begin) * size);
+      }
+    }
+  }
+  if (how.statistics) *how.statistics = fold<Statistics>(sums, blocks_of(numel));
+}
+
+void reduce_scatter(Peers& peers, const void* in, void* out, int64_t numel, const Reduction& how) {
+  check_sums(how, numel);
+  const int rank = peers.rank(), ranks = peers.ranks();
+  const int64_t size = size_of(how.in), out_size = size_of(how.out);
+  const char* own = static_cast<const char*>(in);
+  int slot = peers.begin({Announcement::kReduceScatter, how.in, how.out, numel, how.factor, peers.heap_offset(in)});
+  std::vector<double> sums(how.statistics ? blocks_of(numel) : 0);
+  Streams s(ranks, 1);
+
+  peers.meet();
+  peers.check_agreement();
+  if (peers.all_in_heap()) {
+    for (int r = 0; r < ranks; ++r) s.from[r] = peers.heap(r) + peers.said(r).offset + rank * numel * size;
+    s.to[0] = static_cast<char*>(out);
+    reduce(s, 0, numel, how, sums.empty() ? nullptr : sums.data());
+    peers.meet();  // until then, nobody may write to its input
+  } else {
+    const int64_t piece = Peers::kStage / ranks / size / kReadBlock * kReadBlock;
+    slot = first_slot(slot, numel, piece);
+    for (int64_t begin = 0; begin < numel; begin += piece, slot ^= 1) {
+      const int64_t n = std::min(piece, numel - begin);
+      for (int r = 0; r < ranks; ++r) {
+        std::memcpy(peers.stage(rank, slot) + r * piece * size, own + (r * numel + begin) * size, n * size);
+      }
+      peers.meet();
+      for (int r = 0; r < ranks; ++r) s.from[r] = peers.stage(r, slot) + rank * piece * size;
+      s.to[0] = static_cast<char*>(out) + begin * out_size;
+      reduce(s, 0, n, how, sums.empty() ? nullptr : sums.data() + begin / kReadBlock);
+    }
+  }
+  if (how.statistics) *how.statistics = fold<Statistics>(sums.data(), sums.size());
+}
+
+void all_gather(Peers& peers, const void* in, void* out, int64_t numel, Element in_type, Element out_type) {
+  const int rank = peers.rank(), ranks = peers.ranks();
+  const int64_t size = size_of(in_type), out_size = size_of(out_type);
+  const char* own = static_cast<const char*>(in);
+  char* all = static_cast<char*>(out);
+  int slot = peers.begin({Announcement::kAllGather, in_type, out_type, numel, 1.0, peers.heap_offset(in)});
+
+  peers.meet();
+  peers.check_agreement();
+  if (peers.all_in_heap()) {
+    for (int r = 0; r < ranks; ++r) {
+      const char* from = peers.heap(r) + peers.said(r).offset;
+      convert(from, in_type, all + r * numel * out_size, out_type, numel);
+    }
+    peers.meet();
+  } else {
+    const int64_t piece = Peers::kStage / size;
+    slot = first_slot(slot, numel, piece);
+    for (int64_t begin = 0; begin < numel; begin += piece, slot ^= 1) {
+      const int64_t n = std::min(piece, numel - begin);
+      std::memcpy(peers.stage(rank, slot), own + begin * size, n * size);
+      peers.meet();
+      for (int r = 0; r < ranks; ++r) {
+        convert(peers.stage(r, slot), in_type, all + (r * numel + begin) * out_size, out_type, n);
+      }
+    }
+  }
+}
+
+void broadcast(Peers& peers, void* data, int64_t bytes, int root) {
+  int slot = peers.begin({Announcement::kBroadcast, Element::kInt32, Element::kInt32, bytes, 1.0, -1});
+  peers.meet();
+  peers.check_agreement();
+  slot = first_slot(slot, bytes, Peers::kStage);
+  for (int64_t begin = 0; begin < bytes; begin += Peers::kStage, slot ^= 1) {
+    const int64_t n = std::min(Peers::kStage, bytes - begin);
+    char* at = static_cast<char*>(data) + begin;
+    if (peers.rank() == root) std::memcpy(peers.stage(root, slot), at, n);
+    peers.meet();
+    if (peers.rank() != root) std::memcpy(at, peers.stage(root, slot), n);
+  }
+}
+
+}  // namespace deepfast::cpu

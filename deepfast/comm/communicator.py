@@ -1,0 +1,172 @@
+"""Collectives over the ranks of a process group."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import Counter
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, library
+
+from deepfast.comm import hosts
+
+_made: Counter[str] = Counter()  # communicators of each group, so that each has keys of its own in the store
+_numbers = itertools.count()
+_named: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
+
+
+class Communicator:
+    """Sums over the ranks of ``group``: those on one host through shared memory, hosts once an operation by gloo.
+
+    All ranks of the group make it together, and call its operations in the same order; a rank that does something else
+    than the others is an error on all. Sums are taken in fp32 in rank order and rounded once, so every rank gets the
+    same bits. (Over several hosts each host's sum is one term.) An operation has ended when its call returns; several
+    communicators may be used at once, from several threads.
+
+    Args:
+        group: a process group; None: all ranks. Only its store is used: the group itself may be of any backend.
+        timeout: how long an operation waits for the others.
+
+    Raises:
+        PeerTimeout: from any operation. A rank that has died is noticed at once, one that is silent at the timeout.
+            The communicator is broken then; make a new one with the ranks that are left.
+        RuntimeError: without a process group, and where the communication cannot be compiled.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, *, timeout: timedelta = timedelta(minutes=10)
+    ) -> None:
+        if not dist.is_initialized():
+            raise RuntimeError("deepfast: no process group: call torch.distributed.init_process_group() first")
+        group = dist.group.WORLD if group is None else group
+        if not isinstance(group, dist.ProcessGroup):
+            raise RuntimeError("deepfast: this rank is not in the group")
+        if timeout.total_seconds() <= 0:
+            raise ValueError(f"deepfast: timeout must be positive, got {timeout}")
+        number = _made[group.group_name]
+        _made[group.group_name] += 1
+        store = dist.PrefixStore(f"deepfast/{number}", group.get_group_store())
+        self.rank, self.size, self.timeout = group.rank(), group.size(), timeout
+        peers, self._native = hosts.connect(store, self.rank, self.size, timeout)
+        peers.heed_signals()
+        self._group = group
+        self._name = f"communicator {next(_numbers)}"
+        _named[self._name] = self
+
+    def all_reduce_(
+        self,
+        t: Tensor,
+        op: str = "sum",
+        *,
+        scale: float | None = None,
+        found_inf: Tensor | None = None,
+        statistics: Tensor | None = None,
+    ) -> Tensor:
+        """Sums ``t`` over the ranks, in place; zero-copy where it lies in memory from :meth:`empty`.
+
+        Args:
+            t: any shape and layout, the same on all ranks; float32, float16, bfloat16, float64, int32 or int64.
+            op: "sum" or "avg". The mean is formed before it is rounded: that of finite values is finite.
+            scale: the result is multiplied by it, in the same pass.
+            found_inf: one float32, set to 1 where the result is not finite, and else left alone.
+            statistics: float64 [2], filled with the result's sum of squares and with how many blocks of it are not
+                finite. The same bits on every rank, whatever their number.
+
+        Returns:
+            ``t``.
+        """
+        self._impl(t).all_reduce_(t, self._factor(op, scale), statistics, found_inf)
+        return t
+
+    def all_reduce(self, t: Tensor, op: str = "sum", *, scale: float | None = None) -> Tensor:
+        """As :meth:`all_reduce_`, in a new tensor: for autograd and torch.compile."""
+        return torch.ops.deepfast.all_reduce(t, self._name, self._factor(op, scale))
+
+    def reduce_scatter(
+        self,
+        out: Tensor,
+        t: Tensor,
+        op: str = "sum",
+        *,
+        scale: float | None = None,
+        found_inf: Tensor | None = None,
+        statistics: Tensor | None = None,
+    ) -> Tensor:
+        """Sums ``t`` over the ranks and leaves each its part; zero-copy where ``t`` lies in memory from :meth:`empty`.
+
+        Args:
+            out: [...], this rank's part; float32 where ``t`` is 16 bits wide: the sum is not rounded then.
+            t: [size, ...], rank r's part at index r.
+            op, scale, found_inf, statistics: as of :meth:`all_reduce_`; the last two of this rank's part.
+
+        Returns:
+            ``out``.
+        """
+        self._impl(t).reduce_scatter(out, t, self._factor(op, scale), statistics, found_inf)
+        return out
+
+    def all_gather(self, out: Tensor, t: Tensor) -> Tensor:
+        """Fills ``out`` [size, ...] with each rank's ``t`` [...]; zero-copy where ``t`` lies in :meth:`empty` memory.
+
+        ``out`` may be a float of another width: 16-bit weights from fp32 masters, say, rounded half to even.
+        """
+        self._impl(t).all_gather(out, t)
+        return out
+
+    def empty(self, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory that the other ranks see, for operations without copies: 1-D, not initialized.
+
+        Each rank may call it by itself. What is freed is kept for the next call.
+        """
+        if numel < 0:
+            raise ValueError(f"deepfast: numel must not be negative, got {numel}")
+        return self._native.empty(numel, dtype)
+
+    def close(self) -> None:
+        """Leaves. Whoever waits for this rank from then on gets a PeerTimeout."""
+        self._native.close()
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _impl(self, t: Tensor) -> Any:
+        return self._native
+
+    def _factor(self, op: str, scale: float | None) -> float:
+        if op not in ("sum", "avg"):
+            raise ValueError(f'deepfast: op={op!r} is not known: choose "sum" or "avg"')
+        factor = 1.0 if scale is None else float(scale)
+        return factor / self.size if op == "avg" else factor
+
+
+@library.custom_op("deepfast::all_reduce", mutates_args=())
+def _all_reduce(t: Tensor, communicator: str, factor: float) -> Tensor:
+    found = _named.get(communicator)
+    if found is None:
+        raise RuntimeError(f"deepfast: {communicator} is gone")
+    out = t.clone(memory_format=torch.contiguous_format)
+    found._impl(out).all_reduce_(out, factor, None, None)
+    return out
+
+
+@_all_reduce.register_fake
+def _(t: Tensor, communicator: str, factor: float) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, str, float], output: Tensor) -> None:
+    _, ctx.communicator, ctx.factor = inputs
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return torch.ops.deepfast.all_reduce(grad, ctx.communicator, ctx.factor), None, None
+
+
+_all_reduce.register_autograd(_backward, setup_context=_save)

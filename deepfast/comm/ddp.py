@@ -1,0 +1,20 @@
+"""DistributedDataParallel with our all-reduce."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepfast.comm.communicator import Communicator
+
+
+def allreduce_hook(comm: Communicator, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """A communication hook: ``ddp.register_comm_hook(comm, deepfast.comm.allreduce_hook)``.
+
+    Averages the bucket in place. The mean is formed before it is rounded, so finite fp16 gradients stay finite (torch's
+    own hooks divide after the cast, or sum first).
+    """
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(comm.all_reduce_(bucket.buffer(), "avg"))
+    return future
