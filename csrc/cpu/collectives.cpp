@@ -46,15 +46,21 @@ void reduce_floats(const Streams& s, int64_t at, int64_t n, const Reduction& how
   const DType in = static_cast<DType>(how.in), out = static_cast<DType>(how.out);
   const float factor = static_cast<float>(how.factor);
   const float* x = decode(s.from[0], in, at, n, sum);
-  for (int r = 1; r < s.sources; ++r) {
+  for (int r = 1; r < s.sources - 1; ++r) {
     const float* y = decode(s.from[r], in, at, n, staged);
     for_each(n, [=, &sum](int64_t i) { sum[i] = x[i] + y[i]; }, x, y);
     x = sum;
   }
   uint32_t largest = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    sum[i] = x[i] * factor;
+  const auto finish = [&](int64_t i, float total) {
+    sum[i] = total * factor;
     largest = std::max(largest, to_bits(sum[i]) & 0x7fffffffu);
+  };
+  if (s.sources > 1) {
+    const float* y = decode(s.from[s.sources - 1], in, at, n, staged);
+    for (int64_t i = 0; i < n; ++i) finish(i, x[i] + y[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) finish(i, x[i]);
   }
   if (!is_finite(from_bits(largest))) {
     for (int64_t i = 0; i < n; ++i) {

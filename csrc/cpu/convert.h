@@ -59,6 +59,32 @@ inline void encode_fp16(const float* __restrict src, uint16_t* __restrict dst, i
   for (; i < n; ++i) dst[i] = kSaturate ? Fp16::from_master(src[i]) : Fp16::nearest_even(src[i]);
 }
 
+#if defined(__AVX512F__)
+// Bf16::nearest_even, 16 at a time, in the upper half of each word.
+inline __m512i rounded_to_bf16(const float* src) {
+  const __m512 x = _mm512_loadu_ps(src);
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(_mm512_set1_epi32(0x7fff), even));
+  return _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000));
+}
+#endif
+
+// dst[n] = src[n] rounded half to even.
+inline void encode_bf16(const float* __restrict src, uint16_t* __restrict dst, int64_t n) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  alignas(64) uint16_t upper[32];  // GCC narrows by an instruction that takes three times as long
+  for (int k = 0; k < 32; ++k) upper[k] = 2 * k + 1;
+  const __m512i uppers = _mm512_load_si512(upper);
+  for (; i + 32 <= n; i += 32) {
+    const __m512i both = _mm512_permutex2var_epi16(rounded_to_bf16(src + i), uppers, rounded_to_bf16(src + i + 16));
+    _mm512_storeu_si512(dst + i, both);
+  }
+#endif
+  for (; i < n; ++i) dst[i] = Bf16::nearest_even(src[i]);
+}
+
 // The block as fp32: in place where it is fp32 already, else decoded into `staging`.
 inline const float* decode(const void* src, DType dtype, int64_t offset, int64_t n, float* __restrict staging) {
   if (dtype == DType::kFloat32) return static_cast<const float*>(src) + offset;
@@ -93,7 +119,7 @@ inline void encode(const float* __restrict src, void* dst, DType dtype, int64_t 
   } else if (master) {
     for (int64_t i = 0; i < n; ++i) half[i] = Bf16::from_master(src[i]);
   } else {
-    for (int64_t i = 0; i < n; ++i) half[i] = Bf16::nearest_even(src[i]);
+    encode_bf16(src, half, n);
   }
 }
 

@@ -78,10 +78,6 @@ void Flag::sleep(uint32_t target, std::chrono::nanoseconds at_most) {
 Peers::Peers(int rank, std::vector<int> fds, std::vector<int> names, int64_t heap, std::chrono::nanoseconds timeout)
     : rank_(rank), fds_(std::move(fds)), names_(std::move(names)), heap_(heap), process_(getpid()), timeout_(timeout),
       heaps_(new std::atomic<char*>[fds_.size()]()) {
-  struct flock lock = {};
-  lock.l_type = F_WRLCK;
-  lock.l_len = 1;
-  if (fcntl(fds_[rank_], F_SETLK, &lock) != 0) throw error("the rank's file cannot be locked");
   for (int fd : fds_) base_.push_back(map(fd, 0, kHeapAt));
   // Where every rank has a processor of its own, spinning is the fastest way to wait; else it only keeps the one that
   // is waited for from running.

@@ -1,8 +1,8 @@
 // The ranks of one host as one of them sees the others: their memory, who has arrived where, who is still there.
 //
-// Every rank owns one anonymous file (memfd) that all have mapped; it has no name, so nothing is left behind, and
-// /dev/shm's size does not matter. A rank that holds the lock on its file is alive: the kernel drops such a lock with the process,
-// whatever ends it, and a forked child does not inherit it. Nothing here knows of torch.
+// Every rank owns one anonymous file (memfd) that all have mapped; it has no name, so nothing is left behind, and the size
+// of /dev/shm does not matter. A rank that holds the (POSIX) lock on its file is alive: the kernel drops such a lock with
+// the process, whatever ends it, and a forked child does not inherit it. Nothing here knows of torch.
 #pragma once
 
 #include <atomic>
@@ -71,7 +71,7 @@ class Peers {
   static constexpr int64_t kSumsAt = kStageAt + 2 * kStage;
   static constexpr int64_t kHeapAt = kSumsAt + kSums * sizeof(double);
 
-  // fds[ranks]: the files of all, this rank's own included; they are this object's from now on. names[ranks]: what the
+  // fds[ranks]: the files of all, each locked by its owner; they are this object's from now on. names[ranks]: what the
   // whole group calls them. heap: bytes that each file has beyond kHeapAt.
   Peers(int rank, std::vector<int> fds, std::vector<int> names, int64_t heap, std::chrono::nanoseconds timeout);
   ~Peers();

@@ -53,7 +53,6 @@ class Communicator:
         self.rank, self.size, self.timeout = group.rank(), group.size(), timeout
         peers, self._native = hosts.connect(store, self.rank, self.size, timeout)
         peers.heed_signals()
-        self._group = group
         self._name = f"communicator {next(_numbers)}"
         _named[self._name] = self
 

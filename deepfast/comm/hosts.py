@@ -8,6 +8,7 @@ Everything else goes through the group's store.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hmac
 import json
 import os
@@ -68,6 +69,7 @@ def connect(store: Any, rank: int, size: int, timeout: timedelta) -> tuple[Any, 
         if len(here) > native.MAX_RANKS:
             raise RuntimeError(f"deepfast: {len(here)} ranks on one host; {native.MAX_RANKS} are the most")
         own = os.memfd_create("deepfast", os.MFD_CLOEXEC)
+        fcntl.lockf(own, fcntl.LOCK_EX)  # held as long as this process lives; before the others have the file
         heap = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(here)
         os.ftruncate(own, native.HEAP_AT + heap)  # pages that nobody touches cost nothing
         try:
