@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.machinery
 import importlib.util
 import os
 import platform
@@ -543,11 +544,12 @@ def load_comm() -> Any:
         BuildError: if there is none and none can be built.
     """
     path = locate(COMM)
-    spec = importlib.util.spec_from_file_location("deepfast_comm", path)
-    assert spec is not None and spec.loader is not None
+    loader = importlib.machinery.ExtensionFileLoader("deepfast_comm", str(path))
     try:
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = importlib.util.module_from_spec(
+            importlib.machinery.ModuleSpec("deepfast_comm", loader, origin=str(path))
+        )
+        loader.exec_module(module)
     except (ImportError, OSError) as error:
         raise _unloadable(path, error) from error
     return module

@@ -40,7 +40,8 @@ PYBIND11_MODULE(deepfast_comm, m) {
   m.attr("MAX_RANKS") = kMaxRanks;
   m.attr("HEAP_AT") = Peers::kHeapAt;
   py::class_<Hosts, std::shared_ptr<Hosts>>(m, "Hosts")
-      .def(py::init<c10::intrusive_ptr<Backend>, c10::intrusive_ptr<c10d::Store>, int, std::vector<std::vector<int>>>());
+      .def(
+          py::init<c10::intrusive_ptr<Backend>, c10::intrusive_ptr<c10d::Store>, int, std::vector<std::vector<int>>>());
   py::class_<Peers, std::shared_ptr<Peers>>(m, "Peers")
       .def(py::init(&make_peers))
       .def("heed_signals", [](Peers& peers) { peers.look_up = &look_for_signals; });
@@ -52,7 +53,8 @@ PYBIND11_MODULE(deepfast_comm, m) {
       .def("empty", &Communicator::empty, Released())
       .def("close", &Communicator::close, Released());
   py::class_<ProcessGroup, c10::intrusive_ptr<ProcessGroup>, Backend>(m, "ProcessGroup")
-      .def(py::init<int, int, std::shared_ptr<Communicator>, c10::intrusive_ptr<Backend>, c10::intrusive_ptr<Backend>>());
+      .def(py::init<int, int, std::shared_ptr<Communicator>, c10::intrusive_ptr<Backend>,
+                    c10::intrusive_ptr<Backend>>());
 }
 
 }  // namespace deepfast::bindings

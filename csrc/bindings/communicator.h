@@ -2,8 +2,6 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <torch/csrc/distributed/c10d/Backend.hpp>
-#include <torch/csrc/distributed/c10d/Store.hpp>
 
 #include <map>
 #include <memory>
@@ -11,6 +9,8 @@
 #include <optional>
 #include <sstream>
 #include <thread>
+#include <torch/csrc/distributed/c10d/Backend.hpp>
+#include <torch/csrc/distributed/c10d/Store.hpp>
 
 #include "../cpu/collectives.h"
 #include "../cpu/kernels.h"
@@ -281,14 +281,16 @@ class Communicator {
  private:
   static Element type_of(const Tensor& t) {
     const auto type = element_type(t.scalar_type());
-    TORCH_CHECK_TYPE(type && t.layout() == at::kStrided, "deepfast: collectives take dense float32, float16, bfloat16, ",
-                     "float64, int32 and int64, not ", t.layout(), " ", t.scalar_type());
+    TORCH_CHECK_TYPE(type && t.layout() == at::kStrided,
+                     "deepfast: collectives take dense float32, float16, bfloat16, ", "float64, int32 and int64, not ",
+                     t.layout(), " ", t.scalar_type());
     TORCH_CHECK(t.is_cpu(), "deepfast: this communicator is for tensors on a CPU, not on ", t.device());
     return *type;
   }
 
   static void check_factor(Element type, double factor) {
-    TORCH_CHECK_TYPE(factor == 1.0 || type <= Element::kFloat64, "deepfast: integers are summed, not scaled or averaged");
+    TORCH_CHECK_TYPE(factor == 1.0 || type <= Element::kFloat64,
+                     "deepfast: integers are summed, not scaled or averaged");
   }
 
   void check_pair(const Tensor& whole, const Tensor& part, const char* what) const {

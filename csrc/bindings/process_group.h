@@ -103,9 +103,9 @@ class ProcessGroup : public Backend {
 
   // Not ours.
 
-#define DEEPFAST_FORWARD(name, Options)                                                            \
-  c10::intrusive_ptr<Work> name(std::vector<Tensor>& a, const c10d::Options& opts) override {      \
-    return of(a).name(a, opts);                                                                    \
+#define DEEPFAST_FORWARD(name, Options)                                                       \
+  c10::intrusive_ptr<Work> name(std::vector<Tensor>& a, const c10d::Options& opts) override { \
+    return of(a).name(a, opts);                                                               \
   }
   DEEPFAST_FORWARD(broadcast, BroadcastOptions)
   DEEPFAST_FORWARD(allreduce_sparse, AllreduceOptions)

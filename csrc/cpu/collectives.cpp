@@ -12,7 +12,7 @@ namespace deepfast::cpu {
 
 namespace {
 
-constexpr int64_t kPiece = 1 << 20;       // bytes: what is staged stays in the cache
+constexpr int64_t kPiece = 512 << 10;    // bytes: what is staged stays in the cache
 constexpr int64_t kSerial = 256 * 1024;  // bytes: less is not worth waking a thread for
 static_assert(kPiece <= Peers::kStage && Peers::kStage / kMaxRanks / 8 >= kReadBlock);
 
@@ -207,7 +207,8 @@ void all_reduce(Peers& peers, void* data, int64_t numel, const Reduction& how) {
       peers.meet();
       for (int r = 0; r < ranks; ++r) {
         const Portion p = portion_of(n, r, ranks);
-        if (r != rank) std::memcpy(at + p.begin * size, peers.stage(r, slot) + p.begin * size, (p.end - p.begin) * size);
+        if (r != rank)
+          std::memcpy(at + p.begin * size, peers.stage(r, slot) + p.begin * size, (p.end - p.begin) * size);
       }
     }
   }

@@ -76,7 +76,12 @@ void Flag::sleep(uint32_t target, std::chrono::nanoseconds at_most) {
 }
 
 Peers::Peers(int rank, std::vector<int> fds, std::vector<int> names, int64_t heap, std::chrono::nanoseconds timeout)
-    : rank_(rank), fds_(std::move(fds)), names_(std::move(names)), heap_(heap), process_(getpid()), timeout_(timeout),
+    : rank_(rank),
+      fds_(std::move(fds)),
+      names_(std::move(names)),
+      heap_(heap),
+      process_(getpid()),
+      timeout_(timeout),
       heaps_(new std::atomic<char*>[fds_.size()]()) {
   for (int fd : fds_) base_.push_back(map(fd, 0, kHeapAt));
   // Where every rank has a processor of its own, spinning is the fastest way to wait; else it only keeps the one that
@@ -163,7 +168,8 @@ void Peers::wait_slowly(uint32_t target) {
       fail(closed ? "left" : "died", named(gone));
     }
     const auto waited = Clock::now() - start;
-    if (waited > timeout_.load() + (all_elsewhere ? kGrace : milliseconds(0))) fail("silent at the timeout", named(late));
+    if (waited > timeout_.load() + (all_elsewhere ? kGrace : milliseconds(0)))
+      fail("silent at the timeout", named(late));
     try {
       look_up();
     } catch (...) {

@@ -1,8 +1,8 @@
 // The ranks of one host as one of them sees the others: their memory, who has arrived where, who is still there.
 //
-// Every rank owns one anonymous file (memfd) that all have mapped; it has no name, so nothing is left behind, and the size
-// of /dev/shm does not matter. A rank that holds the (POSIX) lock on its file is alive: the kernel drops such a lock with
-// the process, whatever ends it, and a forked child does not inherit it. Nothing here knows of torch.
+// Every rank owns one anonymous file (memfd) that all have mapped; it has no name, so nothing is left behind, and the
+// size of /dev/shm does not matter. A rank that holds the (POSIX) lock on its file is alive: the kernel drops such a
+// lock with the process, whatever ends it, and a forked child does not inherit it. Nothing here knows of torch.
 #pragma once
 
 #include <atomic>
@@ -46,8 +46,8 @@ struct alignas(64) Flag {
   bool reached(uint32_t target) const {
     return static_cast<int32_t>(value.load(std::memory_order_acquire) - target) >= 0;
   }
-  void raise(uint32_t to);                                   // what was written before is seen by whoever sees `to`
-  void wake();                                               // those who wait, to look around
+  void raise(uint32_t to);  // what was written before is seen by whoever sees `to`
+  void wake();              // those who wait, to look around
   void sleep(uint32_t target, std::chrono::nanoseconds at_most);  // until it is reached, or woken
 };
 static_assert(std::atomic<uint32_t>::is_always_lock_free);
@@ -65,9 +65,9 @@ struct Control {
 
 class Peers {
  public:
-  static constexpr int64_t kStage = 4 << 20;              // bytes, each of two
-  static constexpr int64_t kSums = int64_t{1} << 23;      // blocks of statistics: one operation's
-  static constexpr int64_t kStageAt = 4096;               // offsets in a rank's file
+  static constexpr int64_t kStage = 4 << 20;          // bytes, each of two
+  static constexpr int64_t kSums = int64_t{1} << 23;  // blocks of statistics: one operation's
+  static constexpr int64_t kStageAt = 4096;           // offsets in a rank's file
   static constexpr int64_t kSumsAt = kStageAt + 2 * kStage;
   static constexpr int64_t kHeapAt = kSumsAt + kSums * sizeof(double);
 
@@ -82,7 +82,7 @@ class Peers {
   int name(int rank) const { return names_[rank]; }
   char* stage(int rank, int slot) const { return base_[rank] + kStageAt + slot * kStage; }
   double* sums() const { return reinterpret_cast<double*>(base_[0] + kSumsAt); }  // [kSums], the same for all
-  char* heap(int rank);  // mapped when it is first asked for
+  char* heap(int rank);                                                           // mapped when it is first asked for
   int64_t heap_offset(const void* data) const;  // of memory in this rank's own heap; -1 for any other
   int64_t heap_bytes() const { return heap_; }
 

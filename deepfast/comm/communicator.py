@@ -37,9 +37,7 @@ class Communicator:
         RuntimeError: without a process group, and where the communication cannot be compiled.
     """
 
-    def __init__(
-        self, group: dist.ProcessGroup | None = None, *, timeout: timedelta = timedelta(minutes=10)
-    ) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, *, timeout: timedelta = timedelta(minutes=10)) -> None:
         if not dist.is_initialized():
             raise RuntimeError("deepfast: no process group: call torch.distributed.init_process_group() first")
         group = dist.group.WORLD if group is None else group

@@ -1,6 +1,6 @@
 """DistributedDataParallel with our all-reduce."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: DDP looks at the hook's own.
 
 import torch
 import torch.distributed as dist

@@ -1,7 +1,7 @@
 """Who shares a host with whom, and how they come by each other's memory.
 
-Each rank makes an anonymous file (memfd) and hands it to the others of its host over a socket: the file has no name, and
-the socket's is the kernel's and goes with it, so nothing can be left behind, and the size of /dev/shm is no limit.
+Each rank makes an anonymous file (memfd) and hands it to the others of its host over a socket: the file has no name,
+and the socket's is the kernel's and goes with it, so nothing can be left behind, and the size of /dev/shm is no limit.
 Everything else goes through the group's store.
 """
 
@@ -146,7 +146,9 @@ def _exchange(
             connections[int(sender)] = connection, fds[0]
         files = [own, *(connections[r][1] for r in here[1:])]
         for r in here[1:]:
-            socket.send_fds(connections[r][0], [b"."], [fd for other, fd in zip(here, files, strict=True) if other != r])
+            socket.send_fds(
+                connections[r][0], [b"."], [fd for other, fd in zip(here, files, strict=True) if other != r]
+            )
     return files
 
 
