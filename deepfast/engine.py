@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, DistributedSampler
 
-from deepfast import checkpoint, optim, schedule
+from deepfast import build, checkpoint, optim, schedule
 from deepfast import config as configuration
+from deepfast.buckets import GradientStatistics
 from deepfast.config import Config
 from deepfast.errors import ConfigError
 from deepfast.optim.base import HALF, Optimizer
@@ -78,7 +79,10 @@ class Engine(nn.Module):
             raise ValueError("initialize(): ReduceLROnPlateau needs a metric: keep it yourself and step it with one")
         self.scaler = self._make_scaler()
         _, _, accumulation = config.batch_triple()
-        self._sums = GradientSums(self._params()) if accumulation > 1 or self.world_size > 1 else None
+        self._comm = self._make_communicator() if self.world_size > 1 else None
+        self._sums = GradientSums(self._params(), self._comm) if accumulation > 1 or self.world_size > 1 else None
+        ours = isinstance(self.optimizer, Optimizer)
+        self._statistics = GradientStatistics(self._params(), self.optimizer.backend) if ours else None  # type: ignore[attr-defined]
         self._backwards = 0  # since the last step
         self._sync = True
         self._applied = False
@@ -127,6 +131,16 @@ class Engine(nn.Module):
             min_scale=fp16.min_loss_scale,
         )
 
+    def _make_communicator(self) -> Any:
+        """For the gradients' sums; None where torch.distributed has to take them."""
+        from deepfast import comm
+
+        try:
+            return comm.Communicator()
+        except build.BuildError as error:
+            log.warning("gradients are reduced by torch.distributed: %s", error)
+            return None
+
     # One step.
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -145,11 +159,19 @@ class Engine(nn.Module):
         """
         if self._sums is None and self._backwards and self.dtype in HALF:
             self._sums = GradientSums(self._params())  # a second loss in one step: from here on, sum in fp32
-            self._sums.add(None)
+            self._sums.begin(None, last=False)
+            self._sums.add()
         self._backwards += 1
+        last = self._sync and self.is_gradient_accumulation_boundary()
+        if self._sums is not None:
+            self._sums.begin(None if weight is None else float(weight), last)
+        elif self._statistics is not None:
+            self._statistics.begin()
         self.scaler.scale(loss).backward()
         if self._sums is not None:
-            self._sums.add(None if weight is None else float(weight))
+            self._sums.add()
+        elif self._statistics is not None:
+            self._statistics.end()
         return loss
 
     def step(self) -> None:
@@ -168,14 +190,17 @@ class Engine(nn.Module):
 
     def _optimizer_step(self) -> None:
         optimizer = self.optimizer
-        divisor = 1.0
+        divisor, statistics = 1.0, None
         if self._sums is not None:
-            if self.world_size > 1:
-                self._sums.reduce()
+            statistics = self._sums.finish()
             divisor = self._sums.divisor(self.gradient_accumulation_steps() * self.world_size)
             self._sums.hand_over()
-        step = self._fused_step if isinstance(optimizer, Optimizer) else self._foreign_step
-        self._grad_norm = step(optimizer, divisor)
+        elif self._statistics is not None:
+            statistics = self._statistics.take()
+        if isinstance(optimizer, Optimizer):
+            self._grad_norm = self._fused_step(optimizer, divisor, statistics)
+        else:
+            self._grad_norm = self._foreign_step(optimizer, divisor)
         found = self.scaler.found_inf(optimizer)
         self.scaler.update()
         self._applied = found is None or not found.item()
@@ -190,10 +215,15 @@ class Engine(nn.Module):
         elif self.lr_scheduler is not None:
             self.lr_scheduler.step()
 
-    def _fused_step(self, optimizer: Any, divisor: float) -> Tensor | None:
-        """Unscales, checks, clips and updates in one pass. Returns the gradients' norm."""
-        with optimizer._scaled(None if divisor == 1.0 else torch.full((), divisor, device=self.device)):
-            self.scaler.step(optimizer)
+    def _fused_step(self, optimizer: Any, divisor: float, statistics: Tensor | None) -> Tensor | None:
+        """Unscales, checks, clips and updates in one pass; where the statistics are known, in the only one over the
+        gradients. Returns the gradients' norm."""
+        optimizer._statistics = statistics
+        try:
+            with optimizer._scaled(None if divisor == 1.0 else torch.full((), divisor, device=self.device)):
+                self.scaler.step(optimizer)
+        finally:
+            optimizer._statistics = None
         return optimizer.grad_norm
 
     def _foreign_step(self, optimizer: torch.optim.Optimizer, divisor: float) -> Tensor | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,18 +30,23 @@ def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.frombuffer(pages, dtype=dtype, count=numel, offset=start)  # keeps `pages` alive
 
 
-def zeros_like_each(tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+def zeros_like_each(
+    tensors: Sequence[Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    empty: Callable[[int, torch.dtype], Tensor] | None = None,
+) -> tuple[Tensor, list[Tensor]]:
     """One zeroed allocation (1-D), and a view of it for each of ``tensors``, of its shape.
 
     Each view has its model's strides where that is dense in memory (so the two can be walked side by side), else
-    contiguous ones.
+    contiguous ones. The memory comes from ``empty(numel, dtype)``, if that is given.
     """
     step = _ALIGN // dtype.itemsize
     offsets, total = [], 0
     for t in tensors:
         offsets.append(total)
         total += -(-t.numel() // step) * step
-    flat = zeros(total, dtype, device)
+    flat = zeros(total, dtype, device) if empty is None else empty(total, dtype).zero_()
     return flat, [
         flat[offset : offset + t.numel()].as_strided(t.shape, _strides(t))
         for t, offset in zip(tensors, offsets, strict=True)

@@ -7,6 +7,7 @@ None of them reads a value back to the host.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -49,6 +50,22 @@ def statistics(grads: Sequence[Tensor]) -> Tensor:
     squares = [_real(g).double().square().sum() for g in grads]
     non_finite = [(~_real(g).isfinite()).sum().double() for g in grads]
     return torch.stack([torch.stack(squares).sum(), torch.stack(non_finite).sum()])
+
+
+def reduced(tensors: Sequence[Tensor], factor: float = 1.0) -> Tensor:
+    """The sum over the ranks' ``tensors``, times ``factor`` (1 / ranks for a mean); see ``csrc/math/collective.h``.
+
+    16-bit tensors and fp32 ones are added in fp32, in rank order, and rounded once; a sum beyond fp32's range is formed
+    again in fp64 before it is multiplied, so the mean of finite values is finite.
+    """
+    dtype = tensors[0].dtype
+    if not dtype.is_floating_point or dtype == torch.float64:
+        total = functools.reduce(torch.add, tensors)
+        return total * factor if dtype == torch.float64 else total
+    factor32 = torch.tensor(factor, dtype=torch.float32)
+    narrow = functools.reduce(torch.add, [t.float() for t in tensors]) * factor32
+    wide = functools.reduce(torch.add, [t.double() for t in tensors]) * factor32.double()
+    return torch.where(narrow.isfinite(), narrow, wide.float()).to(dtype)
 
 
 def decide_(

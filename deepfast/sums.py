@@ -3,64 +3,147 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from deepfast import memory, ops
+from deepfast.buckets import Buckets
 
 
 class GradientSums:
-    """Micro-batches summed in fp32, whatever the gradients' type, and over the ranks in one all-reduce.
+    """Micro-batches summed in fp32, whatever the gradients' type, and over the ranks bucket by bucket.
 
-    One flat buffer: the sums of all parameters, then for each parameter whether any rank had a gradient, then the
-    total weight and whether it was given. Reducing them together keeps a parameter that no rank used without a
-    gradient everywhere.
+    One flat buffer: the sums of all parameters, in the order of the buckets. A bucket is reduced, and its statistics
+    taken, as soon as its last gradient is there. After the last bucket the ranks tell each other which parameters had a
+    gradient and what the total weight is: a parameter that no rank used stays without a gradient everywhere.
+
+    Args:
+        params: on one device.
+        comm: a :class:`deepfast.comm.Communicator`, whose memory the buffer then lies in; None: torch.distributed, if
+            there are ranks.
     """
 
-    def __init__(self, params: list[Tensor]) -> None:
+    def __init__(self, params: list[Tensor], comm: Any = None) -> None:
         self.params = params
+        self.comm = comm
+        self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         device = params[0].device
-        tail = torch.empty(len(params) + 2, device="meta")
-        self.flat, views = memory.zeros_like_each([*params, tail], torch.float32, device)
-        self.sums, self.tail = views[:-1], views[-1]
-        self.present = [False] * len(params)
+        self.buckets = Buckets(params, (25 if device.type == "cuda" else 4) << 20, self._reduce)
+        order = [i for members in self.buckets.members for i in members]
+        self.flat, views = memory.zeros_like_each(
+            [params[i] for i in order], torch.float32, device, None if comm is None else comm.empty
+        )
+        self.sums = [view for _, view in sorted(zip(order, views, strict=True), key=lambda pair: pair[0])]
+        starts = [self.sums[members[0]].storage_offset() for members in self.buckets.members]
+        starts = [start - self.flat.storage_offset() for start in starts]
+        ends = [*starts[1:], self.flat.numel()]
+        self._pieces = [self.flat[start:end] for start, end in zip(starts, ends, strict=True)]
+        self._found = torch.zeros(len(starts), 2, dtype=torch.float64, device=device)
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets this step's gradients."""
+        self.present = [False] * len(self.params)
         self.weight = 0.0
         self.weighted: bool | None = None  # whether this step's micro-batches came with a weight
+        self._adding = 0.0
+        self._begun = False  # whether buckets of this step have been handed over
+        self._reduced = False
 
-    def add(self, weight: float | None) -> None:
-        """Adds ``weight`` (None: 1) times each parameter's gradient, and releases the gradients."""
+    def begin(self, weight: float | None, last: bool) -> None:
+        """Before a micro-batch's backward pass. last: its buckets may be reduced as they fill."""
         if self.weighted is not None and self.weighted != (weight is not None):
             raise RuntimeError("backward(): give every micro-batch of a step a weight, or none")
+        if self._begun:
+            self._reopen()
         self.weighted = weight is not None
-        weight = 1.0 if weight is None else weight
-        used = [i for i, p in enumerate(self.params) if p.grad is not None]
-        self._accumulate([i for i in used if not self.present[i]], weight, overwrite=True)
-        self._accumulate([i for i in used if self.present[i]], weight, overwrite=False)
+        self._adding = 1.0 if weight is None else weight
+        if last:
+            self.buckets.watch()
+            self._begun = True
+
+    def add(self) -> None:
+        """After it: adds weight times each parameter's gradient, and releases the gradients."""
+        if self._begun:
+            self.buckets.settle()
+            late = [i for b in range(self.buckets.next) for i in self.buckets.members[b] if self._has_grad(i)]
+            if late and self.ranks > 1:
+                raise RuntimeError(
+                    f"backward(): the gradient of a parameter of shape {tuple(self.params[late[0]].shape)} came twice, "
+                    "the second time after it was reduced: use checkpointing with use_reentrant=False"
+                )
+        self._take(range(len(self.params)))
+        self.weight += self._adding
+
+    def _has_grad(self, i: int) -> bool:
+        return self.params[i].grad is not None
+
+    def _take(self, wanted: Any) -> None:
+        used = [i for i in wanted if self._has_grad(i)]
+        self._accumulate([i for i in used if not self.present[i]], overwrite=True)
+        self._accumulate([i for i in used if self.present[i]], overwrite=False)
         for i in used:
             self.present[i] = True
             self.params[i].grad = None
-        self.weight += weight
 
-    def _accumulate(self, chosen: list[int], weight: float, overwrite: bool) -> None:
+    def _accumulate(self, chosen: list[int], overwrite: bool) -> None:
         if not chosen:
             return
         grads = [grad for i in chosen if (grad := self.params[i].grad) is not None]
         backend = ops.select(ops.forced(), self.flat.device, *(g.dtype for g in grads))
-        backend.accumulate_([self.sums[i] for i in chosen], grads, weight, overwrite)
+        backend.accumulate_([self.sums[i] for i in chosen], grads, self._adding, overwrite)
 
-    def reduce(self) -> None:
-        """Sums over all ranks."""
-        for total, present in zip(self.sums, self.present, strict=True):
-            if not present:
-                total.zero_()
-        self.tail.copy_(torch.tensor([*map(float, self.present), self.weight, float(bool(self.weighted))]))
-        dist.all_reduce(self.flat)
-        *ranks_with_gradient, self.weight, ranks_with_weight = self.tail.tolist()
-        if ranks_with_weight not in (0.0, float(dist.get_world_size())):
-            raise RuntimeError("backward(): give the micro-batches of every rank a weight, or of none")
-        self.present = [ranks > 0 for ranks in ranks_with_gradient]
+    def _reduce(self, bucket: int) -> None:
+        """A bucket whose gradients are all there: adds them, and sums over the ranks."""
+        members = self.buckets.members[bucket]
+        self._take(members)
+        for i in members:
+            if not self.present[i]:
+                self.sums[i].zero_()
+        piece, found = self._pieces[bucket], self._found[bucket]
+        if self._side is not None:  # beside the backward pass
+            self._side.wait_stream(torch.cuda.current_stream(piece.device))
+        with torch.cuda.stream(self._side):
+            if self.comm is not None:
+                self.comm.all_reduce_(piece, statistics=found)
+                return
+            if self.ranks > 1:
+                dist.all_reduce(piece)
+            found.copy_(ops.select(ops.forced(), piece.device, piece.dtype).statistics([piece]))
+
+    def finish(self) -> Tensor:
+        """Before the step: what is left is reduced. Returns the statistics, fp64 [2], over all parameters and ranks."""
+        if not self._begun:
+            self.buckets.watch()
+            self._begun = True
+        self.buckets.flush()
+        if self._side is not None:
+            torch.cuda.current_stream(self.flat.device).wait_stream(self._side)
+        if self.ranks > 1 and not self._reduced:
+            tail = torch.tensor([*map(float, self.present), self.weight, float(bool(self.weighted))])
+            tail = tail.to(self.flat.device)
+            if self.comm is None:
+                dist.all_reduce(tail)
+            else:
+                self.comm.all_reduce_(tail)
+            *ranks_with_gradient, self.weight, ranks_with_weight = tail.tolist()
+            if ranks_with_weight not in (0.0, float(self.ranks)):
+                raise RuntimeError("backward(): give the micro-batches of every rank a weight, or of none")
+            self.present = [ranks > 0 for ranks in ranks_with_gradient]
+        self._reduced = True
+        return self._found.sum(0)
+
+    def _reopen(self) -> None:
+        """One more backward pass, after buckets have been reduced: what is summed is the first rank's from here on."""
+        if self.ranks > 1:
+            self.finish()
+            if dist.get_rank() != 0:
+                self.present, self.weight = [False] * len(self.params), 0.0
+        self._begun = self._reduced = False
 
     def divisor(self, micro_batches: int) -> float:
         """What the sums are to be divided by: the total weight, or the number of micro-batches."""
@@ -75,7 +158,3 @@ class GradientSums:
         for p, total, present in zip(self.params, self.sums, self.present, strict=True):
             p.grad_dtype = None  # an fp32 gradient for a 16-bit parameter
             p.grad = total if present else None
-
-    def clear(self) -> None:
-        self.present = [False] * len(self.params)
-        self.weight, self.weighted = 0.0, None

@@ -217,7 +217,7 @@ class Communicator {
     check_factor(type, factor);
     run([&] {
       Statistics found = {};
-      Statistics* wanted = statistics || found_inf ? &found : nullptr;
+      Statistics* wanted = statistics || (found_inf && type <= Element::kBFloat16) ? &found : nullptr;
       if (!hosts_) {
         Tensor data = t.contiguous();
         cpu::all_reduce(*peers_, data.mutable_data_ptr(), data.numel(), {type, type, factor, wanted});
@@ -227,7 +227,7 @@ class Communicator {
         if (wanted) found = statistics_of(t);
       }
       t.unsafeGetTensorImpl()->bump_version();
-      tell(found, statistics, found_inf);
+      tell(t, found, statistics, found_inf);
     });
   }
 
@@ -239,7 +239,7 @@ class Communicator {
     check_pair(t, out, "reduce_scatter");
     run([&] {
       Statistics found = {};
-      Statistics* wanted = statistics || found_inf ? &found : nullptr;
+      Statistics* wanted = statistics || (found_inf && out_type <= Element::kBFloat16) ? &found : nullptr;
       Tensor data = out.contiguous();
       const Tensor in = t.contiguous();
       if (!hosts_) {
@@ -251,7 +251,7 @@ class Communicator {
       }
       if (!data.is_same(out)) out.copy_(data);
       out.unsafeGetTensorImpl()->bump_version();
-      tell(found, statistics, found_inf);
+      tell(out, found, statistics, found_inf);
     });
   }
 
@@ -311,14 +311,16 @@ class Communicator {
     return cpu::statistics(&span, 1);
   }
 
-  static void tell(const Statistics& found, const std::optional<Tensor>& statistics,
+  static void tell(const Tensor& result, const Statistics& found, const std::optional<Tensor>& statistics,
                    const std::optional<Tensor>& found_inf) {
     if (statistics) {
       TORCH_CHECK(statistics->scalar_type() == at::kDouble && statistics->numel() == 2 && statistics->is_contiguous(),
                   "deepfast: statistics must be 2 contiguous float64 values");
       std::memcpy(statistics->mutable_data_ptr(), &found, sizeof found);
     }
-    if (found_inf && found.non_finite > 0) found_inf->fill_(1);
+    if (!found_inf) return;
+    const bool wide = result.scalar_type() == at::kDouble;
+    if (wide ? !at::isfinite(result).all().item<bool>() : found.non_finite > 0) found_inf->fill_(1);
   }
 
   // Over all hosts: reduced on each (in fp32, where t is 16 bits wide), then once between them, then shown to all.

@@ -22,11 +22,11 @@ class Operation : public Work {
   void run(const std::function<void()>& body) {
     try {
       body();
-      finish();
       future_->markCompleted(results_);
+      finish();  // who has waited for this may ask the future
     } catch (...) {
-      finish(std::current_exception());
       future_->setErrorIfNeeded(std::current_exception());
+      finish(std::current_exception());
     }
   }
 

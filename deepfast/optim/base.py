@@ -56,6 +56,7 @@ class Optimizer(torch.optim.Optimizer):
     found_inf: Tensor | None
     _measure_norm = False  # set by deepfast.Engine: fill grad_norm even where nothing clips
     _check_finite = False  # see _scaled
+    _statistics: Tensor | None = None  # of this step's gradients, all of them, where the engine knows them already
     _found_inf: Tensor | None = None  # what the last step decided
 
     def __init__(
@@ -470,10 +471,12 @@ class Optimizer(torch.optim.Optimizer):
             return {launch.device: _as_they_are(launch.device) for launch in launches}
         record = torch.empty(3, dtype=torch.float32, device=home)
         question = _on(grad_scale, home), _on(found_inf, home), self.max_grad_norm or 0.0, self._check_finite
-        if asked and len(launches) == 1 and launches[0].shards is None:
+        if asked and self._statistics is None and len(launches) == 1 and launches[0].shards is None:
             launches[0].decide(record, *question)
         else:
-            if asked:
+            if asked and self._statistics is not None:
+                statistics = self._statistics.to(home)
+            elif asked:
                 parts = [launch.statistics().to(home) for launch in launches]
                 statistics = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
             backend = launches[0].backend if len(launches) == 1 else reference
