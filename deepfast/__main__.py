@@ -8,6 +8,10 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deepfast import build
 
 
 def doctor() -> int:
@@ -50,31 +54,32 @@ def doctor() -> int:
         line("on a CPU", f"nothing: DEEPFAST_BACKEND: {error}")
         line("on a GPU", f"nothing: DEEPFAST_BACKEND: {error}")
         return 0 if ops.LIBRARY else 1
-    line("CUDA kernels", _cuda_kernels())
+    line("communication", _library(build.COMM))
+    line("CUDA kernels", _library(build.CUDA))
     why_not = kernels.available()
     line("Triton kernels", "ready" if why_not is None else f"none: {why_not}")
     line("on a GPU", _on_a_gpu(chosen))
     return 0 if ops.LIBRARY else 1
 
 
-def _cuda_kernels() -> str:
-    """Where the CUDA kernels are, or would be compiled, or why neither. (Nothing is compiled for a question.)"""
+def _library(library: build.Library) -> str:
+    """Where it is, or that it would be compiled, or why neither. (Nothing is compiled for a question.)"""
     from deepfast import build
 
-    found = build.find(build.CUDA)
+    found = build.find(library)
     if found is not None:
         return str(found)
     try:
-        build.toolchain(build.CUDA)
+        build.toolchain(library)
     except build.BuildError as error:
         return f"none: {error}"
     return "not compiled yet (python -m deepfast build)"
 
 
 def _on_a_gpu(chosen: str) -> str:
-    from deepfast import kernels
+    from deepfast import build, kernels
 
-    compiled = not _cuda_kernels().startswith("none") and chosen in ("auto", "cuda")
+    compiled = not _library(build.CUDA).startswith("none") and chosen in ("auto", "cuda")
     interpreted = kernels.available() is None and chosen in ("auto", "triton")
     return "compiled kernels" if compiled else "Triton" if interpreted else "the reference, in plain torch"
 
@@ -104,7 +109,7 @@ def build_kernels() -> int:
     from deepfast import build
 
     try:
-        for library in (build.CPU, *([build.CUDA] if torch.version.cuda else [])):
+        for library in (build.CPU, build.COMM, *([build.CUDA] if torch.version.cuda else [])):
             print(build.find(library) or build.build(library=library, retry=True))
     except build.BuildError as error:
         print(f"deepfast: {error}", file=sys.stderr)

@@ -130,8 +130,7 @@ class Hosts {
     } catch (const std::runtime_error& broken) {
       error = broken.what();
     }
-    peers.wait_elsewhere(false);
-    if (error.empty()) return;
+    if (error.empty()) return peers.wait_elsewhere(false);
     say("at", std::to_string(operation_));
     for (const auto until = Clock::now() + kGrace; Clock::now() < until; std::this_thread::sleep_for(kLook)) {
       if (const auto missed = failed(); !missed.empty()) peers.fail("as another host has found", missed);

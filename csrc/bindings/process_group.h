@@ -14,8 +14,9 @@ using c10d::Work;
 
 class Operation : public Work {
  public:
-  Operation(int rank, OpType type, std::vector<Tensor> results)
-      : Work(rank, type),
+  // title, inputs: of the event that a profiler shows.
+  Operation(int rank, OpType type, const char* title, const std::vector<Tensor>& inputs, std::vector<Tensor> results)
+      : Work(rank, type, title, inputs),
         results_(std::move(results)),
         future_(c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()))) {}
 
@@ -78,7 +79,7 @@ class ProcessGroup : public Backend {
   c10::intrusive_ptr<Work> allreduce(std::vector<Tensor>& tensors, const c10d::AllreduceOptions& opts) override {
     if (tensors.size() != 1 || !ours(tensors[0], opts.reduceOp)) return of(tensors).allreduce(tensors, opts);
     const Tensor t = tensors[0];
-    return enqueue(OpType::ALLREDUCE, {t}, opts.asyncOp,
+    return enqueue(OpType::ALLREDUCE, "deepfast:all_reduce", t, {t}, opts.asyncOp,
                    [=, this, factor = factor(opts.reduceOp)] { communicator_->all_reduce(t, factor, {}, {}); });
   }
 
@@ -87,7 +88,7 @@ class ProcessGroup : public Backend {
     if (!ours(in, opts.reduceOp) || !ours(out, opts.reduceOp) || in.scalar_type() != out.scalar_type()) {
       return of({in})._reduce_scatter_base(out, in, opts);
     }
-    return enqueue(OpType::_REDUCE_SCATTER_BASE, {out}, opts.asyncOp,
+    return enqueue(OpType::_REDUCE_SCATTER_BASE, "deepfast:reduce_scatter_tensor", in, {out}, opts.asyncOp,
                    [=, this, out = out, in = in, factor = factor(opts.reduceOp)] {
                      communicator_->reduce_scatter(out, in, factor, {}, {});
                    });
@@ -97,7 +98,7 @@ class ProcessGroup : public Backend {
     if (!ours(in, c10d::ReduceOp::SUM) || in.scalar_type() != out.scalar_type()) {
       return of({in})._allgather_base(out, in, opts);
     }
-    return enqueue(OpType::_ALLGATHER_BASE, {out}, opts.asyncOp,
+    return enqueue(OpType::_ALLGATHER_BASE, "deepfast:all_gather_into_tensor", in, {out}, opts.asyncOp,
                    [=, this, out = out, in = in] { communicator_->all_gather(out, in); });
   }
 
@@ -175,8 +176,10 @@ class ProcessGroup : public Backend {
 
   // Operations run in the order of their calls, on a thread of their own; one that is waited for at once, and has none
   // before it, on the caller's.
-  c10::intrusive_ptr<Work> enqueue(OpType type, std::vector<Tensor> results, bool async, std::function<void()> body) {
-    auto operation = c10::make_intrusive<Operation>(getRank(), type, std::move(results));
+  c10::intrusive_ptr<Work> enqueue(OpType type, const char* title, const Tensor& input, std::vector<Tensor> results,
+                                   bool async, std::function<void()> body) {
+    auto operation =
+        c10::make_intrusive<Operation>(getRank(), type, title, std::vector<Tensor>{input}, std::move(results));
     {
       std::unique_lock lock(mutex_);
       if (async || busy_ || !queue_.empty()) {

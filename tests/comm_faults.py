@@ -1,0 +1,325 @@
+"""Run by test_comm.py: ranks that die, hang and come back. Each is forked, so that a hundred groups cost seconds."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from deepfast import build
+from deepfast.comm import hosts
+from deepfast.errors import PeerTimeout
+
+SECOND = timedelta(seconds=1)
+AT_ONCE = 0.7  # seconds, on two cores that others use, too
+
+
+class Rank:
+    """A forked process that runs ``body(rank)``; what that returns, or raises, comes back as JSON."""
+
+    def __init__(self, rank, body, host=""):
+        self.rank = rank
+        self._read, write = os.pipe()
+        self.pid = os.fork()
+        if self.pid:
+            os.close(write)
+            return
+        said = {}
+        try:
+            os.environ["DEEPFAST_HOST_ID"] = host
+            said["returned"] = body(rank)
+        except PeerTimeout as error:
+            said = {"missing": sorted(error.ranks), "said": str(error), "at": time.monotonic()}
+        except BaseException:
+            said = {"failed": traceback.format_exc()}
+        finally:
+            with contextlib.suppress(OSError):
+                os.write(write, json.dumps(said).encode())
+            os._exit(0)
+
+    def signal(self, number):
+        os.kill(self.pid, number)
+
+    def result(self, within=60.0):
+        """What it has said; {} where it was killed."""
+        until, data = time.monotonic() + within, b""
+        os.set_blocking(self._read, False)
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                chunk = os.read(self._read, 65536)
+                if not chunk:
+                    break
+                data += chunk
+            assert time.monotonic() < until, f"rank {self.rank} hangs"
+            time.sleep(0.0005)
+        os.close(self._read)
+        os.waitpid(self.pid, 0)
+        said = json.loads(data) if data else {}
+        assert "failed" not in said, said["failed"]
+        return said
+
+
+def start_store():
+    """The port of a store that no rank's death ends. Its threads run in a process of their own: a fork beside them
+    could copy a lock that one of them holds."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.write(write, f"{store.port}\n".encode())
+        signal.pause()
+    atexit.register(os.kill, pid, signal.SIGKILL)
+    return int(os.read(read, 100))
+
+
+def communicator(name, rank, size, timeout=20 * SECOND):
+    client = dist.TCPStore("127.0.0.1", PORT, is_master=False, wait_for_workers=False)
+    peers, comm = hosts.connect(dist.PrefixStore(name, client), rank, size, timeout)
+    ALIVE.append((peers, comm, client))
+    return comm
+
+
+ALIVE: list = []
+
+
+def all_reduce(comm, t):
+    comm.all_reduce_(t, 1.0, None, None)
+    return t
+
+
+def names_in_the_system():
+    """What a process could leave behind: files in /dev/shm, sockets with a name."""
+    files = sorted(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else []
+    sockets = [line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines() if "@" in line]
+    return files, sorted(sockets)
+
+
+def check_killed_at_random_moments():
+    """A hundred groups of two to four ranks, one of which dies: the others always raise, in time, and name it."""
+    random.seed(0)
+    before = names_in_the_system()
+    for i in range(100):
+        size = random.choice((2, 3, 4))
+        victim = random.randrange(size)
+
+        def body(rank, i=i, size=size, victim=victim):
+            comm = communicator(f"kill {i}", rank, size, timeout=3 * SECOND)
+            memory = comm.empty(200_000, torch.float32).fill_(0.0)
+            small = torch.zeros(10)
+            try:
+                for k in range(10**9):
+                    all_reduce(comm, (small, memory, torch.zeros(150_000))[k % 3])
+            except PeerTimeout as error:
+                said = {"missing": list(error.ranks), "at": time.monotonic()}
+            # The ranks that are left make a new one.
+            others = [r for r in range(size) if r != victim]
+            again = communicator(f"again {i}", others.index(rank), size - 1)
+            return {**said, "sum": all_reduce(again, torch.ones(100_000))[-1].item()}
+
+        ranks = [Rank(r, body) for r in range(size)]
+        time.sleep(random.uniform(0.02, 0.08))
+        ranks[victim].signal(signal.SIGKILL)
+        killed = time.monotonic()
+        for rank in ranks:
+            said = rank.result()
+            if rank.rank == victim:
+                assert not said
+                continue
+            if "returned" not in said:  # killed before it had joined; the others began to wait when they had started
+                assert said["at"] - killed < 3 + 3, said["at"] - killed
+                continue
+            said = said["returned"]
+            assert said["missing"] == [victim], (i, said)
+            assert said["at"] - killed < AT_ONCE, (i, said["at"] - killed)
+            assert said["sum"] == size - 1
+    assert names_in_the_system() == before
+
+
+def check_stopped_ranks_are_waited_for_and_then_named():
+    def body(rank):
+        comm = communicator("stop", rank, 3, timeout=1.5 * SECOND)
+        for _ in range(10**9):
+            all_reduce(comm, torch.zeros(10))
+
+    ranks = [Rank(r, body) for r in range(3)]
+    time.sleep(0.5)
+    ranks[1].signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    time.sleep(0.8)
+    ranks[1].signal(signal.SIGCONT)  # slow, no more
+    time.sleep(0.5)
+    ranks[1].signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    for r in (0, 2):
+        said = ranks[r].result()
+        assert said["missing"] == [1], said
+        assert 1.3 < said["at"] - stopped < 1.5 + AT_ONCE + 1, said
+    ranks[1].signal(signal.SIGCONT)
+    assert ranks[1].result()["missing"] == [1], "it learns what the others have found"
+
+
+def check_who_never_comes_is_named():
+    def body(rank):
+        communicator("never", rank, 3, timeout=SECOND)
+
+    start = time.monotonic()
+    for rank in [Rank(r, body) for r in (0, 2)]:
+        said = rank.result()
+        assert said["missing"] == [1], said
+        assert said["at"] - start < 2.5
+
+
+def across(name, number, victim, timeout, hosts_of="aabb"):
+    """Four ranks on two hosts, one of which gets the signal."""
+
+    def body(rank):
+        comm = communicator(name, rank, 4, timeout)
+        for k in range(10**9):
+            all_reduce(comm, torch.zeros((10, 50_000)[k % 2]))
+
+    ranks = [Rank(r, body, host=hosts_of[r]) for r in range(4)]
+    time.sleep(1.0)
+    ranks[victim].signal(number)
+    at = time.monotonic()
+    said = [rank.result() for rank in ranks if rank.rank != victim]
+    ranks[victim].signal(signal.SIGKILL)
+    ranks[victim].result()
+    return [(one["missing"], one["at"] - at) for one in said]
+
+
+def check_a_death_on_another_host_is_named():
+    for victim in (1, 3, 0, 2):  # 0 and 2 lead their hosts
+        for missing, after in across(f"dead {victim}", signal.SIGKILL, victim, 20 * SECOND):
+            assert missing == [victim], (victim, missing)
+            assert after < 4.0, after
+
+
+def check_silence_on_another_host_is_named():
+    for victim in (3, 2):
+        for missing, after in across(f"silent {victim}", signal.SIGSTOP, victim, SECOND):
+            assert missing == [victim], (victim, missing)
+            assert after < 1.0 + 6.5, after
+
+
+def check_four_ranks_on_two_cores_do_not_crawl():
+    """No rank spins away the time of the one it waits for: a small sum takes microseconds, not time slices."""
+
+    def body(rank):
+        comm = communicator("crawl", rank, 4)
+        t = torch.zeros(100)
+        all_reduce(comm, t)
+        start = time.perf_counter()
+        for _ in range(500):
+            all_reduce(comm, t)
+        return (time.perf_counter() - start) / 500
+
+    seconds = [rank.result()["returned"] for rank in [Rank(r, body) for r in range(4)]]
+    assert max(seconds) < 2e-3, seconds  # a time slice is 3 to 4 ms
+
+
+def check_a_fork_does_not_hide_a_death():
+    """A worker of a data loader goes on living, with all that it has inherited."""
+
+    def body(rank):
+        comm = communicator("fork", rank, 2)
+        if rank == 1:
+            pid = os.fork()
+            if pid == 0:
+                time.sleep(5)
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGKILL)
+        start = time.monotonic()
+        try:
+            all_reduce(comm, torch.zeros(1))
+        except PeerTimeout as error:
+            return list(error.ranks), time.monotonic() - start
+        return None
+
+    ranks = [Rank(r, body) for r in range(2)]
+    missing, after = ranks[0].result()["returned"]
+    assert missing == [1]
+    assert after < AT_ONCE
+
+
+def check_a_child_may_not_use_it():
+    def body(rank):
+        comm = communicator("child", rank, 1)
+        read, write = os.pipe()
+        if os.fork() == 0:
+            try:
+                all_reduce(comm, torch.zeros(1))
+            except RuntimeError as error:
+                os.write(write, str(error).encode())
+            os._exit(0)
+        return os.read(read, 1000).decode(), all_reduce(comm, torch.ones(1)).item()
+
+    said, value = Rank(0, body).result()["returned"]
+    assert "belongs to the parent process" in said
+    assert value == 1.0
+
+
+def check_a_stranger_at_the_socket_is_turned_away():
+    import socket
+
+    def body(rank):
+        if rank == 1:
+            client = dist.TCPStore("127.0.0.1", PORT, is_master=False, wait_for_workers=False)
+            at = json.loads(dist.PrefixStore("stranger", client).get("rank/0"))["socket"]
+            with socket.socket(socket.AF_UNIX) as s:
+                s.connect(at)
+                s.sendall(b"wrong token 1")
+        return all_reduce(communicator("stranger", rank, 2), torch.ones(3)).tolist()
+
+    for rank in [Rank(r, body) for r in range(2)]:
+        assert rank.result()["returned"] == [2.0] * 3
+
+
+def check_ctrl_c_ends_a_wait():
+    def body(rank):
+        comm = communicator("interrupt", rank, 2, timeout=100 * SECOND)
+        if rank == 1:
+            time.sleep(3)
+            return None
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        ALIVE[-1][0].heed_signals()
+        start = time.monotonic()
+        try:
+            all_reduce(comm, torch.zeros(1))
+        except KeyboardInterrupt:
+            return time.monotonic() - start
+        return None
+
+    ranks = [Rank(r, body) for r in range(2)]
+    time.sleep(0.7)
+    ranks[0].signal(signal.SIGINT)
+    assert ranks[0].result()["returned"] < 2.0
+    ranks[1].result()
+
+
+CHECKS = [name for name in list(globals()) if name.startswith("check_")]
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    build.load_comm()
+    PORT = start_store()
+    results = {}
+    for check in CHECKS:
+        start = time.perf_counter()
+        try:
+            globals()[check]()
+            results[check] = ""
+        except Exception:
+            results[check] = traceback.format_exc()
+        print(check, f"{time.perf_counter() - start:.1f} s", results[check], file=sys.stderr, flush=True)
+    Path(sys.argv[1]).write_text(json.dumps(results))

@@ -1,0 +1,87 @@
+"""Collectives over one to four ranks: all checks of comm_ranks.py, in one start for each number of ranks."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from comm_faults import CHECKS as FAULTS
+from comm_ranks import wanted
+from conftest import ROOT, run
+
+SIZES = (1, 2, 3, 4)
+_results: dict[int, list[dict[str, str]]] = {}
+
+
+def torchrun(ranks: int) -> tuple[object, ...]:
+    return (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks)
+
+
+@pytest.fixture
+def results(size, tmp_path_factory) -> list[dict[str, str]]:
+    if size not in _results:
+        place = tmp_path_factory.mktemp("ranks")
+        done = run(*torchrun(size), ROOT / "tests/comm_ranks.py", place, env={"OMP_NUM_THREADS": "1"}, timeout=400)
+        files = sorted(place.glob("*.json"))
+        assert len(files) == size, done.stderr[-3000:]
+        assert done.returncode == 0, done.stderr[-3000:]
+        _results[size] = [json.loads(file.read_text()) for file in files]
+    return _results[size]
+
+
+@pytest.mark.parametrize(
+    ("size", "check"),
+    [
+        pytest.param(size, check, marks=pytest.mark.xdist_group(f"comm{size}"))
+        for size in SIZES
+        for check in wanted(size)
+    ],
+)
+def test_ranks(results, size, check):
+    failures = [f"rank {rank}: {said[check]}" for rank, said in enumerate(results) if said[check]]
+    assert not failures, "\n".join(failures)
+
+
+def test_without_a_process_group():
+    import deepfast
+
+    with pytest.raises(RuntimeError, match=r"call torch\.distributed\.init_process_group\(\) first"):
+        deepfast.comm.Communicator()
+
+
+ENGINE = """
+import logging, torch, torch.distributed as dist, deepfast
+logging.basicConfig()
+net = torch.nn.Linear(4, 2, bias=False)
+torch.nn.init.ones_(net.weight)
+config = {"train_batch_size": 2, "optimizer": {"type": "SGD", "params": {"lr": 1.0}}}
+engine, *_ = deepfast.initialize(model=net, config=config)
+engine.backward(engine(torch.full((1, 4), dist.get_rank() + 1.0)).sum())
+engine.step()
+assert (net.weight == 1.0 - 1.5).all(), net.weight
+"""
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_engine_without_a_compiler(tmp_path, compiled):
+    """Gradients are then reduced by torch.distributed, after a warning, to the same result."""
+    (tmp_path / "engine.py").write_text(ENGINE)
+    env = {} if compiled else {"DEEPFAST_DISABLE_JIT": "1", "DEEPFAST_CACHE_DIR": str(tmp_path)}
+    done = run(*torchrun(2), tmp_path / "engine.py", env={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert ("gradients are reduced by torch.distributed" in done.stderr) != compiled
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("faults") / "results.json"
+    done = run(sys.executable, ROOT / "tests/comm_faults.py", out, env={"OMP_NUM_THREADS": "1"}, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.xdist_group("comm_faults")
+@pytest.mark.parametrize("check", FAULTS)
+def test_ranks_that_die_or_hang(faults, check):
+    assert faults[check] == ""
