@@ -66,7 +66,14 @@ CPU = Library(
 )
 CUDA = Library(
     "CUDA",
-    ("cuda/step.cu", "cuda/statistics.cu", "cuda/accumulate.cu", "cuda/scaler.cu", "cuda/table.cu"),
+    (
+        "cuda/step.cu",
+        "cuda/collectives.cu",
+        "cuda/statistics.cu",
+        "cuda/accumulate.cu",
+        "cuda/scaler.cu",
+        "cuda/table.cu",
+    ),
     ("bindings/cuda_ops.cpp",),
     (".h", ".cpp", ".cu", ".cuh"),
 )

@@ -24,6 +24,7 @@ from deepfast.errors import ConfigError
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 KERNEL_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 _OPERATORS = ("statistics", "decide_", "step_", "accumulate_", "scaler_update_")
+_ON_A_GPU = (*_OPERATORS, "collective_", "peer_layout")
 
 LIBRARY: Path | None = None
 native: Any = None
@@ -62,7 +63,7 @@ def cuda() -> Any:
             warnings.warn(f"deepfast runs without compiled CUDA kernels: {error}", RuntimeWarning, stacklevel=6)
         return str(error)
     return types.SimpleNamespace(
-        Plan=torch.classes.deepfast.CudaPlan, **{name: getattr(torch.ops.deepfast, name) for name in _OPERATORS}
+        Plan=torch.classes.deepfast.CudaPlan, **{name: getattr(torch.ops.deepfast, name) for name in _ON_A_GPU}
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -34,7 +35,10 @@ class GradientSums:
         self.buckets = Buckets(params, (25 if device.type == "cuda" else 4) << 20, self._reduce)
         order = [i for members in self.buckets.members for i in members]
         self.flat, views = memory.zeros_like_each(
-            [params[i] for i in order], torch.float32, device, None if comm is None else comm.empty
+            [params[i] for i in order],
+            torch.float32,
+            device,
+            None if comm is None else functools.partial(comm.empty, device=device),
         )
         self.sums = [view for _, view in sorted(zip(order, views, strict=True), key=lambda pair: pair[0])]
         starts = [self.sums[members[0]].storage_offset() for members in self.buckets.members]

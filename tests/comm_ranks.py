@@ -27,6 +27,7 @@ FLOATS = (torch.float32, *HALVES)
 DTYPES = (*FLOATS, torch.float64, torch.int32, torch.int64)
 # Around a block of statistics, what is sent in one shot, a staged piece; and nothing at all
 NUMELS = (0, 1, 5, 1023, 4096, 4097, 8192, 16_385, 50_000, 300_001, 1_100_003)
+HOWS = ("staged", "zero-copy", "mixed")
 
 
 def everybodys(shape, dtype, seed=0):
@@ -56,7 +57,7 @@ def placed(comm, t, how):
 
 
 def check_sums():
-    for dtype, numel, how in itertools.product(DTYPES, NUMELS, ("staged", "zero-copy", "mixed")):
+    for dtype, numel, how in itertools.product(DTYPES, NUMELS, HOWS):
         tensors = everybodys(numel, dtype)
         t = placed(COMM, tensors[RANK], how)
         assert COMM.all_reduce_(t) is t
@@ -112,7 +113,7 @@ def check_rounded_once():
 
 
 def check_statistics():
-    for dtype, numel, how in itertools.product(FLOATS, (1, 4096, 70_000, 1_100_003), ("staged", "zero-copy")):
+    for dtype, numel, how in itertools.product(FLOATS, NUMELS[1::3], HOWS[:2]):
         for poison in (None, float("inf"), float("nan")):
             tensors = everybodys(numel, dtype, seed=1)
             if poison is not None:
@@ -133,9 +134,7 @@ def check_statistics():
 
 
 def check_scatter_and_gather():
-    for dtype, numel, how in itertools.product(
-        DTYPES, (0, 1, 4097, 150_001, 700_001), ("staged", "zero-copy", "mixed")
-    ):
+    for dtype, numel, how in itertools.product(DTYPES, NUMELS[::2], HOWS):
         tensors = everybodys(SIZE * numel, dtype, seed=2)
         t = placed(COMM, tensors[RANK], how).view(SIZE, numel)
         wide = [torch.float32] if dtype in HALVES else []
@@ -512,26 +511,88 @@ def check_two_losses_in_one_step():
 
 
 ALWAYS = ("sums", "any_layout", "rounded_once", "statistics", "scatter_and_gather", "silent_rank", "who_leaves", "same")
-CHECKS = [name for name in list(globals()) if name.startswith("check_")]
 
 
-def wanted(size):
+def check_small_sums_in_a_row():
+    """Nobody's memory is written while another still reads it, whoever is ahead."""
+    for i in range(60):
+        t = torch.full((700 * (i % 7 + 1),), float(i + RANK))
+        COMM.all_reduce_(t)
+        assert (t == SIZE * i + SIZE * (SIZE - 1) / 2).all(), i
+        if i % 11 == RANK:
+            time.sleep(0.003)
+
+
+def check_what_a_gpu_finds_is_raised_by_the_next_call():
+    """A rank that is silent, one that does something else: the step is skipped, the next call says why."""
+    last = SIZE - 1
+    for wrong, error in (("silent", PeerTimeout), ("scale", RuntimeError), ("place", RuntimeError)):
+        with Communicator(timeout=datetime.timedelta(seconds=0.5)) as comm:
+            memory = comm.empty(100_000).fill_(1.0)
+            comm.all_reduce_(memory)
+            statistics, found_inf = torch.zeros(2, dtype=torch.float64), torch.zeros(1)
+            if SIZE > 1 and RANK != last:
+                comm.all_reduce_(memory, statistics=statistics, found_inf=found_inf)
+                assert (memory == SIZE).all(), "nothing is written"
+                assert statistics[1] > 0
+                assert found_inf == 1
+            elif SIZE > 1 and wrong == "scale":
+                comm.all_reduce_(memory, scale=3.0)
+            elif SIZE > 1 and wrong == "place":
+                comm.all_reduce_(comm.empty(100_000) if SIZE == 1 else memory[4:80_004])
+            else:
+                time.sleep(1.5)
+            if SIZE > 1 and (RANK != last or wrong != "silent"):
+                with pytest.raises(error) as caught:
+                    comm.all_reduce_(torch.ones(1))
+                assert wrong != "silent" or caught.value.ranks == (last,)
+            dist.barrier()
+
+
+# Where a GPU is played: what its kernels and its memory decide.
+PLAYED = (
+    "sums",
+    "any_layout",
+    "rounded_once",
+    "statistics",
+    "scatter_and_gather",
+    "functional",
+    "slow_rank",
+    "gpu_finds",
+)
+
+
+def wanted(size, kernels="cpu"):
     """On two ranks everything, but for what needs four; elsewhere what may depend on their number."""
-    four = {"check_several_hosts"}
+    if kernels != "cpu":
+        return [c for c in CHECKS if any(part in c for part in PLAYED)]
+    checks = [c for c in CHECKS if "gpu_finds" not in c]
     if size == 4:
-        return CHECKS
-    return [c for c in CHECKS if c not in four and (size == 2 or any(part in c for part in ALWAYS))]
+        return checks
+    four = {"check_several_hosts"}
+    return [c for c in checks if c not in four and (size == 2 or any(part in c for part in ALWAYS))]
 
+
+CHECKS = [name for name in list(globals()) if name.startswith("check_")]
 
 if __name__ == "__main__":
     SIZE, RANK = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    place, kernels, *library = sys.argv[1:]
     torch.set_num_threads(1)
     deepfast.comm.register_backend()
     dist.init_process_group("deepfast", timeout=datetime.timedelta(seconds=60))
     GLOO = dist.new_group(backend="gloo")
+    if kernels != "cpu":
+        from played import Played as Communicator
+        from played import backend
+
+        Communicator.kernels, Communicator.place = backend(kernels, *library), Path(place)
+        # In one shot 256 KiB
+        NUMELS = (0, 1, 5, 4097, 50_000, 70_001, 300_001) if kernels == "cuda" else (0, 1, 5, 4097, 20_000, 70_001)
+        HOWS = ("staged", "zero-copy")
     COMM = Communicator()
     results = {}
-    for check in wanted(SIZE):
+    for check in wanted(SIZE, kernels):
         start = time.perf_counter()
         try:
             globals()[check]()
@@ -540,5 +601,5 @@ if __name__ == "__main__":
             results[check] = traceback.format_exc()
         print(RANK, check, f"{time.perf_counter() - start:.1f} s", results[check][-600:], file=sys.stderr, flush=True)
         dist.barrier()
-    Path(sys.argv[1], f"{RANK}.json").write_text(json.dumps(results))
+    Path(place, f"{RANK}.json").write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -76,8 +76,17 @@ def cuda_on_host(tmp_path_factory) -> SimpleNamespace:
     commands = {folder / f"{path.stem}.o": [*cxx.command, "-O2", *flags, path] for path in sources}
     commands[folder / "ops.o"] = [*cxx.command, "-O1", *flags, ON_HOST / "ops.cpp", "-isystem", root / "include"]
     options = ["-shared", "-fopenmp", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    torch.ops.load_library(compile_all(folder / "on_host.so", commands, cxx.command, options))
-    names = ("statistics", "decide_", "step_", "accumulate_", "scaler_update_", "launches", "capture")
+    library = compile_all(folder / "on_host.so", commands, cxx.command, options)
+    return SimpleNamespace(library=library, **vars(played_cuda(library)))
+
+
+def played_cuda(library: Path) -> SimpleNamespace:
+    """The backend in a library that :func:`cuda_on_host` has compiled."""
+    import torch
+
+    torch.ops.load_library(library)
+    names = ("statistics", "decide_", "step_", "accumulate_", "scaler_update_", "collective_", "peer_layout",
+             "launches", "capture")  # fmt: skip
     operators = {name: getattr(torch.ops.deepfast_cuda_on_host, name) for name in names}
     return SimpleNamespace(Plan=torch.classes.deepfast_cuda_on_host.Plan, **operators)
 

@@ -22,7 +22,9 @@ def torchrun(ranks: int) -> tuple[object, ...]:
 def results(size, tmp_path_factory) -> list[dict[str, str]]:
     if size not in _results:
         place = tmp_path_factory.mktemp("ranks")
-        done = run(*torchrun(size), ROOT / "tests/comm_ranks.py", place, env={"OMP_NUM_THREADS": "1"}, timeout=400)
+        done = run(
+            *torchrun(size), ROOT / "tests/comm_ranks.py", place, "cpu", env={"OMP_NUM_THREADS": "1"}, timeout=400
+        )
         files = sorted(place.glob("*.json"))
         assert len(files) == size, done.stderr[-3000:]
         assert done.returncode == 0, done.stderr[-3000:]
@@ -71,6 +73,19 @@ def test_the_engine_without_a_compiler(tmp_path, compiled):
     done = run(*torchrun(2), tmp_path / "engine.py", env={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env})
     assert done.returncode == 0, done.stderr[-3000:]
     assert ("gradients are reduced by torch.distributed" in done.stderr) != compiled
+
+
+@pytest.mark.xdist_group("comm_played")
+@pytest.mark.parametrize("size", [2, 3])
+def test_gpus_played_on_the_host(cuda_on_host, tmp_path, size):
+    """The CUDA kernels between processes, over memory that all map; ranks run ahead of each other as they like."""
+    command = (*torchrun(size), ROOT / "tests/comm_ranks.py", tmp_path, "cuda", cuda_on_host.library)
+    done = run(*command, env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
+    for rank in said:
+        assert sorted(rank) == sorted(wanted(size, "cuda"))
+        assert not any(rank.values()), "\n".join(rank.values())
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,15 @@ def test_steps_move_16_bytes_at_a_time(compiled, rule, arch):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
-    ("kernel", "loads", "stores"), [("norms_kernel", 16, 12), ("statistics_kernel", 16, 0), ("accumulate_kernel", 3, 2)]
+    ("kernel", "loads", "stores"),
+    [
+        ("norms_kernel", 16, 12),
+        ("statistics_kernel", 16, 0),
+        ("accumulate_kernel", 3, 2),
+        ("collective_kernelIffE", 8, 4),
+        ("collective_kernelIttE", 8, 4),
+        ("collective_kernelIddE", 4, 3),
+    ],
 )
 def test_other_kernels_do_so_too(compiled, kernel, loads, stores, arch):
     counts = next(v for (a, k), v in compiled[1].items() if a == arch and kernel in k)

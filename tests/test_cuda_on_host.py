@@ -53,6 +53,26 @@ def test_the_same_bits_as_on_a_cpu(harness, scenario, seed):
     assert done.stdout.startswith(f"{SCENARIOS[scenario] // 2} cases")
 
 
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    cxx = build.compiler()
+    assert cxx is not None
+    folder = shared_folder(tmp_path_factory, "cuda_ranks")
+    flags = ["-std=c++20", "-O1", "-g1", "-fopenmp", "-ffp-contract=off", "-w", *SANITIZERS, "-I", ON_HOST, "-x", "c++"]
+    sources = [build.CSRC / "cuda/collectives.cu", build.CSRC / "cpu/statistics.cpp", ON_HOST / "threads.cpp"]
+    sources.append(ROOT / "tests/ranks.cu")
+    commands = {folder / f"{path.parent.name}_{path.stem}.o": [*cxx.command, *flags, "-c", path] for path in sources}
+    return compile_all(folder / "ranks", commands, cxx.command, ["-fopenmp", *SANITIZERS])
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_collectives_of_ranks_in_one_launch(ranks, seed):
+    """One to four ranks, each a thread: the bits of csrc/math/collective.h, and the CPU's statistics."""
+    done = run(ranks, 300, seed, env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("300 cases")
+
+
 PLANTED = {
     "csrc/cuda/pack.cuh": ("head + (end - head) / kSize * kSize", "head + (end - head + kSize - 1) / kSize * kSize"),
     "csrc/cuda/step.cuh": ("    __syncthreads();\n    const Rule rule = shared;", "    const Rule rule = shared;"),

@@ -44,9 +44,12 @@ PYBIND11_MODULE(deepfast_comm, m) {
           py::init<c10::intrusive_ptr<Backend>, c10::intrusive_ptr<c10d::Store>, int, std::vector<std::vector<int>>>());
   py::class_<Peers, std::shared_ptr<Peers>>(m, "Peers")
       .def(py::init(&make_peers))
+      .def("gone", &Peers::gone, Released())
+      .def("report", &Peers::report)
       .def("heed_signals", [](Peers& peers) { peers.look_up = &look_for_signals; });
   py::class_<Communicator, std::shared_ptr<Communicator>>(m, "Communicator")
       .def(py::init<int, int, std::shared_ptr<Peers>, std::shared_ptr<Hosts>>())
+      .def_property_readonly("spans_hosts", &Communicator::spans_hosts)
       .def("all_reduce_", &Communicator::all_reduce, Released())
       .def("reduce_scatter", &Communicator::reduce_scatter, Released())
       .def("all_gather", &Communicator::all_gather, Released())

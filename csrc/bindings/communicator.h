@@ -14,31 +14,13 @@
 
 #include "../cpu/collectives.h"
 #include "../cpu/kernels.h"
+#include "elements.h"
 
 namespace deepfast::bindings {
 
 using at::Tensor;
 using cpu::Missing;
 using cpu::Peers;
-
-inline std::optional<Element> element_type(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return Element::kFloat32;
-    case at::kHalf:
-      return Element::kFloat16;
-    case at::kBFloat16:
-      return Element::kBFloat16;
-    case at::kDouble:
-      return Element::kFloat64;
-    case at::kInt:
-      return Element::kInt32;
-    case at::kLong:
-      return Element::kInt64;
-    default:
-      return std::nullopt;
-  }
-}
 
 // This rank's heap, handed out: the first gap that is large enough. Pages that have come back stay for the next.
 class Heap : public std::enable_shared_from_this<Heap> {
@@ -207,6 +189,7 @@ class Communicator {
 
   Peers& peers() { return *peers_; }
   int ranks() const { return ranks_; }
+  bool spans_hosts() const { return hosts_ != nullptr; }
   Tensor empty(int64_t numel, at::ScalarType dtype) { return heap_->empty(numel, dtype); }
 
   // found_inf: fp32, set to 1 where the result is not finite. statistics: fp64 [2].

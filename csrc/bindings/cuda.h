@@ -17,6 +17,13 @@ extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void
 
 namespace deepfast::bindings {
 
+inline void* current_stream(at::Device device) {
+  void* current = nullptr;
+  TORCH_CHECK(aoti_torch_get_current_cuda_stream(device.index(), &current) == 0, "deepfast: ", device,
+              " has no current stream");
+  return current;
+}
+
 // kType: at::kCUDA; or at::kCPU in tests, where the kernels run on the host.
 template <at::DeviceType kType>
 class CudaOn {
@@ -93,12 +100,7 @@ class CudaOn {
 
   at::TensorOptions on_device(at::ScalarType dtype) const { return at::TensorOptions().device(device_).dtype(dtype); }
 
-  void* stream() const {
-    void* current = nullptr;
-    TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_.index(), &current) == 0, "deepfast: ", device_,
-                " has no current stream");
-    return current;
-  }
+  void* stream() const { return current_stream(device_); }
 
   // Memory for a launch: `kept`, enlarged where need be. A launch that goes into a graph has `fresh` memory, which
   // belongs to the graph's pool: it runs again when `kept` may be gone or hold another table.

@@ -198,6 +198,17 @@ void Peers::mark_broken(const std::string& what, const std::vector<int>& names) 
   own.phase.wake();
 }
 
+std::vector<int> Peers::gone() const {
+  std::vector<int> names;
+  for (int r = 0; r < ranks(); ++r) {
+    const Control& other = control(r);
+    const uint32_t state = other.state.load();
+    if (state == Control::kBroken) return {other.missing, other.missing + other.missed};
+    if (state != Control::kOpen || !alive(r)) names.push_back(names_[r]);
+  }
+  return names;
+}
+
 std::vector<int> Peers::named(const std::vector<int>& ranks) const {
   std::vector<int> names;
   for (int r : ranks) names.push_back(names_[r]);

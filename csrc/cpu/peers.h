@@ -97,6 +97,11 @@ class Peers {
   // In between, this rank waits for other hosts: the others of this one go on waiting for it.
   void wait_elsewhere(bool waits) { control(rank_).elsewhere.store(waits); }
 
+  // Who has died or left, or whom another rank has missed, by name.
+  std::vector<int> gone() const;
+  // So that the others learn whom this rank has missed elsewhere. The object is broken then.
+  void report(const std::string& why, const std::vector<int>& names) { mark_broken(why, names); }
+
   void set_timeout(std::chrono::nanoseconds timeout) { timeout_ = timeout; }
   std::chrono::nanoseconds timeout() const { return timeout_; }
   [[noreturn]] void fail(const std::string& why, const std::vector<int>& names);  // marks it broken, throws Missing

@@ -78,6 +78,11 @@ inline __device__ float decode(Half h, DType dtype) {
 #endif
 }
 
+// What collectives move besides. Integers wrap around, as torch's do.
+inline __device__ double decode(double x, DType) { return x; }
+inline __device__ uint32_t decode(int32_t x, DType) { return static_cast<uint32_t>(x); }
+inline __device__ uint64_t decode(int64_t x, DType) { return static_cast<uint64_t>(x); }
+
 inline __device__ Half nearest_even_fp16(float x) {
 #if defined(__CUDA_ARCH__)
   Half h;

@@ -100,14 +100,20 @@ inline void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string("deepfast: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// The one way a kernel is launched.
+// The one way a kernel is launched. Where the grid has two dimensions, its thread blocks wait for each other: the
+// device holds all at once, or it is an error.
 template <class... Parameters>
-void launch(void (*kernel)(Parameters...), int64_t grid, int threads, Stream stream,
+void launch(void (*kernel)(Parameters...), dim3 grid, int threads, Stream stream,
             const std::type_identity_t<std::remove_cv_t<std::remove_reference_t<Parameters>>>&... arguments) {
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute together = {};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  config.attrs = &together;
+  config.numAttrs = grid.y > 1 ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "a kernel could not be launched");
 }
 

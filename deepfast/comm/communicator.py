@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, library
 
+from deepfast.comm import device as on_device
 from deepfast.comm import hosts
 
 _made: Counter[str] = Counter()  # communicators of each group, so that each has keys of its own in the store
@@ -21,6 +22,9 @@ _named: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictio
 
 class Communicator:
     """Sums over the ranks of ``group``: those on one host through shared memory, hosts once an operation by gloo.
+
+    Tensors on a GPU: over the peers' memory where all ranks share a host (at most 8 of them), else by torch.distributed
+    on ``group``. Nothing waits on the host then; what goes wrong on the device is raised by the next call.
 
     All ranks of the group make it together, and call its operations in the same order; a rank that does something else
     than the others is an error on all. Sums are taken in fp32 in rank order and rounded once, so every rank gets the
@@ -49,8 +53,11 @@ class Communicator:
         _made[group.group_name] += 1
         store = dist.PrefixStore(f"deepfast/{number}", group.get_group_store())
         self.rank, self.size, self.timeout = group.rank(), group.size(), timeout
-        peers, self._native = hosts.connect(store, self.rank, self.size, timeout)
-        peers.heed_signals()
+        self._group = group
+        self._peers, self._native = hosts.connect(store, self.rank, self.size, timeout)
+        self._peers.heed_signals()
+        self._devices: dict[torch.device, Any] = {}
+        self._side: dict[torch.device, torch.cuda.Stream] = {}
         self._name = f"communicator {next(_numbers)}"
         _named[self._name] = self
 
@@ -114,17 +121,27 @@ class Communicator:
         self._impl(t).all_gather(out, t)
         return out
 
-    def empty(self, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def empty(self, numel: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
         """Memory that the other ranks see, for operations without copies: 1-D, not initialized.
 
-        Each rank may call it by itself. What is freed is kept for the next call.
+        On a CPU (the default) each rank may call it by itself, and what is freed is kept for the next call. On a GPU
+        all ranks call it together, and the memory stays until the communicator goes; an operation is without copies
+        where all ranks give it the same part of such memory (that some do and others do not is an error).
         """
         if numel < 0:
             raise ValueError(f"deepfast: numel must not be negative, got {numel}")
-        return self._native.empty(numel, dtype)
+        return self._on(torch.device(device or "cpu")).empty(numel, dtype)
+
+    def side_stream(self, device: torch.device) -> torch.cuda.Stream:
+        """The stream of this communicator's own on a GPU: for sums beside a backward pass."""
+        if device not in self._side:
+            self._side[device] = torch.cuda.Stream(device)
+        return self._side[device]
 
     def close(self) -> None:
         """Leaves. Whoever waits for this rank from then on gets a PeerTimeout."""
+        for impl in self._devices.values():
+            impl.close()
         self._native.close()
 
     def __enter__(self) -> Communicator:
@@ -134,7 +151,18 @@ class Communicator:
         self.close()
 
     def _impl(self, t: Tensor) -> Any:
-        return self._native
+        return self._on(t.device)
+
+    def _on(self, device: torch.device) -> Any:
+        if device.type == "cpu":
+            return self._native
+        if device == torch.device(device.type):
+            device = torch.device(device.type, torch.cuda.current_device())
+        if device not in self._devices:
+            self._devices[device] = on_device.connect(
+                self._group, self.rank, self.size, device, self._native, self._peers, self.timeout.total_seconds()
+            )
+        return self._devices[device]
 
     def _factor(self, op: str, scale: float | None) -> float:
         if op not in ("sum", "avg"):

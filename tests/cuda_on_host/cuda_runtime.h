@@ -3,27 +3,30 @@
 //
 // Thread blocks run one after the other, in an order drawn anew for each launch; the threads of a block are fibers that
 // take turns wherever they wait for each other, in an order drawn anew for each turn. So a missing barrier shows (some
-// thread reads before another has written), and a barrier that not all threads reach is an error. What cannot show: a
-// race between thread blocks, or between threads that no barrier separates and that happen to take turns well.
+// thread reads before another has written), and a barrier that not all threads reach is an error. In a cooperative
+// launch of several ranks (the grid's second dimension) each rank is a thread of the system. What cannot show: a race
+// between thread blocks of one rank, or between threads that no barrier separates and that happen to take turns well.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <type_traits>
 
+#define CUDA_ON_HOST
 #define __host__
 #define __device__
 #define __global__
-#define __shared__ static
+#define __shared__ static thread_local
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
-  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
 namespace cuda_on_host {
@@ -35,14 +38,16 @@ void run(dim3 grid, dim3 block, const std::function<void()>& kernel);
 void wait_for_block();
 void exchange(uint32_t mask, const void* mine, void* theirs, size_t size, int apart);
 bool any_of_block(bool mine);
+void let_others_run();  // where a thread waits for another rank
 
 }  // namespace cuda_on_host
 
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+inline constinit thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 inline void __syncthreads() { cuda_on_host::wait_for_block(); }
 inline int __syncthreads_or(int mine) { return cuda_on_host::any_of_block(mine); }
 inline void __threadfence() {}
+inline void __threadfence_system() {}
 
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T mine, int apart) {
@@ -73,10 +78,19 @@ enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 using cudaStream_t = struct CUstream_st*;
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int cooperative;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
 inline const char* cudaGetErrorString(cudaError_t) { return "an error on the host"; }
@@ -92,6 +106,14 @@ inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* 
   *status = cuda_on_host::capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+template <class T>
+cudaError_t cudaMallocManaged(T** at, size_t size) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 256, size) != 0) std::abort();
+  return *at = static_cast<T*>(memory), cudaSuccess;
+}
+inline cudaError_t cudaFree(void* at) { return std::free(at), cudaSuccess; }
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {

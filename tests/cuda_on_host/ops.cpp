@@ -1,5 +1,5 @@
 // The CUDA backend for CPU tensors, its kernels run on the host: torch.ops.deepfast_cuda_on_host.
-#include "../../csrc/bindings/cuda.h"
+#include "../../csrc/bindings/cuda_collective.h"
 #include "../../csrc/bindings/operators.h"
 #include "cuda_runtime.h"
 
@@ -15,6 +15,10 @@ TORCH_LIBRARY(deepfast_cuda_on_host, library) {
   library.def("launches() -> int", [] { return cuda_on_host::launches; });
   library.def("capture(bool on) -> ()", [](bool on) { cuda_on_host::capturing = on; });
   OnHost::define_plan(library, "Plan");
+  deepfast::bindings::define_collectives(library);
 }
 
-TORCH_LIBRARY_IMPL(deepfast_cuda_on_host, CPU, library) { OnHost::implement(library); }
+TORCH_LIBRARY_IMPL(deepfast_cuda_on_host, CPU, library) {
+  OnHost::implement(library);
+  library.impl("collective_", &deepfast::bindings::collective);
+}

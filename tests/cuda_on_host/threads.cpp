@@ -1,4 +1,5 @@
-// The threads of a block as fibers.
+// The threads of a block as fibers; the ranks of a cooperative launch as threads.
+#include <sched.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -7,6 +8,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -80,14 +82,22 @@ struct Fiber {
   alignas(16) char mine[16], theirs[16];
 };
 
-std::vector<Fiber> fibers(kMostThreads);
-char* const stacks = static_cast<char*>(
-    mmap(nullptr, kMostThreads* kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-Context scheduler;
-const std::function<void()>* running = nullptr;
-int current = 0;
-bool any = false;
-std::mt19937 random_order(0);
+struct Stacks {
+  static constexpr size_t kSize = kMostThreads * kStack;
+  char* const at = static_cast<char*>(
+      mmap(nullptr, kSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  ~Stacks() { munmap(at, kSize); }
+};
+
+thread_local std::vector<Fiber> fibers(kMostThreads);
+thread_local Stacks stacks;
+thread_local Context scheduler;
+thread_local const std::function<void()>* running = nullptr;
+thread_local int current = 0;
+thread_local bool any = false;
+thread_local std::mt19937 random_order(0);
+// Thread blocks that wait for their namesakes in other processes must run in the same order there: the grid decides it.
+const bool fixed_blocks = std::getenv("CUDA_ON_HOST_FIXED_BLOCKS") != nullptr;
 
 [[noreturn]] void fail(const char* what) {
   std::fprintf(stderr, "cuda_on_host: %s (thread %d of block %u)\n", what, current, blockIdx.x);
@@ -145,7 +155,7 @@ void run_block(int threads) {
   for (int t = 0; t < threads; ++t) {
     Fiber& fiber = fibers[t];
     fiber.state = State::kReady;
-    fiber.context = fresh_context(stacks + t * kStack, kStack, main_of_fiber);
+    fiber.context = fresh_context(stacks.at + t * kStack, kStack, main_of_fiber);
   }
   std::vector<int> order(threads);
   std::iota(order.begin(), order.end(), 0);
@@ -166,17 +176,34 @@ void run_block(int threads) {
 }  // namespace
 
 void run(dim3 grid, dim3 block, const std::function<void()>& kernel) {
-  if (block.x > kMostThreads || grid.x == 0) fail("no such launch");
-  running = &kernel;
-  gridDim = grid;
-  blockDim = block;
+  if (block.x > kMostThreads || grid.x == 0 || grid.y == 0) fail("no such launch");
   std::vector<unsigned> order(grid.x);
   std::iota(order.begin(), order.end(), 0u);
-  std::shuffle(order.begin(), order.end(), random_order);
-  for (unsigned b : order) {
-    blockIdx = dim3(b);
-    run_block(static_cast<int>(block.x));
+  std::mt19937 by_grid(grid.x);
+  std::shuffle(order.begin(), order.end(), fixed_blocks ? by_grid : random_order);
+  const auto rank = [&](unsigned y) {
+    running = &kernel;
+    gridDim = grid;
+    blockDim = block;
+    for (unsigned b : order) {
+      blockIdx = dim3(b, y);
+      run_block(static_cast<int>(block.x));
+    }
+  };
+  if (grid.y == 1) return rank(0);
+  std::vector<std::thread> ranks;
+  for (unsigned y = 0; y < grid.y; ++y) {
+    ranks.emplace_back([&, y, seed = random_order()] {
+      random_order.seed(seed);
+      rank(y);
+    });
   }
+  for (std::thread& each : ranks) each.join();
+}
+
+void let_others_run() {
+  sched_yield();
+  wait(State::kReady);
 }
 
 void wait_for_block() { wait(State::kAtBlockBarrier); }
@@ -196,8 +223,9 @@ bool any_of_block(bool mine) {
   any |= mine;
   wait_for_block();
   const bool result = any;
-  wait_for_block();
+  wait_for_block();  // all have seen it
   any = false;
+  wait_for_block();
   return result;
 }
 

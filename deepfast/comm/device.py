@@ -1,0 +1,379 @@
+"""Collectives of tensors on a GPU: over the peers' memory where the ranks share a host, else by torch.distributed."""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepfast.errors import PeerTimeout
+
+log = logging.getLogger(__name__)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+STAGE = 32 << 20  # bytes: what does not lie in peer memory goes through as much of it, piece by piece
+
+Allocate = Callable[[int], tuple[Tensor, list[int], object]]
+"""Bytes -> memory of this rank (uint8), its address on every rank as this one sees it, and what keeps it mapped. All
+ranks call it together."""
+
+
+def symmetric_memory(group: dist.ProcessGroup, device: torch.device) -> Allocate:
+    """Memory of each rank's GPU, mapped by all: torch's symmetric memory."""
+    import torch.distributed._symmetric_memory as symmetric
+
+    def allocate(nbytes: int) -> tuple[Tensor, list[int], object]:
+        own = symmetric.empty(nbytes, dtype=torch.uint8, device=device)
+        handle = symmetric.rendezvous(own, group)
+        return own, list(handle.buffer_ptrs), handle
+
+    return allocate
+
+
+class Segment(NamedTuple):
+    """A piece of peer memory, the same on all ranks. ``place`` numbers its first byte; all ranks have the same."""
+
+    own: Tensor
+    pointers: list[int]
+    place: int
+    mapping: object
+
+
+class Watch:
+    """Ends the waits of kernels whose peers have died, or are silent at the timeout. The host's only part in a wait.
+
+    ``status`` (int32, pinned) is what host and device tell each other: see ``Status`` in ``csrc/cuda/collectives.h``.
+    """
+
+    GIVE_UP, BEGUN, ENDED, DISAGREE, MISSING = range(5)
+
+    def __init__(self, status: Tensor, ranks: int, gone: Callable[[], list[int]], timeout: float) -> None:
+        self.status, self.gone, self.timeout = status, gone, timeout
+        self.missing: list[int] = []
+        self.why = ""
+        self.found = threading.Event()  # `missing` and `why` are known; or nobody wants to know
+        self._ranks = ranks
+        threading.Thread(target=_watch, args=(weakref.ref(self), self.found), daemon=True).start()
+
+    def look(self, since: float) -> None:
+        """An operation that began at ``since`` is under way."""
+        gone = self.gone()
+        if gone:
+            self.why = "died or left"
+        elif time.monotonic() - since > self.timeout:
+            self.why = "silent at the timeout"
+        else:
+            return
+        self.status[self.GIVE_UP] = 1
+        if not gone:  # the kernel says who had not come
+            until = time.monotonic() + 1
+            while not gone and time.monotonic() < until:
+                time.sleep(0.001)
+                late = self.status[self.MISSING : self.MISSING + self._ranks].tolist()
+                gone = [rank for rank, is_late in enumerate(late) if is_late]
+        self.missing = gone
+        self.found.set()
+
+
+def _watch(watch: weakref.ref[Watch], over: threading.Event) -> None:
+    last, since = 0, 0.0
+    while not over.wait(0.02):
+        alive = watch()
+        if alive is None:
+            return
+        begun, ended = alive.status[Watch.BEGUN : Watch.ENDED + 1].tolist()
+        if begun == ended:
+            last = 0
+        elif begun != last:
+            last, since = begun, time.monotonic()
+        else:
+            alive.look(since)
+        del alive
+
+
+class OnPeers:
+    """Kernels over peer memory, on the current stream; no call waits for the device.
+
+    What goes wrong on the device (a peer that died, ranks that do different things) is raised by the next call; the
+    statistics of the operation that failed say "not finite", so a step that asks them is skipped.
+    """
+
+    def __init__(self, rank: int, size: int, device: torch.device, backend: Any, allocate: Allocate, peers: Any,
+                 timeout: float) -> None:  # fmt: skip
+        self._rank, self._size, self._device = rank, size, device
+        self._backend, self._allocate, self._peers = backend, allocate, peers
+        self._segments: list[Segment] = []
+        self._starts: list[int] = []  # of the segments, in order, and which one begins there
+        self._at: list[int] = []
+        _, nbytes, self._one_shot = backend.peer_layout()
+        shared, self._shared, self._shared_mapping = allocate(nbytes)
+        self._own_shared = shared.zero_()
+        status = torch.zeros(Watch.MISSING + 8, dtype=torch.int32)
+        self._status = status.pin_memory() if device.type == "cuda" else status
+        self._watch = Watch(self._status, size, peers.gone, timeout)
+        self._stage: Tensor | None = None
+        self._stream: Any = None
+        self._closed = False
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Peer memory, of all ranks together; it stays until the communicator goes."""
+        nbytes = -(-max(1, numel * dtype.itemsize) // 4096) * 4096
+        own, pointers, mapping = self._allocate(nbytes)
+        place = self._segments[-1].place + self._segments[-1].own.numel() if self._segments else 0
+        self._segments.append(Segment(own, pointers, place, mapping))
+        where = bisect.bisect(self._starts, own.data_ptr())
+        self._starts.insert(where, own.data_ptr())
+        self._at.insert(where, len(self._segments) - 1)
+        return own[: numel * dtype.itemsize].view(dtype)
+
+    def all_reduce_(self, t: Tensor, factor: float, statistics: Tensor | None, found_inf: Tensor | None) -> None:
+        _check(t, factor)
+        if t.numel() == 0:
+            _nothing(statistics)
+            return
+        data = t.contiguous()
+        peer = self._peer_view(data)
+        if data.nbytes <= self._one_shot or peer is not None:
+            small = data.nbytes <= self._one_shot
+            self._run("all_reduce", data, data, None if small else peer, factor, statistics, found_inf)
+        else:
+            flat = data.view(-1)
+            for begin, end, stage in self._pieces(flat.numel(), flat.dtype, 1):
+                stage.copy_(flat[begin:end])
+                self._run("all_reduce", stage, stage, self._peer_view(stage), factor, None, found_inf)
+                flat[begin:end] = stage[0]
+            self._measure(data, statistics)
+        if data is not t:
+            t.copy_(data)
+
+    def reduce_scatter(self, out: Tensor, t: Tensor, factor: float, statistics: Tensor | None,
+                       found_inf: Tensor | None) -> None:  # fmt: skip
+        _check(t, factor)
+        _check_pair(t, out, self._size, "reduce_scatter")
+        if out.numel() == 0:
+            _nothing(statistics)
+            return
+        data = out.contiguous()
+        peer = self._peer_view(t)
+        if peer is not None:
+            self._run("reduce_scatter", t, data, peer, factor, statistics, found_inf)
+        else:
+            flat = data.view(-1)
+            whole = t.contiguous().view(self._size, flat.numel())
+            for begin, end, stage in self._pieces(flat.numel(), t.dtype, self._size):
+                stage.copy_(whole[:, begin:end])
+                self._run("reduce_scatter", stage, flat[begin:end], self._peer_view(stage), factor, None, found_inf)
+            self._measure(data, statistics)
+        if data is not out:
+            out.copy_(data)
+
+    def all_gather(self, out: Tensor, t: Tensor) -> None:
+        _check(t, 1.0)
+        _check_pair(out, t, self._size, "all_gather")
+        peer = self._peer_view(t)
+        if peer is not None and out.is_contiguous():
+            self._run("all_gather", t, out, peer, 1.0, None, None)
+            return
+        if t.numel() == 0:
+            return
+        flat, whole = t.contiguous().view(-1), out.contiguous()
+        rows = whole.view(self._size, flat.numel())
+        for begin, end, stage in self._pieces(flat.numel(), flat.dtype, 1):
+            stage.copy_(flat[begin:end])
+            gathered = torch.empty(self._size, end - begin, dtype=out.dtype, device=out.device)
+            self._run("all_gather", stage, gathered, self._peer_view(stage), 1.0, None, None)
+            rows[:, begin:end] = gathered
+        if whole is not out:
+            out.copy_(whole)
+
+    def close(self) -> None:
+        self._closed = True
+        self._watch.found.set()
+
+    def _peer_view(self, t: Tensor) -> tuple[list[int], int] | None:
+        """Each rank's address of ``t``, and its place; None where it lies in other memory, or not in one run."""
+        if not t.is_contiguous():
+            return None
+        at = bisect.bisect(self._starts, t.data_ptr()) - 1
+        if at < 0:
+            return None
+        segment = self._segments[self._at[at]]
+        offset = t.data_ptr() - segment.own.data_ptr()
+        if offset + t.nbytes > segment.own.numel():
+            return None
+        return [pointer + offset for pointer in segment.pointers], segment.place + offset
+
+    def _pieces(self, numel: int, dtype: torch.dtype, rows: int) -> Any:
+        """Begin, end and staging memory [rows, end - begin] of each piece. (The one before is no longer read: kernels
+        end when all ranks have.)"""
+        if self._stage is None:
+            self._stage = self.empty(STAGE, torch.uint8)
+        step = STAGE // rows // dtype.itemsize // 4096 * 4096
+        for begin in range(0, numel, step):
+            n = min(step, numel - begin)
+            yield begin, begin + n, self._stage[: rows * n * dtype.itemsize].view(dtype).view(rows, n)
+
+    def _measure(self, t: Tensor, statistics: Tensor | None) -> None:
+        if statistics is not None:
+            _check_measured(t)
+            statistics.copy_(self._backend.statistics([t]))
+
+    def _run(self, kind: str, t: Tensor, out: Tensor, peer: tuple[list[int], int] | None, factor: float,
+             statistics: Tensor | None, found_inf: Tensor | None) -> None:  # fmt: skip
+        self._raise_what_went_wrong()
+        kernels = out.dtype in FLOATS
+        if statistics is not None:
+            _check_measured(out)
+        if self._device.type == "cuda":  # one operation after the other, whatever the stream
+            stream = torch.cuda.current_stream(self._device)
+            if self._stream not in (None, stream) and not torch.cuda.is_current_stream_capturing():
+                stream.wait_stream(self._stream)
+            self._stream = stream
+        data, place = peer or ([], -1)
+        self._backend.collective_(kind, t, out, self._shared, data, place, self._rank, factor, statistics,
+                                  found_inf if kernels else None, self._status)  # fmt: skip
+        if found_inf is not None and out.dtype == torch.float64:
+            _note(found_inf, out)
+
+    def _raise_what_went_wrong(self) -> None:
+        if self._closed:
+            raise RuntimeError("deepfast: the communicator is closed")
+        if self._status[Watch.DISAGREE]:
+            raise RuntimeError(
+                "deepfast: the ranks do not do the same, or their tensors do not lie at the same place of peer memory; "
+                "the communicator is broken, make a new one"
+            )
+        if self._status[Watch.GIVE_UP]:
+            self._watch.found.wait(2.0)
+            ranks = tuple(self._watch.missing)
+            self._peers.report(self._watch.why, list(ranks))
+            raise PeerTimeout(
+                f"deepfast: missing rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}: {self._watch.why}; the "
+                "communicator is broken, make a new one",
+                ranks,
+            )
+
+
+class ByTorch:
+    """The same by ``torch.distributed`` on the group itself: ranks on several hosts, or no kernels for peer memory."""
+
+    def __init__(self, group: dist.ProcessGroup, size: int, device: torch.device) -> None:
+        self._group, self._size, self._device = group, size, device
+
+    def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(numel, dtype=dtype, device=self._device)
+
+    def all_reduce_(self, t: Tensor, factor: float, statistics: Tensor | None, found_inf: Tensor | None) -> None:
+        _check(t, factor)
+        total = _wide(t, factor).contiguous()
+        dist.all_reduce(total, group=self._group)
+        self._finish(t, total, statistics, found_inf)
+
+    def reduce_scatter(self, out: Tensor, t: Tensor, factor: float, statistics: Tensor | None,
+                       found_inf: Tensor | None) -> None:  # fmt: skip
+        _check(t, factor)
+        _check_pair(t, out, self._size, "reduce_scatter")
+        whole = _wide(t, factor).contiguous().view(-1)
+        part = torch.empty(out.numel(), dtype=whole.dtype, device=whole.device)
+        dist.reduce_scatter_tensor(part, whole, group=self._group)
+        self._finish(out, part.view(out.shape), statistics, found_inf)
+
+    def all_gather(self, out: Tensor, t: Tensor) -> None:
+        _check(t, 1.0)
+        _check_pair(out, t, self._size, "all_gather")
+        whole = torch.empty(out.numel(), dtype=t.dtype, device=t.device)
+        dist.all_gather_into_tensor(whole, t.contiguous().view(-1), group=self._group)
+        out.copy_(whole.view(out.shape))
+
+    def close(self) -> None:
+        pass
+
+    def _finish(self, out: Tensor, total: Tensor, statistics: Tensor | None, found_inf: Tensor | None) -> None:
+        from deepfast import ops
+
+        out.copy_(total)
+        if statistics is not None:
+            _check_measured(out)
+            statistics.copy_(ops.select(ops.forced(), out.device, out.dtype).statistics([out]))
+        if found_inf is not None and out.dtype.is_floating_point:
+            _note(found_inf, out)
+
+
+def _wide(t: Tensor, factor: float) -> Tensor:
+    """What is summed: 16 bits as fp32; multiplied before, so that the mean of finite values is finite."""
+    wide = t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+    return wide * factor if factor != 1.0 else wide.clone()
+
+
+def _nothing(statistics: Tensor | None) -> None:
+    if statistics is not None:
+        statistics.zero_()
+
+
+def _note(found_inf: Tensor, t: Tensor) -> None:
+    found_inf.copy_(torch.maximum(found_inf, (~t.isfinite()).any().to(found_inf.dtype)))
+
+
+def _check_measured(t: Tensor) -> None:
+    if t.dtype not in FLOATS:
+        raise TypeError(f"deepfast: statistics are of float32, float16 and bfloat16, not of {t.dtype}")
+
+
+def _check(t: Tensor, factor: float) -> None:
+    if t.layout != torch.strided or t.dtype not in (*FLOATS, torch.float64, torch.int32, torch.int64):
+        raise TypeError(
+            "deepfast: collectives take dense float32, float16, bfloat16, float64, int32 and int64, not "
+            f"{t.layout} {t.dtype}"
+        )
+    if factor != 1.0 and not t.dtype.is_floating_point:
+        raise TypeError("deepfast: integers are summed, not scaled or averaged")
+
+
+def _check_pair(whole: Tensor, part: Tensor, ranks: int, what: str) -> None:
+    if whole.numel() != ranks * part.numel():
+        raise RuntimeError(
+            f"deepfast: {what}: one tensor must have {ranks} times the other's elements, got {whole.numel()} and "
+            f"{part.numel()}"
+        )
+    if whole.dtype != part.dtype and not (whole.dtype in FLOATS and part.dtype in FLOATS):
+        raise TypeError(f"deepfast: {what} cannot turn {whole.dtype} into {part.dtype}")
+
+
+def connect(group: dist.ProcessGroup, rank: int, size: int, device: torch.device, native: Any, peers: Any,
+            timeout: float) -> OnPeers | ByTorch:  # fmt: skip
+    """Collectives for tensors on ``device``; all ranks call it together. native, peers: of the CPU's communicator.
+
+    Peer memory where all ranks have it and the same kernels, else torch.distributed, after a warning.
+    """
+    from deepfast import ops
+
+    backend = ops.select(ops.forced(), device, torch.float32)
+    kinds = [ops.cuda(), ops.triton()]
+    own = kinds.index(backend) if backend in kinds and size <= backend.peer_layout()[0] else -1
+    everybodys = torch.empty(size, dtype=torch.int64)
+    native.all_gather(everybodys, torch.tensor([own]))
+    found: OnPeers | None = None
+    why = "some ranks have no kernels for it, or others"
+    if native.spans_hosts:
+        why = "the ranks are on several hosts"
+    elif own >= 0 and (everybodys == own).all():
+        try:
+            allocate = symmetric_memory(group, device)
+            found = OnPeers(rank, size, device, backend, allocate, peers, timeout)
+        except Exception as error:  # whatever torch says where GPUs do not see each other's memory
+            why = str(error).partition("\n")[0]
+    agreed = torch.tensor([found is not None], dtype=torch.int32)
+    native.all_reduce_(agreed, 1.0, None, None)  # and nobody starts before everybody's memory is zeroed
+    if found is not None and agreed.item() == size:
+        return found
+    log.warning("GPUs exchange gradients by torch.distributed: %s", why)
+    return ByTorch(group, size, device)

@@ -1,0 +1,73 @@
+"""GPUs played on the host, for collectives: CPU tensors, peer memory in files that all ranks map, real kernels."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+import torch
+from conftest import played_cuda
+
+from deepfast.comm import Communicator
+from deepfast.comm.device import OnPeers
+
+CPU = torch.device("cpu")
+
+
+def backend(name: str, library: str = ""):
+    """ "cuda": its kernels compiled for the host; "triton": its interpreter, where TRITON_INTERPRET is set."""
+    if name == "cuda":
+        os.environ["CUDA_ON_HOST_FIXED_BLOCKS"] = "1"
+        return played_cuda(Path(library))
+    from deepfast.kernels import backend as triton
+
+    return triton
+
+
+def files(place: Path, rank: int, size: int, meet):
+    """Peer memory, see :data:`deepfast.comm.device.Allocate`. meet(): a barrier."""
+    numbers = itertools.count()
+
+    def allocate(nbytes):
+        n = next(numbers)
+        place.mkdir(exist_ok=True)
+        mine = torch.from_file(str(place / f"{n}-{rank}"), shared=True, size=nbytes, dtype=torch.uint8)
+        meet()
+        names = [place / f"{n}-{r}" for r in range(size)]
+        all_of_them = [
+            mine if r == rank else torch.from_file(str(name), shared=True, size=nbytes, dtype=torch.uint8)
+            for r, name in enumerate(names)
+        ]
+        meet()
+        os.unlink(names[rank])
+        return mine, [t.data_ptr() for t in all_of_them], all_of_them
+
+    return allocate
+
+
+def on_peers(chosen, native, peers, rank, size, place, timeout) -> OnPeers:
+    def meet():
+        native.all_reduce_(torch.zeros(1), 1.0, None, None)
+
+    found = OnPeers(rank, size, CPU, chosen, files(place, rank, size, meet), peers, timeout)
+    meet()
+    return found
+
+
+class Played(Communicator):
+    """A communicator that takes CPU tensors for a GPU's."""
+
+    kernels = None  # the backend
+    place: Path
+    _numbers = itertools.count()
+
+    def _on(self, device):
+        if device not in self._devices:
+            number = torch.tensor([os.getpid() * 1000 + next(self._numbers) if self.rank == 0 else 0])
+            self._native.all_reduce_(number, 1.0, None, None)
+            place = self.place / f"peers-{number.item()}"
+            self._devices[device] = on_peers(
+                self.kernels, self._native, self._peers, self.rank, self.size, place, self.timeout.total_seconds()
+            )
+        return self._devices[device]
