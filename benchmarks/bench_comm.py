@@ -1,0 +1,223 @@
+"""All-reduce between two ranks of this machine: ours, gloo's and DeepSpeed's through shared memory.
+
+The ranks are started once. A figure is the median over rounds in which the contenders take turns, each round counting
+as long as its slower rank takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import report
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+import deepfast.comm
+
+OURS, ORDINARY, GLOO, DEEPSPEED = "deepfast", "deepfast, ordinary memory", "gloo", "DeepSpeed's shared memory"
+RANKS = 2
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+BUCKET = 25 << 20  # DDP's
+# bytes: calls a sample, samples
+WARM = {1 << 10: (200, 31), 4 << 10: (200, 31), 64 << 10: (100, 31), 1 << 20: (20, 31), 4 << 20: (8, 21),
+        BUCKET: (8, 21), 256 << 20: (1, 9)}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[dict]:
+    place = tmp_path_factory.mktemp("comm")
+    env = {"TORCH_EXTENSIONS_DIR": str(place), **os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    env["PATH"] = sysconfig.get_path("scripts") + os.pathsep + env["PATH"]  # ninja, for DeepSpeed
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    subprocess.run([*launch, __file__, str(place / "rows.json")], check=True, env=env)
+    return json.loads((place / "rows.json").read_text())
+
+
+@pytest.mark.parametrize("part", ["all-reduce", "DDP"])
+def test_comm(rows, part):
+    for row in rows:
+        if row["title"].startswith(part):
+            report(row)
+
+
+class Ranks:
+    """One rank's side of it."""
+
+    def __init__(self) -> None:
+        self.comm = deepfast.comm.Communicator()
+        self.token = torch.zeros(1)
+        self.rows: list[dict] = []
+        self.contenders: dict[str, Callable[[Tensor], object]] = {
+            OURS: self.comm.all_reduce_,
+            ORDINARY: self.comm.all_reduce_,
+            GLOO: dist.all_reduce,
+        }
+        self.absent = ""
+        try:
+            self.contenders[DEEPSPEED] = deepspeeds(self.comm.rank)
+        except ImportError:
+            self.absent = "DeepSpeed is not installed"
+
+    def compare(self, title: str, runs: dict[str, Callable[[], object]], calls: int, rounds: int) -> None:
+        """Reports the time of one call of each, as :func:`conftest.compare` does."""
+        times = torch.zeros(rounds, len(runs), dtype=torch.float64)
+        order = list(enumerate(runs.values()))
+        for turn in range(-1, rounds):  # the first one warms up
+            for index, run in order if turn % 2 else order[::-1]:
+                dist.barrier()
+                self.comm.all_reduce_(self.token)  # all ranks start within a microsecond
+                start = time.perf_counter()
+                for _ in range(calls):
+                    run()
+                times[turn, index] = (time.perf_counter() - start) / calls
+        dist.all_reduce(times, op=dist.ReduceOp.MAX)
+        medians = {name: statistics.median(times[:, index].tolist()) for index, name in enumerate(runs)}
+        row = {"title": title, "ms": {name: round(value * 1e3, 5) for name, value in medians.items()}}
+        for ours, key in ((OURS, "times_as_fast_as"), (ORDINARY, "from_ordinary_memory_times_as_fast_as")):
+            if ours in medians:
+                peers = {name: value for name, value in medians.items() if not name.startswith(OURS)}
+                row[key] = {name: round(value / medians[ours], 2) for name, value in peers.items()}
+        if self.absent:
+            row["not_compared"] = self.absent
+        self.rows.append(row)
+        if self.comm.rank == 0:
+            print(json.dumps(row), flush=True)
+
+    def all_reduce(self, title: str, dtype: torch.dtype, bytes_each: int, count: int, calls: int, rounds: int) -> None:
+        """Over ``count`` tensors in turn; zeros, whose sum may be taken again and again."""
+        numel = bytes_each // dtype.itemsize
+        shared = [self.comm.empty(numel, dtype).zero_() for _ in range(count)]
+        own = [torch.zeros_like(t) for t in shared]
+        tensors = {name: shared if name == OURS else own for name in self.contenders}
+        parts = [torch.arange(numel, dtype=torch.int32).add_(r).remainder_(17).to(dtype) for r in range(RANKS)]
+        for name, reduce in self.contenders.items():
+            t = tensors[name][0].copy_(parts[self.comm.rank])
+            reduce(t)
+            assert torch.equal(t, parts[0] + parts[1]), f"{name} has another result"
+            t.zero_()
+        del parts
+
+        def run(name: str) -> Callable[[], object]:
+            reduce = self.contenders[name]
+            if count == 1:
+                (t,) = tensors[name]
+                return lambda: reduce(t)
+            turns = itertools.cycle(tensors[name])
+            return lambda: reduce(next(turns))
+
+        self.compare(title, {name: run(name) for name in self.contenders}, calls, rounds)
+
+    def ddp(self) -> None:
+        """One bucket, from gradients that cost nothing: the hook alone, and the backward pass around it."""
+        buckets: list[dist.GradBucket] = []
+
+        def keep(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+            buckets.append(bucket)
+            return deepfast.comm.allreduce_hook(self.comm, bucket)
+
+        def made(
+            group: dist.ProcessGroup | None = None, state: object = None, hook: Callable | None = None
+        ) -> nn.Module:
+            model = nn.parallel.DistributedDataParallel(Given(), process_group=group, bucket_cap_mb=100)
+            if hook:
+                model.register_comm_hook(state, hook)
+            for _ in range(3):  # DDP arranges its buckets after the first
+                model.zero_grad()
+                model().backward()
+            assert all((p.grad == (RANKS - 1) / 2).all() for p in model.parameters()), "not the mean over ranks"
+            return model
+
+        keep.__annotations__ = {}  # as text DDP does not know them
+        made(hook=keep)
+        bucket = buckets[-1]
+        assert bucket.is_last()
+        assert bucket.buffer().nbytes == BUCKET
+        self.compare(
+            "DDP, the hook alone, one bucket of 25 MiB in ordinary memory",
+            {
+                ORDINARY: lambda: deepfast.comm.allreduce_hook(self.comm, bucket).wait(),
+                GLOO: lambda: default_hooks.allreduce_hook(None, bucket).wait(),
+            },
+            *WARM[BUCKET],
+        )
+        models = {
+            OURS: made(dist.new_group(backend="deepfast")),  # buckets in our memory
+            ORDINARY: made(None, self.comm, deepfast.comm.allreduce_hook),
+            GLOO: made(),
+        }
+        runs = {name: lambda model=model: model().backward() for name, model in models.items()}
+        self.compare("DDP, the backward pass, one bucket of 25 MiB", runs, *WARM[BUCKET])
+
+
+class Given(nn.Module):
+    """25 MiB of parameters whose gradients are there already: each rank's number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ParameterList(torch.zeros(BUCKET // 4 // 5) for _ in range(5))
+        self.grads = tuple(torch.full_like(p, dist.get_rank()) for p in self.parts)
+
+    def forward(self) -> Tensor:
+        return Gradients.apply(self.grads, *self.parts)
+
+
+class Gradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grads, *parts):
+        ctx.grads = grads
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, *ctx.grads
+
+
+def deepspeeds(rank: int) -> Callable[[Tensor], object]:
+    """DeepSpeed's all-reduce of CPU tensors, where it takes the way through shared memory."""
+    os.environ["LOCAL_SIZE"] = str(RANKS)  # else it crashes at the first call
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    for turn in range(RANKS):  # the first compiles it, the others find it
+        if turn == rank:
+            module = ShareMemCommBuilder().load(verbose=False)
+        dist.barrier()
+    module.initialize(RANKS, rank)
+    dist.barrier()
+    address = "_".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+    with contextlib.suppress(FileNotFoundError):  # it never removes its memory's name; mapped, it stays
+        os.unlink(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{rank}")  # noqa: S108
+    return torch.ops.deepspeed.inference_all_reduce_
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    deepfast.comm.register_backend()
+    dist.init_process_group("gloo")
+    ranks = Ranks()
+    for name, dtype in DTYPES.items():
+        for size, (calls, rounds) in WARM.items():
+            text = f"{size >> 20} MiB" if size >> 20 else f"{size >> 10} KiB"
+            ranks.all_reduce(f"all-reduce, {name}, {text}, warm", dtype, size, 1, calls, rounds)
+        ranks.all_reduce(f"all-reduce, {name}, 25 MiB, rotating over 512 MiB of buckets", dtype, BUCKET, 21, 21, 9)
+    ranks.ddp()
+    if ranks.comm.rank == 0:
+        Path(sys.argv[1]).write_text(json.dumps(ranks.rows))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
