@@ -93,8 +93,6 @@ class Ranks:
         if self.absent:
             row["not_compared"] = self.absent
         self.rows.append(row)
-        if self.comm.rank == 0:
-            print(json.dumps(row), flush=True)
 
     def all_reduce(self, title: str, dtype: torch.dtype, bytes_each: int, count: int, calls: int, rounds: int) -> None:
         """Over ``count`` tensors in turn; zeros, whose sum may be taken again and again."""

@@ -10,11 +10,12 @@ from itertools import pairwise
 import pytest
 import torch
 from cases import EVERY, NAMES, OURS, TYPICAL, VARIANTS, difference
+from conftest import ROOT, run
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import deepfast
-from deepfast import ops
+from deepfast import build, ops
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ["cuda", "triton"]
@@ -340,3 +341,18 @@ def test_the_engine_trains_in_half_precision(device):
         engine.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 4
+
+
+def test_collectives_of_ranks_in_one_cooperative_launch(tmp_path):
+    """One to four ranks of one GPU: the bits of csrc/math/collective.h. (What one GPU cannot show is links.)"""
+    cxx, nvcc = build.compiler(), build.nvcc()
+    if cxx is None or isinstance(nvcc, str):
+        pytest.skip(f"needs nvcc: {nvcc}")
+    sources = build.CSRC / "cuda/collectives.cu", build.CSRC / "cpu/statistics.cpp", ROOT / "tests/ranks.cu"
+    flags = *build.CUDA_FLAGS, *build.arch_flags(build.architectures()), "-Xcompiler", "-fopenmp", "-cudart", "static"
+    done = run(*nvcc.command, "-ccbin", cxx.program, "-w", *flags, *sources, "-o", tmp_path / "ranks")
+    assert done.returncode == 0, done.stderr
+    for seed in (1, 2):
+        done = run(tmp_path / "ranks", 200, seed)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("200 cases")

@@ -83,7 +83,7 @@ void reduce_floats(const Streams& s, int64_t at, int64_t n, const Reduction& how
 // The same where both types are the same 16-bit one, line by line: to stage them takes longer than memory does.
 template <DType kType>
 void reduce_halves(const Streams& s, int64_t at, int64_t n, const Reduction& how) {
-  constexpr int kNotFinite = 0x99;
+  constexpr int kNotFinite = 0x99;  // classes of floats: NaN, quiet or not, and infinity of either sign
   const __m512 factor = _mm512_set1_ps(static_cast<float>(how.factor));
   const auto source = [&](int r) { return reinterpret_cast<const uint16_t*>(s.from[r]) + at; };
   const int64_t end = at + n;
