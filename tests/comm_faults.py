@@ -136,8 +136,10 @@ def check_killed_at_random_moments():
             if rank.rank == victim:
                 assert not said
                 continue
-            if "returned" not in said:  # killed before it had joined; the others began to wait when they had started
-                assert said["at"] - killed < 3 + 3, said["at"] - killed
+            if (
+                "returned" not in said
+            ):  # killed before it had joined; the others wait from when they have started, on a busy machine
+                assert said["at"] - killed < 3 + 12, said["at"] - killed
                 continue
             said = said["returned"]
             assert said["missing"] == [victim], (i, said)

@@ -132,7 +132,7 @@ def _exchange(
             listener.settimeout(max(0.1, until - time.monotonic()))
             try:
                 connection = stack.enter_context(listener.accept()[0])
-                connection.settimeout(10.0)
+                connection.settimeout(max(0.1, until - time.monotonic()))
                 _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
                 data, fds, _, _ = socket.recv_fds(connection, 128, 1)
             except OSError as error:
