@@ -62,6 +62,9 @@ class Played(Communicator):
     place: Path
     _numbers = itertools.count()
 
+    def _impl(self, t):
+        return self._on(t.device)
+
     def _on(self, device):
         if device not in self._devices:
             number = torch.tensor([os.getpid() * 1000 + next(self._numbers) if self.rank == 0 else 0])

@@ -19,6 +19,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
+constexpr int kYield = 32;                   // spins between two offers of the processor
 constexpr auto kLook = milliseconds(5);      // how often who waits looks whether the others still live
 constexpr auto kGrace = milliseconds(5000);  // for a rank that waits for other hosts, after its own timeout
 
@@ -137,7 +138,9 @@ void Peers::meet() {
   for (int r = 0; r < ranks(); ++r) {
     for (int spin = 0; !control(r).phase.reached(phase_); ++spin) {
       if (spin >= spins_) return wait_slowly(phase_);
-      pause();
+      // Now and then, the processor is offered to a rank that may have been put on the same one: ranks that often sleep
+      // look idle, and the system leaves them together while something else has the other processor.
+      spin % kYield == kYield - 1 ? static_cast<void>(sched_yield()) : pause();
     }
   }
 }

@@ -151,7 +151,7 @@ class Communicator:
         self.close()
 
     def _impl(self, t: Tensor) -> Any:
-        return self._on(t.device)
+        return self._native if t.is_cpu else self._on(t.device)  # a small sum takes little longer than t.device
 
     def _on(self, device: torch.device) -> Any:
         if device.type == "cpu":
