@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import datetime
 import itertools
-import json
 import os
 import sys
 import threading
 import time
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from checks import run_checks
 from torch import nn
 
 import deepfast
@@ -591,15 +590,5 @@ if __name__ == "__main__":
         NUMELS = (0, 1, 5, 4097, 50_000, 70_001, 300_001) if kernels == "cuda" else (0, 1, 5, 4097, 20_000, 70_001)
         HOWS = ("staged", "zero-copy")
     COMM = Communicator()
-    results = {}
-    for check in wanted(SIZE, kernels):
-        start = time.perf_counter()
-        try:
-            globals()[check]()
-            results[check] = ""
-        except Exception:
-            results[check] = traceback.format_exc()
-        print(RANK, check, f"{time.perf_counter() - start:.1f} s", results[check][-600:], file=sys.stderr, flush=True)
-        dist.barrier()
-    Path(place, f"{RANK}.json").write_text(json.dumps(results))
+    run_checks({name: globals()[name] for name in wanted(SIZE, kernels)}, Path(place, f"{RANK}.json"), dist.barrier)
     dist.destroy_process_group()

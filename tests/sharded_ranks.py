@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 import datetime
 import gc
-import json
-import os
 import sys
-import traceback
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from cases import NAMES, OURS, PEERS, TYPICAL
+from checks import run_checks
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -298,14 +297,4 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
     RANK = dist.get_rank()
     MESHES = meshes()
-    results = dict.fromkeys(CHECKS, "not run: an earlier check failed, and the ranks may be out of step")
-    for title, check in CHECKS.items():
-        try:
-            check()
-            dist.barrier()
-            results[title] = ""
-        except Exception:  # of whatever kind: test_sharded.py fails with it
-            results[title] = traceback.format_exc()
-            break
-    with open(os.path.join(sys.argv[1], f"{RANK}.json"), "w") as file:
-        json.dump(results, file)
+    run_checks(CHECKS, Path(sys.argv[1], f"{RANK}.json"), dist.barrier)

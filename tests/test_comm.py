@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import sys
-
 import pytest
+from checks import failures, heard, heard_of_ranks, torchrun
 from comm_faults import CHECKS as FAULTS
 from comm_ranks import wanted
 from conftest import ROOT, run
@@ -14,21 +12,10 @@ SIZES = (1, 2, 3, 4)
 _results: dict[int, list[dict[str, str]]] = {}
 
 
-def torchrun(ranks: int) -> tuple[object, ...]:
-    return (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks)
-
-
 @pytest.fixture
 def results(size, tmp_path_factory) -> list[dict[str, str]]:
     if size not in _results:
-        place = tmp_path_factory.mktemp("ranks")
-        done = run(
-            *torchrun(size), ROOT / "tests/comm_ranks.py", place, "cpu", env={"OMP_NUM_THREADS": "1"}, timeout=400
-        )
-        files = sorted(place.glob("*.json"))
-        assert len(files) == size, done.stderr[-3000:]
-        assert done.returncode == 0, done.stderr[-3000:]
-        _results[size] = [json.loads(file.read_text()) for file in files]
+        _results[size] = heard_of_ranks(size, tmp_path_factory.mktemp("ranks"), "comm_ranks.py", "cpu")
     return _results[size]
 
 
@@ -41,8 +28,7 @@ def results(size, tmp_path_factory) -> list[dict[str, str]]:
     ],
 )
 def test_ranks(results, size, check):
-    failures = [f"rank {rank}: {said[check]}" for rank, said in enumerate(results) if said[check]]
-    assert not failures, "\n".join(failures)
+    assert failures(results, check) == ""
 
 
 def test_without_a_process_group():
@@ -79,21 +65,13 @@ def test_the_engine_without_a_compiler(tmp_path, compiled):
 @pytest.mark.parametrize("size", [2, 3])
 def test_gpus_played_on_the_host(cuda_on_host, tmp_path, size):
     """The CUDA kernels between processes, over memory that all map; ranks run ahead of each other as they like."""
-    command = (*torchrun(size), ROOT / "tests/comm_ranks.py", tmp_path, "cuda", cuda_on_host.library)
-    done = run(*command, env={"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
-    for rank in said:
-        assert sorted(rank) == sorted(wanted(size, "cuda"))
-        assert not any(rank.values()), "\n".join(rank.values())
+    said = heard_of_ranks(size, tmp_path, "comm_ranks.py", "cuda", cuda_on_host.library)
+    assert [failures(said, check) for check in wanted(size, "cuda") if failures(said, check)] == []
 
 
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory) -> dict[str, str]:
-    out = tmp_path_factory.mktemp("faults") / "results.json"
-    done = run(sys.executable, ROOT / "tests/comm_faults.py", out, env={"OMP_NUM_THREADS": "1"}, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text())
+    return heard(tmp_path_factory.mktemp("faults") / "results.json", "comm_faults.py")
 
 
 @pytest.mark.xdist_group("comm_faults")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 
 import pytest
-from conftest import ROOT, run
+from checks import heard
 from torch_distributed import ON_CPU, names
 
 pytestmark = pytest.mark.xdist_group("comm_torch")
@@ -31,10 +29,7 @@ GPU = re.compile("test_.*(cuda|nccl).*|test_monitored_barrier_allreduce_hang.*")
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, str]:
-    out = tmp_path_factory.mktemp("torch") / "results.json"
-    done = run(sys.executable, ROOT / "tests/torch_distributed.py", out, env={"OMP_NUM_THREADS": "1"}, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text())
+    return heard(tmp_path_factory.mktemp("torch") / "results.json", "torch_distributed.py")
 
 
 @pytest.mark.parametrize("name", names())

@@ -6,18 +6,18 @@ is asked for gloo, which ours extends; then the name becomes "deepfast", and tha
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import re
 import sys
 import tempfile
-import time
 import unittest
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from checks import run_checks
 
 WORLD_SIZE = 3  # subgroups in these tests are of ranks 1 and 2
 SELECTED = re.compile(
@@ -117,6 +117,13 @@ def make_tests() -> type[unittest.TestCase]:
     return Tests
 
 
+def result(tests, name):
+    found = unittest.TestResult()
+    tests(name).run(found)
+    wrong = [text for _, text in found.failures + found.errors]
+    return "\n".join(wrong + [f"skipped: {why}" for _, why in found.skipped])
+
+
 if __name__ == "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # with fewer GPUs than ranks torch would skip everything
     import deepfast
@@ -127,13 +134,5 @@ if __name__ == "__main__":
     build.load_comm()
     Tests = make_tests()
     assert len(os.listdir("/proc/self/task")) == 1, "threads, and a fork may not have any: set OMP_NUM_THREADS=1"
-    results = {}
     with tempfile.TemporaryDirectory() as tempfile.tempdir:
-        for name in names():
-            start = time.perf_counter()
-            found = unittest.TestResult()
-            Tests(name).run(found)
-            wrong = [text for _, text in found.failures + found.errors]
-            results[name] = "\n".join(wrong + [f"skipped: {why}" for _, why in found.skipped])
-            print(f"{name} {time.perf_counter() - start:.1f} s", results[name], file=sys.stderr, flush=True)
-    Path(sys.argv[1]).write_text(json.dumps(results))
+        run_checks({name: partial(result, Tests, name) for name in names()}, Path(sys.argv[1]))
