@@ -13,11 +13,21 @@ from torch import Tensor
 from . import accumulate, scaler
 from . import statistics as sums
 from .checks import check_count, check_dtype, check_question, check_values, require, type_name, written
+from .collectives import collective_, peer_layout
 from .order import ElementOrder
 from .plan import Plan
 from .table import Table, span_of
 
-__all__ = ["Plan", "accumulate_", "decide_", "scaler_update_", "statistics", "step_"]
+__all__ = [
+    "Plan",
+    "accumulate_",
+    "collective_",
+    "decide_",
+    "peer_layout",
+    "scaler_update_",
+    "statistics",
+    "step_",
+]
 
 
 def statistics(grads: Sequence[Tensor]) -> Tensor:

@@ -31,7 +31,14 @@ def pointer(address, DTYPE: tl.constexpr, PACK: tl.constexpr):
 
 @triton.jit
 def decode(x, DTYPE: tl.constexpr):
-    return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True) if DTYPE == tl.bfloat16 else x.to(tl.float32)
+    """16 bits as fp32; other types stay."""
+    if DTYPE == tl.bfloat16:
+        decoded = (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif DTYPE == tl.float16:
+        decoded = x.to(tl.float32)
+    else:
+        decoded = x
+    return decoded
 
 
 @triton.jit
@@ -72,5 +79,5 @@ def encode(x, DTYPE: tl.constexpr, MASTER: tl.constexpr):
 
 @triton.jit
 def load(at, mask, DTYPE: tl.constexpr):
-    """DTYPE as fp32; what the mask leaves out is zero."""
+    """DTYPE, 16 bits as fp32; what the mask leaves out is zero."""
     return decode(tl.load(at) if mask is None else tl.load(at, mask=mask, other=0), DTYPE)

@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from cases import EVERY, NAMES, OURS, TYPICAL, VARIANTS, give_gradients, kept, parameters
+from checks import failures, heard_of_ranks
+from comm_ranks import wanted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels import HYPER, step_arguments, wrong
@@ -324,3 +326,9 @@ def test_what_goes_into_a_graph_is_written_by_kernels(backend):
     assert table._written(values, torch.device("cpu")).tolist() == values
     words = [table._disguised(word) for word in (0, 1, 16, 2**31, 2**32 - 1, -5)]
     assert all(word % 2 == 1 and word > 2**32 for word in words), "one compilation for all of them"
+
+
+def test_collectives_between_processes(tmp_path):
+    """Over memory that both map, as the CUDA kernels' test has it: same checks, same reference, same bits."""
+    said = heard_of_ranks(2, tmp_path, "comm_ranks.py", "triton")
+    assert [failures(said, check) for check in wanted(2, "triton") if failures(said, check)] == []
