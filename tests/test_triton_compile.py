@@ -14,18 +14,20 @@ from test_cuda_compile import ARCHITECTURES, cuobjdump
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deepfast.kernels import formulas, statistics, step
+from deepfast.kernels import collectives, formulas, statistics, step
 
-POINTERS = {"rows": "*i64", "owners": "*i32", "constants": "*fp32", "record": "*fp32", "partial": "*fp64",
-            "directions": "*fp64", "first": "i32", "end": "i32"}  # fmt: skip
+ARGUMENTS = {"rows": "*i64", "owners": "*i32", "constants": "*fp32", "record": "*fp32", "partial": "*fp64",
+            "directions": "*fp64", "first": "i32", "end": "i32", "shared": ("i64",) * 8, "numel": "i64", "place": "i64",
+            "factor": "i64", "statistics": "*fp64", "found_inf": "*fp32", "status": "i64"}  # fmt: skip
 
 
-def machine_code(kernel, constants: dict, arch: str, folder) -> tuple[str, Counter, str]:
+def machine_code(kernel, constants: dict, arch: str, folder, others=()) -> tuple[str, Counter, str]:
     """A kernel's PTX, the memory accesses of its machine code, and what the assembler says it uses."""
     assert os.environ.get("TRITON_INTERPRET", "0") == "0"
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else POINTERS[name] for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    types = {**ARGUMENTS, **dict(others)}
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     compiled = triton.compile(source, target=target, options={"num_warps": 4, "enable_fp_fusion": False})
@@ -45,8 +47,8 @@ STORED = {
 }
 
 
-def wide(accesses: Counter, access: str) -> int:
-    return sum(count for name, count in accesses.items() if name.startswith(access) and name.endswith(".128"))
+def wide(accesses: Counter, access: str, bits: int = 128) -> int:
+    return sum(count for name, count in accesses.items() if name.startswith(access) and name.endswith(f".{bits}"))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -84,3 +86,30 @@ def test_other_kernels_too(arch, tmp_path):
     _, accesses, used = machine_code(statistics.squares_kernel, {"GRAD_TYPE": tl.float32, "PACK": 4}, arch, tmp_path)
     assert "STACK:0" in used
     assert wide(accesses, "LDG") >= statistics.UNROLL.value
+
+
+# Kind, whether all is summed in one shot, types, whether the result is measured.
+COLLECTIVES = {
+    "one-shot": (0, True, tl.bfloat16, tl.bfloat16, False),
+    "two-shot, measured": (0, False, tl.float32, tl.float32, True),
+    "reduce-scatter": (1, False, tl.bfloat16, tl.float32, False),
+    "all-gather": (2, False, tl.int64, tl.int64, False),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("what", COLLECTIVES)
+def test_collectives(what, arch, tmp_path):
+    kind, one_shot, source, out, measured = COLLECTIVES[what]
+    pack = 128 // max(source.primitive_bitwidth, out.primitive_bitwidth)
+    constants = {"KIND": kind, "IN": source, "OUT": out, "PACK": pack, "RANK": 1, "RANKS": 8, "ONE_SHOT_SUM": one_shot,
+                 "WHAT": 0, **({} if measured else {"statistics": None, "found_inf": None})}  # fmt: skip
+    kernel = collectives.collective_kernel
+    sources, targets = (1 if one_shot else 8), (1 if one_shot or kind == 1 else 8)
+    addresses = {"sources": ("i64",) * sources, "targets": ("i64",) * targets}
+    ptx, accesses, _ = machine_code(kernel, constants, arch, tmp_path, addresses)
+    # For eight ranks a few words may be put aside, once a program, before its loops begin.
+    assert sum(count for name, count in accesses.items() if name.startswith(("LDL", "STL"))) <= 8
+    assert wide(accesses, "LDG", pack * source.primitive_bitwidth) >= 8
+    assert wide(accesses, "STG") >= 2
+    assert ptx.count("sys.release.exch") == ptx.count("sys.acquire.add") == (1 if one_shot else 2)
