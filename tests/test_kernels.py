@@ -265,7 +265,7 @@ def test_opcheck(name, arguments):
 def test_every_operator_is_checked():
     known = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("deepfast::")}
     assert known - {"all_reduce"} == set(SAMPLES), "that one by comm_ranks.py, between ranks"
-    assert all(callable(getattr(reference, name)) for name in known)
+    assert all(callable(getattr(reference, name)) for name in SAMPLES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
