@@ -25,6 +25,20 @@ def backend(name: str, library: str = ""):
     return triton
 
 
+def exact_fma() -> bool:
+    """Whether the fma of Triton's interpreter rounds once."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def fma(x, y, z, out):
+        tl.store(out, tl.fma(tl.load(x), tl.load(y), tl.load(z)))
+
+    x, z, out = torch.tensor([1 + 2.0**-12]), torch.tensor([-1.0 - 2.0**-11]), torch.zeros(1)
+    fma[(1,)](x, x, z, out)
+    return out.item() == 2.0**-24
+
+
 def files(place: Path, rank: int, size: int, meet):
     """Peer memory, see :data:`deepfast.comm.device.Allocate`. meet(): a barrier."""
     numbers = itertools.count()

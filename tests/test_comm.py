@@ -6,7 +6,7 @@ import pytest
 from checks import failures, heard, heard_of_ranks, torchrun
 from comm_faults import CHECKS as FAULTS
 from comm_ranks import wanted
-from conftest import ROOT, run
+from conftest import ROOT, python, run
 
 SIZES = (1, 2, 3, 4)
 _results: dict[int, list[dict[str, str]]] = {}
@@ -59,6 +59,25 @@ def test_the_engine_without_a_compiler(tmp_path, compiled):
     done = run(*torchrun(2), tmp_path / "engine.py", env={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env})
     assert done.returncode == 0, done.stderr[-3000:]
     assert ("gradients are reduced by torch.distributed" in done.stderr) != compiled
+
+
+WATCH = """
+import atexit, threading
+def tell():
+    print([thread.name for thread in threading.enumerate() if thread.daemon])
+atexit.register(tell)  # before the others, so it is called after them
+import torch
+from deepfast.comm.device import Watch
+watch = Watch(torch.zeros(16, dtype=torch.int32), 2, list, 10.0)
+assert threading.active_count() == 2
+"""
+
+
+@pytest.mark.parametrize("dropped", [True, False])
+def test_the_watch_ends_before_python_does(dropped):
+    """A daemon thread that came back from C++ into a Python that had ended would abort the process."""
+    done = python(WATCH + ("del watch\nassert threading.active_count() == 1" if dropped else ""))
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
 @pytest.mark.xdist_group("comm_played")

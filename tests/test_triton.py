@@ -12,13 +12,12 @@ import os
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from cases import EVERY, NAMES, OURS, TYPICAL, VARIANTS, give_gradients, kept, parameters
 from checks import failures, heard_of_ranks
 from comm_ranks import wanted
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from played import exact_fma
 from test_kernels import HYPER, step_arguments, wrong
 from torch import Tensor, nn
 
@@ -30,17 +29,9 @@ SHAPES = [(16, 17), (5,), (), (0, 3), (1, 1030), (33, 7)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@triton.jit
-def _fma(x, y, z, out):
-    tl.store(out, tl.fma(tl.load(x), tl.load(y), tl.load(z)))
-
-
 @pytest.fixture(scope="module")
 def exact() -> bool:
-    """Whether this interpreter's fma rounds once."""
-    x, z, out = torch.tensor([1 + 2.0**-12]), torch.tensor([-1.0 - 2.0**-11]), torch.zeros(1)
-    _fma[(1,)](x, x, z, out)
-    return out.item() == 2.0**-24
+    return exact_fma()
 
 
 def assert_same(a: Tensor, b: Tensor, exact: bool) -> None:

@@ -60,7 +60,10 @@ class Watch:
         self.why = ""
         self.found = threading.Event()  # `missing` and `why` are known; or nobody wants to know
         self._ranks = ranks
-        threading.Thread(target=_watch, args=(weakref.ref(self), self.found), daemon=True).start()
+        thread = threading.Thread(target=_watch, args=(weakref.ref(self), self.found), daemon=True)
+        thread.start()
+        # At the process's end at the latest: who comes back from C++ into a Python that is gone aborts the process.
+        weakref.finalize(self, _end, self.found, thread)
 
     def look(self, since: float) -> None:
         """An operation that began at ``since`` is under way."""
@@ -80,6 +83,12 @@ class Watch:
                 gone = [rank for rank, is_late in enumerate(late) if is_late]
         self.missing = gone
         self.found.set()
+
+
+def _end(over: threading.Event, thread: threading.Thread) -> None:
+    over.set()
+    if thread is not threading.current_thread():
+        thread.join()
 
 
 def _watch(watch: weakref.ref[Watch], over: threading.Event) -> None:
