@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from conftest import ROOT, run
@@ -49,6 +52,23 @@ def heard_of_ranks(ranks: int, place: Path, *arguments: object) -> list[dict[str
     files = [place / f"{rank}.json" for rank in range(ranks)]
     assert (done.returncode, [file.exists() for file in files]) == (0, [True] * ranks), done.stderr[-3000:]
     return [json.loads(file.read_text()) for file in files]
+
+
+def heard_of_pair(place: Path, *arguments: object) -> list[dict[str, str]]:
+    """The same of two ranks, of which the second one ends by a signal: torchrun would end the first."""
+    script, *rest = arguments
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+
+    def start(rank):
+        env = {**SETTINGS["env"], **where, "RANK": str(rank)}
+        return run(sys.executable, ROOT / "tests" / script, place, *rest, env=env, timeout=SETTINGS["timeout"])
+
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(start, range(2)))
+    assert [d.returncode for d in done] == [0, -signal.SIGKILL], "\n".join(d.stderr[-3000:] for d in done)
+    return [json.loads((place / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 def failures(said: list[dict[str, str]], check: str) -> str:

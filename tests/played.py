@@ -7,12 +7,11 @@ import os
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from conftest import played_cuda
 
 from deepfast.comm import Communicator
 from deepfast.comm.device import OnPeers
-
-CPU = torch.device("cpu")
 
 
 def backend(name: str, library: str = ""):
@@ -60,17 +59,33 @@ def files(place: Path, rank: int, size: int, meet):
     return allocate
 
 
-def on_peers(chosen, native, peers, rank, size, place, timeout) -> OnPeers:
+def one_gpu(device: torch.device):
+    """Peer memory of processes that share a GPU; torch's symmetric memory wants one each."""
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    def allocate(nbytes):
+        mine = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        told: list = [None] * dist.get_world_size()
+        dist.all_gather_object(told, reduce_tensor(mine))
+        rank = dist.get_rank()
+        all_of_them = [mine if r == rank else rebuild(*how) for r, (rebuild, how) in enumerate(told)]
+        return mine, [t.data_ptr() for t in all_of_them], all_of_them
+
+    return allocate
+
+
+def on_peers(chosen, native, peers, rank, size, device, place, timeout) -> OnPeers:
     def meet():
         native.all_reduce_(torch.zeros(1), 1.0, None, None)
 
-    found = OnPeers(rank, size, CPU, chosen, files(place, rank, size, meet), peers, timeout)
+    allocate = one_gpu(device) if device.type == "cuda" else files(place, rank, size, meet)
+    found = OnPeers(rank, size, device, chosen, allocate, peers, timeout)
     meet()
     return found
 
 
 class Played(Communicator):
-    """A communicator that takes CPU tensors for a GPU's."""
+    """A communicator that takes CPU tensors for a GPU's; and one GPU for as many as there are ranks."""
 
     kernels = None  # the backend
     place: Path
@@ -85,6 +100,7 @@ class Played(Communicator):
             self._native.all_reduce_(number, 1.0, None, None)
             place = self.place / f"peers-{number.item()}"
             self._devices[device] = on_peers(
-                self.kernels, self._native, self._peers, self.rank, self.size, place, self.timeout.total_seconds()
-            )
+                self.kernels, self._native, self._peers, self.rank, self.size, device, place,
+                self.timeout.total_seconds()
+            )  # fmt: skip
         return self._devices[device]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from checks import failures, heard, heard_of_ranks, torchrun
+from checks import failures, heard, heard_of_pair, heard_of_ranks, torchrun
 from comm_faults import CHECKS as FAULTS
 from comm_ranks import wanted
 from conftest import ROOT, python, run
+from peers_ranks import CHECKS as PEERS
 
 SIZES = (1, 2, 3, 4)
 _results: dict[int, list[dict[str, str]]] = {}
@@ -86,6 +87,12 @@ def test_gpus_played_on_the_host(cuda_on_host, tmp_path, size):
     """The CUDA kernels between processes, over memory that all map; ranks run ahead of each other as they like."""
     said = heard_of_ranks(size, tmp_path, "comm_ranks.py", "cuda", cuda_on_host.library)
     assert [failures(said, check) for check in wanted(size, "cuda") if failures(said, check)] == []
+
+
+@pytest.mark.xdist_group("comm_played")
+def test_a_rank_is_killed_beside_gpus_played_on_the_host(cuda_on_host, tmp_path):
+    said = heard_of_pair(tmp_path, "peers_ranks.py", "cuda", cuda_on_host.library)
+    assert [failures(said, check) for check in PEERS if failures(said, check)] == []
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,9 @@ from itertools import pairwise
 import pytest
 import torch
 from cases import EVERY, NAMES, OURS, TYPICAL, VARIANTS, difference
+from checks import failures, heard_of_pair
 from conftest import ROOT, run
+from peers_ranks import CHECKS as PEERS
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -341,6 +343,13 @@ def test_the_engine_trains_in_half_precision(device):
         engine.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_collectives_between_two_processes(backend, tmp_path):
+    """Both on the first GPU: sums, a graph's replays, and the death of one of them."""
+    said = heard_of_pair(tmp_path, "peers_ranks.py", "gpu", backend)
+    assert [failures(said, check) for check in PEERS if failures(said, check)] == []
 
 
 def test_collectives_of_ranks_in_one_cooperative_launch(tmp_path):
