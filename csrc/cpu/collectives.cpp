@@ -1,7 +1,5 @@
 #include "collectives.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
@@ -118,41 +116,48 @@ void reduce_others(const Streams& s, int64_t at, int64_t n, double factor) {
   }
 }
 
-// elements [begin, end), begin a multiple of kReadBlock; sums[block]: of squares, where they are wanted.
-void reduce(const Streams& s, int64_t begin, int64_t end, const Reduction& how, double* sums) {
-  const bool serial = (end - begin) * size_of(how.in) < kSerial || omp_get_max_threads() == 1;
-#pragma omp parallel for schedule(static) if (!serial)
-  for (int64_t block = begin / kReadBlock; block < (end + kReadBlock - 1) / kReadBlock; ++block) {
-    const int64_t stop = std::min((block + 1) * int64_t{kReadBlock}, end);
-    for (int64_t at = block * kReadBlock; at < stop; at += kStepBlock) {
-      const int64_t n = std::min<int64_t>(kStepBlock, stop - at);
-      switch (how.in) {
+// elements [begin, end) of one block of the statistics; sum: of their squares, or null
+void reduce_block(const Streams& s, int64_t begin, int64_t end, const Reduction& how, double* sum) {
+  for (int64_t at = begin; at < end; at += kStepBlock) {
+    const int64_t n = std::min<int64_t>(kStepBlock, end - at);
+    switch (how.in) {
 #if defined(__AVX512F__)
-        case Element::kFloat16:
-          how.out == how.in ? reduce_halves<DType::kFloat16>(s, at, n, how) : reduce_floats(s, at, n, how);
-          break;
-        case Element::kBFloat16:
-          how.out == how.in ? reduce_halves<DType::kBFloat16>(s, at, n, how) : reduce_floats(s, at, n, how);
-          break;
+      case Element::kFloat16:
+        how.out == how.in ? reduce_halves<DType::kFloat16>(s, at, n, how) : reduce_floats(s, at, n, how);
+        break;
+      case Element::kBFloat16:
+        how.out == how.in ? reduce_halves<DType::kBFloat16>(s, at, n, how) : reduce_floats(s, at, n, how);
+        break;
 #endif
-        case Element::kFloat64:
-          reduce_others<double>(s, at, n, how.factor);
-          break;
-        case Element::kInt32:
-          reduce_others<int32_t>(s, at, n, how.factor);
-          break;
-        case Element::kInt64:
-          reduce_others<int64_t>(s, at, n, how.factor);
-          break;
-        default:
-          reduce_floats(s, at, n, how);
-      }
-    }
-    if (sums) {
-      const int64_t at = block * kReadBlock;
-      sums[block] = sum_of_squares(s.to[0], static_cast<DType>(how.out), at, stop - at);
+      case Element::kFloat64:
+        reduce_others<double>(s, at, n, how.factor);
+        break;
+      case Element::kInt32:
+        reduce_others<int32_t>(s, at, n, how.factor);
+        break;
+      case Element::kInt64:
+        reduce_others<int64_t>(s, at, n, how.factor);
+        break;
+      default:
+        reduce_floats(s, at, n, how);
     }
   }
+  if (sum) *sum = sum_of_squares(s.to[0], static_cast<DType>(how.out), begin, end - begin);
+}
+
+// elements [begin, end), begin a multiple of kReadBlock; sums[block]: of squares, where they are wanted.
+void reduce(const Streams& s, int64_t begin, int64_t end, const Reduction& how, double* sums) {
+  const int64_t first = begin / kReadBlock, last = (end + kReadBlock - 1) / kReadBlock;
+  const auto run = [&](int64_t block) {
+    const int64_t at = block * kReadBlock;
+    reduce_block(s, at, std::min(at + kReadBlock, end), how, sums ? sums + block : nullptr);
+  };
+  if ((end - begin) * size_of(how.in) < kSerial) {
+    for (int64_t block = first; block < last; ++block) run(block);
+    return;
+  }
+#pragma omp parallel for schedule(static)
+  for (int64_t block = first; block < last; ++block) run(block);
 }
 
 // Floats to floats of another width, or bytes to bytes.
