@@ -45,7 +45,7 @@ ONE_SHOT = tl.constexpr(ONE_SHOT_BYTES)
 SUMS_AT = tl.constexpr(STAGE_AT.value + 2 * ONE_SHOT_BYTES)  # fp64 [SUMS]: of the blocks of the result
 
 # Words of `status`, in pinned host memory: what host and device tell each other. See csrc/cuda/collectives.h.
-GIVE_UP, BEGUN, STATUS_ENDED, DISAGREE, MISSING = (tl.constexpr(i) for i in range(5))
+GIVE_UP, BEGUN, STATUS_ENDED, DISAGREE, BEGUN_KIND, MISSING = (tl.constexpr(i) for i in range(6))
 
 
 @triton.jit
@@ -109,6 +109,7 @@ def begin(shared, status, operation, what, numel, place, factor, RANK: tl.conste
     tl.store(mine + 1, numel)
     tl.store(mine + 2, place)
     tl.store(mine + 3, factor)
+    tl.store(status + BEGUN_KIND, (what & 0xFF).to(tl.int32))
     tl.store(status + BEGUN, operation + 1)
     same = meet(shared, status, RANK, RANKS)
     if same:

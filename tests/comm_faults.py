@@ -86,7 +86,7 @@ def start_store():
 
 def communicator(name, rank, size, timeout=20 * SECOND):
     client = dist.TCPStore("127.0.0.1", PORT, is_master=False, wait_for_workers=False)
-    peers, comm = hosts.connect(dist.PrefixStore(name, client), rank, size, timeout)
+    peers, comm, _ = hosts.connect(dist.PrefixStore(name, client), rank, size, timeout)
     ALIVE.append((peers, comm, client))
     return comm
 

@@ -533,9 +533,11 @@ def check_small_sums_in_a_row():
 def check_what_a_gpu_finds_is_raised_by_the_next_call():
     """A rank that is silent, one that does something else: the step is skipped, the next call says why."""
     last = SIZE - 1
-    for wrong, error in (("silent", PeerTimeout), ("scale", RuntimeError), ("place", RuntimeError)):
+    for wrong, error in (("silent", PeerTimeout), ("staged", PeerTimeout), ("scale", RuntimeError),
+                         ("place", RuntimeError)):  # fmt: skip
+        silent = wrong in ("silent", "staged")
         with Communicator(timeout=datetime.timedelta(seconds=0.5)) as comm:
-            memory = comm.empty(100_000).fill_(1.0)
+            memory = (torch.empty(100_000) if wrong == "staged" else comm.empty(100_000)).fill_(1.0)
             comm.all_reduce_(memory)
             statistics, found_inf = torch.zeros(2, dtype=torch.float64), torch.zeros(1)
             if SIZE > 1 and RANK != last:
@@ -549,10 +551,53 @@ def check_what_a_gpu_finds_is_raised_by_the_next_call():
                 comm.all_reduce_(comm.empty(100_000) if SIZE == 1 else memory[4:80_004])
             else:
                 time.sleep(1.5)
-            if SIZE > 1 and (RANK != last or wrong != "silent"):
+            if SIZE > 1 and (RANK != last or not silent):
                 with pytest.raises(error) as caught:
                     comm.all_reduce_(torch.ones(1))
-                assert wrong != "silent" or caught.value.ranks == (last,)
+                assert not silent or caught.value.ranks == (last,)
+            dist.barrier()
+
+
+def check_gpus_of_several_hosts():
+    """Sums over peer memory on each host, and between the hosts' GPUs of the same place."""
+    for hosts in ("aabb", "abab"):
+        with host(hosts[RANK]), Communicator() as comm:
+            for dtype, numel, poison in itertools.product(DTYPES, (0, 3, 5000, 300_001), (False, True)):
+                tensors = everybodys(numel, dtype, seed=7)
+                measured = dtype in FLOATS and numel > 0
+                if poison and measured:
+                    tensors[2][numel // 2] = torch.inf
+                t = tensors[RANK].clone() if poison else comm.empty(numel, dtype).copy_(tensors[RANK])
+                op = "avg" if dtype.is_floating_point else "sum"
+                statistics, found_inf = torch.zeros(2, dtype=torch.float64), torch.zeros(1)
+                comm.all_reduce_(t, op, statistics=statistics if measured else None, found_inf=found_inf)
+                torch.testing.assert_close(t, reference.reduced(tensors, 1 / SIZE if op == "avg" else 1.0))
+                if measured:
+                    same_statistics(statistics, t)
+                    assert found_inf.item() == poison
+                everyone = [torch.empty_like(t) for _ in range(SIZE)]
+                dist.all_gather(everyone, t)
+                for other in everyone:
+                    same_bits(t, other)
+                whole = torch.empty(SIZE, numel, dtype=dtype)
+                comm.all_gather(whole, tensors[RANK])
+                same_bits(whole, torch.stack(tensors))
+            wide = torch.full((5000,), 256.0 if RANK == 0 else 1.0).bfloat16()
+            comm.all_reduce_(wide)
+            assert (wide == torch.tensor(255.0 + SIZE).bfloat16()).all(), "rounded once"
+        with host(hosts[RANK]), Communicator(timeout=datetime.timedelta(seconds=1)) as comm:
+            comm.all_reduce_(torch.ones(5000))
+            if RANK == SIZE - 1:
+                time.sleep(2.5)  # its host misses it, and the other host must skip the step as well
+            statistics = torch.zeros(2, dtype=torch.float64)
+            if hosts[RANK] == hosts[SIZE - 1]:
+                with contextlib.suppress(PeerTimeout):  # where its kernels have ended before the call does
+                    comm.all_reduce_(torch.ones(5000))
+                with pytest.raises(PeerTimeout):
+                    comm.all_reduce_(torch.ones(5000))
+            else:
+                comm.all_reduce_(torch.ones(5000), statistics=statistics)
+                assert statistics[1] > 0
             dist.barrier()
 
 
@@ -572,8 +617,8 @@ PLAYED = (
 def wanted(size, kernels="cpu"):
     """On two ranks everything, but for what needs four; elsewhere what may depend on their number."""
     if kernels != "cpu":
-        return [c for c in CHECKS if any(part in c for part in PLAYED)]
-    checks = [c for c in CHECKS if "gpu_finds" not in c]
+        return [c for c in CHECKS if any(part in c for part in (PLAYED if size < 4 else ("gpus_of_several",)))]
+    checks = [c for c in CHECKS if "gpu" not in c]
     if size == 4:
         return checks
     four = {"check_several_hosts"}
@@ -592,9 +637,9 @@ if __name__ == "__main__":
     EXACT = True
     if kernels != "cpu":
         from played import Played as Communicator
-        from played import backend, exact_fma
+        from played import exact_fma, play
 
-        Communicator.kernels, Communicator.place = backend(kernels, *library), Path(place)
+        play(kernels, *library)
         EXACT = kernels == "cuda" or exact_fma()
         # In one shot 256 KiB
         NUMELS = (0, 1, 5, 4097, 50_000, 70_001, 300_001) if kernels == "cuda" else (0, 1, 5, 4097, 20_000, 70_001)

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checks import run_checks
-from played import Played, backend
+from played import Played, play
 
 from deepfast import ops, reference
 from deepfast.comm import PeerTimeout
@@ -109,8 +109,7 @@ if __name__ == "__main__":
     DEVICE = torch.device("cuda", 0) if kernels == "gpu" else torch.device("cpu")
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     SIZE, RANK = dist.get_world_size(), dist.get_rank()
-    Played.kernels = ops.select(*library, DEVICE, torch.float32) if kernels == "gpu" else backend(kernels, *library)
-    Played.place = Path(out)
+    play(kernels, *library)
     COMM = Played(timeout=datetime.timedelta(seconds=30))
     run_checks(CHECKS, Path(out, f"{RANK}.json"))
     if RANK == SIZE - 1:

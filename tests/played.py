@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
 import os
+import tempfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from conftest import played_cuda
+from torch.multiprocessing.reductions import reduce_tensor
 
-from deepfast.comm import Communicator
-from deepfast.comm.device import OnPeers
+from deepfast import ops
+from deepfast.comm import Communicator, across
 
 
-def backend(name: str, library: str = ""):
-    """ "cuda": its kernels compiled for the host; "triton": its interpreter, where TRITON_INTERPRET is set."""
+def play(name: str, *more: str) -> None:
+    """The kernels that :class:`Played` has, and its memory.
+
+    "cuda", and their library: compiled for the host. "triton": in its interpreter, with TRITON_INTERPRET=1. "gpu", and
+    which: real ones, on one GPU for all ranks.
+    """
     if name == "cuda":
         os.environ["CUDA_ON_HOST_FIXED_BLOCKS"] = "1"
-        return played_cuda(Path(library))
-    from deepfast.kernels import backend as triton
-
-    return triton
+        chosen = played_cuda(Path(*more))
+    else:
+        chosen = ops.triton() if name == "triton" else ops.select(*more, torch.device("cuda"), torch.float32)
+    across._kernels = lambda device: (0, chosen)
+    across.symmetric_memory = of_one_gpu if name == "gpu" else in_files
 
 
 def exact_fma() -> bool:
@@ -38,69 +44,46 @@ def exact_fma() -> bool:
     return out.item() == 2.0**-24
 
 
-def files(place: Path, rank: int, size: int, meet):
-    """Peer memory, see :data:`deepfast.comm.device.Allocate`. meet(): a barrier."""
-    numbers = itertools.count()
+def in_files(group: dist.ProcessGroup, device: torch.device):
+    """Peer memory, see :data:`deepfast.comm.device.Allocate`, in files that all map."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
 
     def allocate(nbytes):
-        n = next(numbers)
-        place.mkdir(exist_ok=True)
-        mine = torch.from_file(str(place / f"{n}-{rank}"), shared=True, size=nbytes, dtype=torch.uint8)
-        meet()
-        names = [place / f"{n}-{r}" for r in range(size)]
-        all_of_them = [
-            mine if r == rank else torch.from_file(str(name), shared=True, size=nbytes, dtype=torch.uint8)
-            for r, name in enumerate(names)
-        ]
-        meet()
-        os.unlink(names[rank])
-        return mine, [t.data_ptr() for t in all_of_them], all_of_them
+        names: list = [None] * size
+        with tempfile.NamedTemporaryFile() as file:
+            dist.all_gather_object(names, file.name, group=group)
+            file.truncate(nbytes)
+            dist.barrier(group)
+            all_of_them = [torch.from_file(name, shared=True, size=nbytes, dtype=torch.uint8) for name in names]
+            dist.barrier(group)
+        return all_of_them[rank], [t.data_ptr() for t in all_of_them], all_of_them
 
     return allocate
 
 
-def one_gpu(device: torch.device):
+def of_one_gpu(group: dist.ProcessGroup, device: torch.device):
     """Peer memory of processes that share a GPU; torch's symmetric memory wants one each."""
-    from torch.multiprocessing.reductions import reduce_tensor
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
 
     def allocate(nbytes):
         mine = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-        told: list = [None] * dist.get_world_size()
-        dist.all_gather_object(told, reduce_tensor(mine))
-        rank = dist.get_rank()
+        told: list = [None] * size
+        dist.all_gather_object(told, reduce_tensor(mine), group=group)
         all_of_them = [mine if r == rank else rebuild(*how) for r, (rebuild, how) in enumerate(told)]
         return mine, [t.data_ptr() for t in all_of_them], all_of_them
 
     return allocate
 
 
-def on_peers(chosen, native, peers, rank, size, device, place, timeout) -> OnPeers:
-    def meet():
-        native.all_reduce_(torch.zeros(1), 1.0, None, None)
-
-    allocate = one_gpu(device) if device.type == "cuda" else files(place, rank, size, meet)
-    found = OnPeers(rank, size, device, chosen, allocate, peers, timeout)
-    meet()
-    return found
-
-
 class Played(Communicator):
-    """A communicator that takes CPU tensors for a GPU's; and one GPU for as many as there are ranks."""
-
-    kernels = None  # the backend
-    place: Path
-    _numbers = itertools.count()
+    """A communicator that takes CPU tensors for a GPU's; or one GPU for as many as there are ranks."""
 
     def _impl(self, t):
         return self._on(t.device)
 
     def _on(self, device):
         if device not in self._devices:
-            number = torch.tensor([os.getpid() * 1000 + next(self._numbers) if self.rank == 0 else 0])
-            self._native.all_reduce_(number, 1.0, None, None)
-            place = self.place / f"peers-{number.item()}"
-            self._devices[device] = on_peers(
-                self.kernels, self._native, self._peers, self.rank, self.size, device, place,
-                self.timeout.total_seconds()
-            )  # fmt: skip
+            self._devices[device] = across.connect(
+                self._group, self.rank, self._hosts, device, self._native, self._peers, self.timeout.total_seconds()
+            )
         return self._devices[device]

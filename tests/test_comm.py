@@ -69,7 +69,7 @@ def tell():
 atexit.register(tell)  # before the others, so it is called after them
 import torch
 from deepfast.comm.device import Watch
-watch = Watch(torch.zeros(16, dtype=torch.int32), 2, list, 10.0)
+watch = Watch(torch.zeros(16, dtype=torch.int32), [0, 1], list, 10.0, 0.0)
 assert threading.active_count() == 2
 """
 
@@ -82,7 +82,7 @@ def test_the_watch_ends_before_python_does(dropped):
 
 
 @pytest.mark.xdist_group("comm_played")
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, 3, 4])
 def test_gpus_played_on_the_host(cuda_on_host, tmp_path, size):
     """The CUDA kernels between processes, over memory that all map; ranks run ahead of each other as they like."""
     said = heard_of_ranks(size, tmp_path, "comm_ranks.py", "cuda", cuda_on_host.library)

@@ -51,6 +51,7 @@ struct Status {
   uint32_t give_up;             // by the host: nobody waits any longer
   uint32_t begun, ended;        // by the device: operations
   uint32_t disagree;            // by the device: the ranks do not do the same
+  uint32_t kind;                // by the device: of the operation begun
   uint32_t missing[kMaxPeers];  // by the device, once it has given up: who had not come
 };
 

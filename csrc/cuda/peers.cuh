@@ -74,6 +74,7 @@ struct Meetings {
   __device__ bool begin() {
     if (threadIdx.x == 0) {
       mine.said[operation % 2] = {call.kind, call.in, call.out, call.numel, call.place, call.factor};
+      call.status->kind = call.kind;
       call.status->begun = operation + 1;
     }
     if (!meet()) return false;

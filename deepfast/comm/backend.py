@@ -15,8 +15,9 @@ from deepfast.comm import hosts
 def register_backend() -> None:
     """Makes ``torch.distributed.init_process_group("deepfast")`` work.
 
-    On CPU tensors, all-reduce (SUM, and AVG of floats), all_gather_into_tensor and reduce_scatter_tensor are ours, and
-    DDP's buckets lie in our memory; FSDP2's do after ``model.set_allocate_memory_from_process_group_for_comm(True)``.
+    On CPU tensors, all-reduce (SUM, and AVG of floats), all_gather_into_tensor and reduce_scatter_tensor (now called
+    all_gather_single and reduce_scatter_single) are ours, and DDP's buckets lie in our memory; FSDP2's do after
+    ``model.set_allocate_memory_from_process_group_for_comm(True)``.
     Every other collective is gloo's, and on CUDA tensors NCCL's. Subgroups of such a group are of the same kind.
     """
     if "deepfast" in dist.Backend.backend_list:
@@ -34,5 +35,5 @@ def _create(options: Any, _: Any) -> Any:
         nccl_options = dist.ProcessGroupNCCL.Options()
         nccl_options._timeout = timeout
         nccl = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", options.store), rank, size, nccl_options)
-    _, native = hosts.connect(dist.PrefixStore("deepfast", options.store), rank, size, timeout)
+    _, native, _ = hosts.connect(dist.PrefixStore("deepfast", options.store), rank, size, timeout)
     return build.load_comm().ProcessGroup(rank, size, native, gloo, nccl)

@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, library
 
-from deepfast.comm import device as on_device
-from deepfast.comm import hosts
+from deepfast.comm import across, hosts
 
 _made: Counter[str] = Counter()  # communicators of each group, so that each has keys of its own in the store
 _numbers = itertools.count()
@@ -23,8 +22,9 @@ _named: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictio
 class Communicator:
     """Sums over the ranks of ``group``: those on one host through shared memory, hosts once an operation by gloo.
 
-    Tensors on a GPU: over the peers' memory where all ranks share a host (at most 8 of them), else by torch.distributed
-    on ``group``. Nothing waits on the host then; what goes wrong on the device is raised by the next call.
+    Tensors on a GPU: over the peers' memory on each host (at most 8 ranks, as many on every host); between hosts, and
+    where that cannot be had, by torch.distributed. Nothing waits on the host then; what goes wrong on the device is
+    raised by the next call.
 
     All ranks of the group make it together, and call its operations in the same order; a rank that does something else
     than the others is an error on all. Sums are taken in fp32 in rank order and rounded once, so every rank gets the
@@ -54,7 +54,7 @@ class Communicator:
         store = dist.PrefixStore(f"deepfast/{number}", group.get_group_store())
         self.rank, self.size, self.timeout = group.rank(), group.size(), timeout
         self._group = group
-        self._peers, self._native = hosts.connect(store, self.rank, self.size, timeout)
+        self._peers, self._native, self._hosts = hosts.connect(store, self.rank, self.size, timeout)
         self._peers.heed_signals()
         self._devices: dict[torch.device, Any] = {}
         self._side: dict[torch.device, torch.cuda.Stream] = {}
@@ -159,8 +159,8 @@ class Communicator:
         if device == torch.device(device.type):
             device = torch.device(device.type, torch.cuda.current_device())
         if device not in self._devices:
-            self._devices[device] = on_device.connect(
-                self._group, self.rank, self.size, device, self._native, self._peers, self.timeout.total_seconds()
+            self._devices[device] = across.connect(
+                self._group, self.rank, self._hosts, device, self._native, self._peers, self.timeout.total_seconds()
             )
         return self._devices[device]
 

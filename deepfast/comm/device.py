@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import logging
 import threading
 import time
 import weakref
@@ -16,8 +15,11 @@ from torch import Tensor
 
 from deepfast.errors import PeerTimeout
 
-log = logging.getLogger(__name__)
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# Their names before torch 2.13.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+HALVES = (torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, *HALVES)
 STAGE = 32 << 20  # bytes: what does not lie in peer memory goes through as much of it, piece by piece
 
 Allocate = Callable[[int], tuple[Tensor, list[int], object]]
@@ -50,12 +52,16 @@ class Watch:
     """Ends the waits of kernels whose peers have died, or are silent at the timeout. The host's only part in a wait.
 
     ``status`` (int32, pinned) is what host and device tell each other: see ``Status`` in ``csrc/cuda/collectives.h``.
+    ``ranks``: what the whole group calls the host's. ``patience``: seconds beyond the timeout for an all-gather, to
+    which a rank may come late because it waits for another host; whoever is to blame is found there.
     """
 
-    GIVE_UP, BEGUN, ENDED, DISAGREE, MISSING = range(5)
+    GIVE_UP, BEGUN, ENDED, DISAGREE, KIND, MISSING = range(6)
+    ALL_GATHER = 2
 
-    def __init__(self, status: Tensor, ranks: int, gone: Callable[[], list[int]], timeout: float) -> None:
-        self.status, self.gone, self.timeout = status, gone, timeout
+    def __init__(self, status: Tensor, ranks: list[int], gone: Callable[[], list[int]], timeout: float,
+                 patience: float) -> None:  # fmt: skip
+        self.status, self.gone, self.timeout, self.patience = status, gone, timeout, patience
         self.missing: list[int] = []
         self.why = ""
         self.found = threading.Event()  # `missing` and `why` are known; or nobody wants to know
@@ -68,9 +74,10 @@ class Watch:
     def look(self, since: float) -> None:
         """An operation that began at ``since`` is under way."""
         gone = self.gone()
+        patience = self.patience if self.status[self.KIND] == self.ALL_GATHER else 0.0
         if gone:
             self.why = "died or left"
-        elif time.monotonic() - since > self.timeout:
+        elif time.monotonic() - since > self.timeout + patience:
             self.why = "silent at the timeout"
         else:
             return
@@ -79,8 +86,8 @@ class Watch:
             until = time.monotonic() + 1
             while not gone and time.monotonic() < until:
                 time.sleep(0.001)
-                late = self.status[self.MISSING : self.MISSING + self._ranks].tolist()
-                gone = [rank for rank, is_late in enumerate(late) if is_late]
+                late = self.status[self.MISSING : self.MISSING + len(self._ranks)].tolist()
+                gone = [rank for rank, is_late in zip(self._ranks, late, strict=True) if is_late]
         self.missing = gone
         self.found.set()
 
@@ -112,11 +119,15 @@ class OnPeers:
 
     What goes wrong on the device (a peer that died, ranks that do different things) is raised by the next call; the
     statistics of the operation that failed say "not finite", so a step that asks them is skipped.
+
+    Args:
+        rank, ranks: this one, and those of this host; as the whole group calls them.
+        patience: how much longer than ``timeout`` an all-gather waits, in seconds.
     """
 
-    def __init__(self, rank: int, size: int, device: torch.device, backend: Any, allocate: Allocate, peers: Any,
-                 timeout: float) -> None:  # fmt: skip
-        self._rank, self._size, self._device = rank, size, device
+    def __init__(self, rank: int, ranks: list[int], device: torch.device, backend: Any, allocate: Allocate, peers: Any,
+                 timeout: float, patience: float = 0.0) -> None:  # fmt: skip
+        self._rank, self._size, self._device = ranks.index(rank), len(ranks), device
         self._backend, self._allocate, self._peers = backend, allocate, peers
         self._segments: list[Segment] = []
         self._starts: list[int] = []  # of the segments, in order, and which one begins there
@@ -126,7 +137,7 @@ class OnPeers:
         self._own_shared = shared.zero_()
         status = torch.zeros(Watch.MISSING + 8, dtype=torch.int32)
         self._status = status.pin_memory() if device.type == "cuda" else status
-        self._watch = Watch(self._status, size, peers.gone, timeout)
+        self._watch = Watch(self._status, ranks, peers.gone, timeout, patience)
         self._stage: Tensor | None = None
         self._stream: Any = None
         self._closed = False
@@ -145,9 +156,9 @@ class OnPeers:
         return own[: numel * dtype.itemsize].view(dtype)
 
     def all_reduce_(self, t: Tensor, factor: float, statistics: Tensor | None, found_inf: Tensor | None) -> None:
-        _check(t, factor)
+        check_summed(t, factor)
         if t.numel() == 0:
-            _nothing(statistics)
+            nothing(statistics)
             return
         data = t.contiguous()
         peer = self._peer_view(data)
@@ -166,10 +177,10 @@ class OnPeers:
 
     def reduce_scatter(self, out: Tensor, t: Tensor, factor: float, statistics: Tensor | None,
                        found_inf: Tensor | None) -> None:  # fmt: skip
-        _check(t, factor)
+        check_summed(t, factor)
         _check_pair(t, out, self._size, "reduce_scatter")
         if out.numel() == 0:
-            _nothing(statistics)
+            nothing(statistics)
             return
         data = out.contiguous()
         peer = self._peer_view(t)
@@ -186,7 +197,7 @@ class OnPeers:
             out.copy_(data)
 
     def all_gather(self, out: Tensor, t: Tensor) -> None:
-        _check(t, 1.0)
+        check_summed(t, 1.0)
         _check_pair(out, t, self._size, "all_gather")
         peer = self._peer_view(t)
         if peer is not None and out.is_contiguous():
@@ -233,8 +244,12 @@ class OnPeers:
 
     def _measure(self, t: Tensor, statistics: Tensor | None) -> None:
         if statistics is not None:
-            _check_measured(t)
-            statistics.copy_(self._backend.statistics([t]))
+            tell(t, self.failed(), statistics, None)
+
+    def failed(self) -> Tensor:
+        """int32 [1], on the device: not 0 where an operation so far has failed. Asked without a wait."""
+        status = self._status[: Watch.MISSING].to(self._device, non_blocking=True)
+        return status[Watch.GIVE_UP] | status[Watch.DISAGREE]
 
     def _run(self, kind: str, t: Tensor, out: Tensor, peer: tuple[list[int], int] | None, factor: float,
              statistics: Tensor | None, found_inf: Tensor | None) -> None:  # fmt: skip
@@ -282,50 +297,57 @@ class ByTorch:
         return torch.empty(numel, dtype=dtype, device=self._device)
 
     def all_reduce_(self, t: Tensor, factor: float, statistics: Tensor | None, found_inf: Tensor | None) -> None:
-        _check(t, factor)
+        check_summed(t, factor)
         total = _wide(t, factor).contiguous()
         dist.all_reduce(total, group=self._group)
-        self._finish(t, total, statistics, found_inf)
+        t.copy_(total)
+        tell(t, None, statistics, found_inf)
 
     def reduce_scatter(self, out: Tensor, t: Tensor, factor: float, statistics: Tensor | None,
                        found_inf: Tensor | None) -> None:  # fmt: skip
-        _check(t, factor)
+        check_summed(t, factor)
         _check_pair(t, out, self._size, "reduce_scatter")
         whole = _wide(t, factor).contiguous().view(-1)
         part = torch.empty(out.numel(), dtype=whole.dtype, device=whole.device)
-        dist.reduce_scatter_tensor(part, whole, group=self._group)
-        self._finish(out, part.view(out.shape), statistics, found_inf)
+        _reduce_scatter(part, whole, group=self._group)
+        out.copy_(part.view(out.shape))
+        tell(out, None, statistics, found_inf)
 
     def all_gather(self, out: Tensor, t: Tensor) -> None:
-        _check(t, 1.0)
+        check_summed(t, 1.0)
         _check_pair(out, t, self._size, "all_gather")
         whole = torch.empty(out.numel(), dtype=t.dtype, device=t.device)
-        dist.all_gather_into_tensor(whole, t.contiguous().view(-1), group=self._group)
+        _all_gather(whole, t.contiguous().view(-1), group=self._group)
         out.copy_(whole.view(out.shape))
 
     def close(self) -> None:
         pass
 
-    def _finish(self, out: Tensor, total: Tensor, statistics: Tensor | None, found_inf: Tensor | None) -> None:
-        from deepfast import ops
-
-        out.copy_(total)
-        if statistics is not None:
-            _check_measured(out)
-            statistics.copy_(ops.select(ops.forced(), out.device, out.dtype).statistics([out]))
-        if found_inf is not None and out.dtype.is_floating_point:
-            _note(found_inf, out)
-
 
 def _wide(t: Tensor, factor: float) -> Tensor:
     """What is summed: 16 bits as fp32; multiplied before, so that the mean of finite values is finite."""
-    wide = t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+    wide = t.float() if t.dtype in HALVES else t
     return wide * factor if factor != 1.0 else wide.clone()
 
 
-def _nothing(statistics: Tensor | None) -> None:
+def nothing(statistics: Tensor | None) -> None:
     if statistics is not None:
         statistics.zero_()
+
+
+def tell(t: Tensor, failed: Tensor | None, statistics: Tensor | None, found_inf: Tensor | None) -> None:
+    """The statistics of a result, and whether it is finite. failed: not 0 where it is none: the step is skipped."""
+    from deepfast import ops
+
+    if statistics is not None:
+        _check_measured(t)
+        statistics.copy_(ops.select(ops.forced(), t.device, t.dtype).statistics([t]))
+        if failed is not None:
+            statistics[1] = torch.maximum(statistics[1], failed.to(statistics.dtype))
+    if found_inf is not None and t.dtype.is_floating_point:
+        _note(found_inf, t)
+        if failed is not None:
+            found_inf.copy_(torch.maximum(found_inf, failed.to(found_inf.dtype)))
 
 
 def _note(found_inf: Tensor, t: Tensor) -> None:
@@ -337,7 +359,7 @@ def _check_measured(t: Tensor) -> None:
         raise TypeError(f"deepfast: statistics are of float32, float16 and bfloat16, not of {t.dtype}")
 
 
-def _check(t: Tensor, factor: float) -> None:
+def check_summed(t: Tensor, factor: float) -> None:
     if t.layout != torch.strided or t.dtype not in (*FLOATS, torch.float64, torch.int32, torch.int64):
         raise TypeError(
             "deepfast: collectives take dense float32, float16, bfloat16, float64, int32 and int64, not "
@@ -355,34 +377,3 @@ def _check_pair(whole: Tensor, part: Tensor, ranks: int, what: str) -> None:
         )
     if whole.dtype != part.dtype and not (whole.dtype in FLOATS and part.dtype in FLOATS):
         raise TypeError(f"deepfast: {what} cannot turn {whole.dtype} into {part.dtype}")
-
-
-def connect(group: dist.ProcessGroup, rank: int, size: int, device: torch.device, native: Any, peers: Any,
-            timeout: float) -> OnPeers | ByTorch:  # fmt: skip
-    """Collectives for tensors on ``device``; all ranks call it together. native, peers: of the CPU's communicator.
-
-    Peer memory where all ranks have it and the same kernels, else torch.distributed, after a warning.
-    """
-    from deepfast import ops
-
-    backend = ops.select(ops.forced(), device, torch.float32)
-    kinds = [ops.cuda(), ops.triton()]
-    own = kinds.index(backend) if backend in kinds and size <= backend.peer_layout()[0] else -1
-    everybodys = torch.empty(size, dtype=torch.int64)
-    native.all_gather(everybodys, torch.tensor([own]))
-    found: OnPeers | None = None
-    why = "some ranks have no kernels for it, or others"
-    if native.spans_hosts:
-        why = "the ranks are on several hosts"
-    elif own >= 0 and (everybodys == own).all():
-        try:
-            allocate = symmetric_memory(group, device)
-            found = OnPeers(rank, size, device, backend, allocate, peers, timeout)
-        except Exception as error:  # whatever torch says where GPUs do not see each other's memory
-            why = str(error).partition("\n")[0]
-    agreed = torch.tensor([found is not None], dtype=torch.int32)
-    native.all_reduce_(agreed, 1.0, None, None)  # and nobody starts before everybody's memory is zeroed
-    if found is not None and agreed.item() == size:
-        return found
-    log.warning("GPUs exchange gradients by torch.distributed: %s", why)
-    return ByTorch(group, size, device)

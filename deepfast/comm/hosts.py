@@ -42,11 +42,11 @@ def identity() -> str:
     return f"{boot}/{network}"
 
 
-def connect(store: Any, rank: int, size: int, timeout: timedelta) -> tuple[Any, Any]:
-    """This rank's peers and its communicator (both of the compiled module) with all ranks that use ``store``.
+def connect(store: Any, rank: int, size: int, timeout: timedelta) -> tuple[Any, Any, list[list[int]]]:
+    """This rank's peers, its communicator (both of the compiled module), and the ranks of each host.
 
     Args:
-        store: a store of this communicator's own.
+        store: a store of this communicator's own; all that use it belong to it.
         rank: among the ``size`` ranks.
         timeout: for each operation, and for the others to come here.
 
@@ -85,7 +85,7 @@ def connect(store: Any, rank: int, size: int, timeout: timedelta) -> tuple[Any, 
         if rank == here[0]:
             leaders = dist.ProcessGroupGloo(dist.PrefixStore("leaders", store), host, len(hosts), timeout=timeout)
         between = native.Hosts(leaders, dist.PrefixStore("hosts", store), host, list(hosts.values()))
-    return peers, native.Communicator(rank, size, peers, between)
+    return peers, native.Communicator(rank, size, peers, between), list(hosts.values())
 
 
 def _listening() -> socket.socket:
