@@ -109,7 +109,7 @@ def begin(shared, status, operation, what, numel, place, factor, RANK: tl.conste
     tl.store(mine + 1, numel)
     tl.store(mine + 2, place)
     tl.store(mine + 3, factor)
-    tl.store(status + BEGUN_KIND, (what & 0xFF).to(tl.int32))
+    tl.store(status + BEGUN_KIND, what & 0xFF)
     tl.store(status + BEGUN, operation + 1)
     same = meet(shared, status, RANK, RANKS)
     if same:
