@@ -1,4 +1,5 @@
-"""All-reduce between two ranks of this machine: ours, gloo's and DeepSpeed's through shared memory.
+"""All-reduce between two ranks of this machine: ours, gloo's and DeepSpeed's through shared memory; or, where there are
+several GPUs, between those: ours and NCCL's, from ordinary and from its symmetric memory.
 
 The ranks are started once. A figure is the median over rounds in which the contenders take turns, each round counting
 as long as its slower rank takes.
@@ -28,7 +29,8 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 import deepfast.comm
 
 OURS, ORDINARY, GLOO, DEEPSPEED = "deepfast", "deepfast, ordinary memory", "gloo", "DeepSpeed's shared memory"
-RANKS = 2
+NCCL, NCCL_SYMMETRIC = "NCCL", "NCCL, symmetric memory"
+RANKS = int(os.environ.get("WORLD_SIZE", "2"))
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BUCKET = 25 << 20  # DDP's
 # bytes: calls a sample, samples
@@ -36,14 +38,17 @@ WARM = {1 << 10: (200, 31), 4 << 10: (200, 31), 64 << 10: (100, 31), 1 << 20: (2
         BUCKET: (4, 21), 256 << 20: (1, 9)}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> list[dict]:
-    place = tmp_path_factory.mktemp("comm")
+def measured(place: Path, ranks: int, device: str) -> list[dict]:
     env = {"TORCH_EXTENSIONS_DIR": str(place), **os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     env["PATH"] = sysconfig.get_path("scripts") + os.pathsep + env["PATH"]  # ninja, for DeepSpeed
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    subprocess.run([*launch, __file__, str(place / "rows.json")], check=True, env=env)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    subprocess.run([*launch, __file__, str(place / "rows.json"), device], check=True, env=env)
     return json.loads((place / "rows.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[dict]:
+    return measured(tmp_path_factory.mktemp("comm"), RANKS, "cpu")
 
 
 @pytest.mark.parametrize("part", ["all-reduce", "DDP"])
@@ -53,23 +58,43 @@ def test_comm(rows, part):
             report(row)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_several_gpus(tmp_path, ranks):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    for row in measured(tmp_path, ranks, "cuda"):
+        report(row)
+
+
 class Ranks:
     """One rank's side of it."""
 
-    def __init__(self) -> None:
-        self.comm = deepfast.comm.Communicator()
+    def __init__(self, device: torch.device) -> None:
+        self.comm, self.device = deepfast.comm.Communicator(), device
         self.token = torch.zeros(1)
         self.rows: list[dict] = []
+        self.absent = ""
         self.contenders: dict[str, Callable[[Tensor], object]] = {
             OURS: self.comm.all_reduce_,
             ORDINARY: self.comm.all_reduce_,
-            GLOO: dist.all_reduce,
+            NCCL if device.type == "cuda" else GLOO: dist.all_reduce,
         }
-        self.absent = ""
         try:
-            self.contenders[DEEPSPEED] = deepspeeds(self.comm.rank)
-        except ImportError:
-            self.absent = "DeepSpeed is not installed"
+            if device.type == "cuda":
+                self.symmetric = symmetric_memory(device)
+                self.contenders[NCCL_SYMMETRIC] = dist.all_reduce
+            else:
+                self.contenders[DEEPSPEED] = deepspeeds(self.comm.rank)
+        except (ImportError, AttributeError, TypeError, RuntimeError) as error:
+            self.absent = f"not there: {str(error).partition(chr(10))[0]}"
+
+    def memory(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
+        if name == OURS:
+            return self.comm.empty(numel, dtype, self.device).zero_()
+        if name == NCCL_SYMMETRIC:
+            return self.symmetric(numel, dtype)
+        return torch.zeros(numel, dtype=dtype, device=self.device)
 
     def compare(self, title: str, runs: dict[str, Callable[[], object]], calls: int, rounds: int) -> None:
         """Reports the time of one call of each, as :func:`conftest.compare` does."""
@@ -78,11 +103,15 @@ class Ranks:
         for turn in range(rounds):
             for index, run in order if turn % 2 else order[::-1]:
                 run()  # its memory is in the caches again, as far as they hold it
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
                 dist.barrier()
                 self.comm.all_reduce_(self.token)  # all ranks start within a microsecond
                 start = time.perf_counter()
                 for _ in range(calls):
                     run()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
                 times[turn, index] = (time.perf_counter() - start) / calls
         dist.all_reduce(times, op=dist.ReduceOp.MAX)
         medians = {name: statistics.median(times[:, index].tolist()) for index, name in enumerate(runs)}
@@ -98,14 +127,12 @@ class Ranks:
     def all_reduce(self, title: str, dtype: torch.dtype, bytes_each: int, count: int, calls: int, rounds: int) -> None:
         """Over ``count`` tensors in turn; zeros, whose sum may be taken again and again."""
         numel = bytes_each // dtype.itemsize
-        shared = [self.comm.empty(numel, dtype).zero_() for _ in range(count)]
-        own = [torch.zeros_like(t) for t in shared]
-        tensors = {name: shared if name == OURS else own for name in self.contenders}
+        tensors = {name: [self.memory(name, numel, dtype) for _ in range(count)] for name in self.contenders}
         parts = [torch.arange(numel, dtype=torch.int32).add_(r).remainder_(17).to(dtype) for r in range(RANKS)]
         for name, reduce in self.contenders.items():
             t = tensors[name][0].copy_(parts[self.comm.rank])
             reduce(t)
-            assert torch.equal(t, parts[0] + parts[1]), f"{name} has another result"
+            assert torch.equal(t.cpu(), sum(parts[1:], parts[0])), f"{name} has another result"
             t.zero_()
         del parts
 
@@ -201,17 +228,42 @@ def deepspeeds(rank: int) -> Callable[[Tensor], object]:
     return torch.ops.deepspeed.inference_all_reduce_
 
 
+def symmetric_memory(device: torch.device) -> Callable[[int, torch.dtype], Tensor]:
+    """Zeros in memory that NCCL's symmetric kernels take."""
+    backend = dist.group.WORLD._get_backend(device)
+
+    def zeros(numel: int, dtype: torch.dtype) -> Tensor:
+        pool = torch.cuda.MemPool(backend.mem_allocator)
+        pools.append(pool)
+        with torch.cuda.use_mem_pool(pool):
+            t = torch.zeros(numel, dtype=dtype, device=device)
+        backend.register_mem_pool(pool, symm=True)
+        return t
+
+    pools: list[torch.cuda.MemPool] = []
+    zeros(1, torch.float32)
+    return zeros
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    deepfast.comm.register_backend()
-    dist.init_process_group("gloo")
-    ranks = Ranks()
+    kind = sys.argv[2]
+    device = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    else:
+        deepfast.comm.register_backend()
+        dist.init_process_group("gloo")
+    ranks = Ranks(device)
+    which = f"{RANKS} GPUs, all-reduce" if kind == "cuda" else "all-reduce"
     for name, dtype in DTYPES.items():
         for size, (calls, rounds) in WARM.items():
             text = f"{size >> 20} MiB" if size >> 20 else f"{size >> 10} KiB"
-            ranks.all_reduce(f"all-reduce, {name}, {text}, warm", dtype, size, 1, calls, rounds)
-        ranks.all_reduce(f"all-reduce, {name}, 25 MiB, rotating over 512 MiB of buckets", dtype, BUCKET, 21, 21, 9)
-    ranks.ddp()
+            ranks.all_reduce(f"{which}, {name}, {text}, warm", dtype, size, 1, calls, rounds)
+        ranks.all_reduce(f"{which}, {name}, 25 MiB, rotating over 512 MiB of buckets", dtype, BUCKET, 21, 21, 9)
+    if kind == "cpu":
+        ranks.ddp()
     if ranks.comm.rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(ranks.rows))
     dist.barrier()
