@@ -102,7 +102,8 @@ class Ranks:
         order = list(enumerate(runs.values()))
         for turn in range(rounds):
             for index, run in order if turn % 2 else order[::-1]:
-                run()  # its memory is in the caches again, as far as they hold it
+                for _ in range(calls):  # its memory is in the caches again, as far as they hold it
+                    run()
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
                 dist.barrier()
