@@ -48,6 +48,13 @@ def same_bits(a, b):
     assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
+def same_on_all_ranks(t):
+    everyone = [torch.empty_like(t) for _ in range(SIZE)]
+    dist.all_gather(everyone, t)
+    for other in everyone:
+        same_bits(t, other)
+
+
 def same_statistics(statistics, t):
     want = ops.native.statistics([t])
     if EXACT:
@@ -325,10 +332,7 @@ def check_several_hosts():
                 torch.testing.assert_close(t, reference.reduced(tensors, 1 / SIZE if op == "avg" else 1.0))
                 if statistics is not None:
                     same_statistics(statistics, t)
-                everyone = [torch.empty_like(t) for _ in range(SIZE)]
-                dist.all_gather(everyone, t)
-                for other in everyone:
-                    same_bits(t, other)
+                same_on_all_ranks(t)
                 whole = torch.empty(SIZE, numel, dtype=dtype)
                 comm.all_gather(whole, tensors[RANK])
                 same_bits(whole, torch.stack(tensors))
@@ -488,10 +492,7 @@ def check_the_engine():
         assert engine.get_global_grad_norm() == pytest.approx(whole.grad_norm.item(), rel=1e-5)
     for p, q in zip(engine.module.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
-        everyone = [torch.empty_like(p) for _ in range(SIZE)]
-        dist.all_gather(everyone, p.detach())
-        for other in everyone:
-            same_bits(p.detach(), other)
+        same_on_all_ranks(p.detach())
 
 
 def check_two_losses_in_one_step():
@@ -575,10 +576,7 @@ def check_gpus_of_several_hosts():
                 if measured:
                     same_statistics(statistics, t)
                     assert found_inf.item() == poison
-                everyone = [torch.empty_like(t) for _ in range(SIZE)]
-                dist.all_gather(everyone, t)
-                for other in everyone:
-                    same_bits(t, other)
+                same_on_all_ranks(t)
                 whole = torch.empty(SIZE, numel, dtype=dtype)
                 comm.all_gather(whole, tensors[RANK])
                 same_bits(whole, torch.stack(tensors))
