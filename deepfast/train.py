@@ -89,7 +89,8 @@ class Stop:
         if self.signal:
             raise _StoppedTwiceError("stopped at once by a second signal: what came after the last checkpoint is lost")
         self.signal = number
-        print("\nstopping after this step, with a checkpoint (a second signal: at once, without)", file=sys.stderr)
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nstopping after this step, with a checkpoint (a second signal: at once, without)\n")
 
     @property
     def exit_code(self) -> int:

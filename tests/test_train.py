@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, python, run
 
 SEED = json.loads((ROOT / "examples" / "config.json").read_text())
 TRAIN = ROOT / "ds_train.py"
@@ -197,6 +197,29 @@ def test_kill_9_at_any_moment(place):
     _, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     assert losses(place) == losses(place, "whole")
+
+
+WRITING = """
+import io, signal, sys
+from deepfast.train import Stop
+
+class Interrupted(io.RawIOBase):
+    def writable(self): return True
+    def write(self, data):
+        if not stop.signal: signal.raise_signal(signal.SIGTERM)
+        return len(data)
+
+sys.stderr = io.TextIOWrapper(io.BufferedWriter(Interrupted()), write_through=True)
+with Stop() as stop:
+    print("a line of progress", file=sys.stderr, flush=True)
+sys.exit(stop.exit_code)
+"""
+
+
+def test_a_signal_in_the_middle_of_a_line():
+    done = python(WRITING)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert "stopping after this step" in done.stderr
 
 
 def test_sigterm_saves_and_a_second_signal_is_final(place):
