@@ -135,6 +135,8 @@ class GradientSums:
             else:
                 self.comm.all_reduce_(tail)
             *ranks_with_gradient, self.weight, ranks_with_weight = tail.tolist()
+            if self.comm is not None:
+                self.comm.check()  # on a GPU: this sum has ended, and may have failed
             if ranks_with_weight not in (0.0, float(self.ranks)):
                 raise RuntimeError("backward(): give the micro-batches of every rank a weight, or of none")
             self.present = [ranks > 0 for ranks in ranks_with_gradient]

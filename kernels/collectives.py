@@ -35,6 +35,7 @@ LOOK = tl.constexpr(64)  # spins between two looks at what the host says: its me
 # The beginning of a rank's peer memory, in words of 4 bytes; zero at first.
 OPERATIONS = tl.constexpr(0)  # that have ended
 ENDED = tl.constexpr(1)  # programs of this one
+BROKEN = tl.constexpr(2)  # one has failed: those that were launched after it must not go on
 MEETING = tl.constexpr(32)  # words that a program and its namesakes have, [1 + PROGRAMS] of them:
 ARRIVED = tl.constexpr(0)  # [PEERS]: how often rank r's has come to a meeting here
 COUNT = tl.constexpr(8)  # how often this one has: its own affair
@@ -57,6 +58,12 @@ def words(address):
 def meeting(address):
     """This program's."""
     return words(address) + (1 + tl.program_id(0)) * MEETING
+
+
+@triton.jit
+def told(at):
+    """A word that somebody else may be setting: each thread looks, and all are told the same."""
+    return tl.max(tl.load(at + tl.zeros([128], tl.int32), volatile=True), 0)
 
 
 @triton.jit
@@ -88,7 +95,7 @@ def meet(shared, status, RANK: tl.constexpr, RANKS: tl.constexpr):
         late = everyone & (arrived - nth < 0)
         waits = tl.max(late.to(tl.int32), 0) > 0
         if spin % LOOK == 0:
-            waits = waits & (tl.load(status + GIVE_UP, volatile=True) == 0)
+            waits = waits & (told(status + GIVE_UP) == 0)
         spin += 1
     tl.store(status + MISSING + rank, tl.full([PEERS], 1, tl.int32), mask=late)
     tl.store(mine + COUNT, nth)
@@ -103,7 +110,7 @@ def begin(shared, status, operation, what, numel, place, factor, RANK: tl.conste
     Whoever still read what was said in the operation before the last has not come to the last one, where this rank
     has been.
     """
-    offset = SAID + operation % 2 * 8
+    offset = SAID + (operation & 1) * 8
     mine = (meeting(shared[RANK]) + offset).to(tl.pointer_type(tl.int64))
     tl.store(mine, what)
     tl.store(mine + 1, numel)
@@ -232,7 +239,7 @@ def collective_kernel(
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
     ONE_SHOT_SUM: tl.constexpr,
-    WHAT: tl.constexpr,  # kind and types, as the ranks tell each other
+    WHAT: tl.constexpr,  # kind, types and whether it is measured, as the ranks tell each other
 ):
     MEASURE: tl.constexpr = statistics is not None or found_inf is not None
     TWO_SHOT: tl.constexpr = KIND == 0 and not ONE_SHOT_SUM
@@ -251,9 +258,12 @@ def collective_kernel(
     until = tl.minimum(end * BLOCK, numel)
 
     if ONE_SHOT_SUM:
-        stage = STAGE_AT + operation.to(tl.int64) % 2 * ONE_SHOT
-        copy(sources[0], shared[RANK] + stage, first * BLOCK, until, IN, IN, PACK)
-    good = begin(shared, status, operation, WHAT, numel, place, factor, RANK, RANKS)
+        stage = STAGE_AT + (operation & 1).to(tl.int64) * ONE_SHOT
+    good = told(own + BROKEN) == 0
+    if good:
+        if ONE_SHOT_SUM:
+            copy(sources[0], shared[RANK] + stage, first * BLOCK, until, IN, IN, PACK)
+        good = begin(shared, status, operation, WHAT, numel, place, factor, RANK, RANKS)
     if good:
         if KIND == 2:
             for r in tl.static_range(RANKS):
@@ -283,8 +293,10 @@ def collective_kernel(
                 partial = (shared[RANK] + SUMS_AT).to(tl.pointer_type(tl.float64))
                 sum_of_squares, non_finite = squares.fold(partial, (numel + BLOCK - 1) // BLOCK)
                 answer(statistics, found_inf, sum_of_squares, non_finite)
-    elif MEASURE:  # nothing was done: a step that asks the statistics must be skipped
-        answer(statistics, found_inf, tl.full([1], float("inf"), tl.float64), tl.full([1], 1.0, tl.float64))
+    else:  # nothing was done: a step that asks the statistics must be skipped
+        tl.store(own + BROKEN, 1)
+        if MEASURE:
+            answer(statistics, found_inf, tl.full([1], float("inf"), tl.float64), tl.full([1], 1.0, tl.float64))
 
 
 @triton.jit
@@ -366,7 +378,7 @@ def collective_(
     aligned = all(at % 16 == 0 for at in (*sources, *targets))
     share = blocks if one_shot or not in_place else -(-blocks // ranks)
     types = list(ELEMENTS)
-    what = KINDS.index(kind) | types.index(source.dtype) << 8 | types.index(output.dtype) << 16
+    what = KINDS.index(kind) | types.index(source.dtype) << 8 | types.index(output.dtype) << 16 | measure << 24
     launch(
         collective_kernel, max(1, min(-(-share // (squares.TILE.value if measure else 1)), PROGRAMS)), source.device,
         tuple(shared), tuple(sources), tuple(targets), numel, -1 if one_shot else place,

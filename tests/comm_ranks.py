@@ -263,7 +263,8 @@ def check_who_leaves_is_named():
 def check_ranks_that_do_not_do_the_same():
     for other in (lambda c: c.all_reduce_(torch.ones(5)), lambda c: c.all_reduce_(torch.ones(4, dtype=torch.int32)),
                   lambda c: c.all_gather(torch.empty(4 * SIZE), torch.ones(4)),
-                  lambda c: c.all_reduce_(torch.ones(4), scale=2.0)):  # fmt: skip
+                  lambda c: c.all_reduce_(torch.ones(4), scale=2.0),
+                  lambda c: c.all_reduce_(torch.ones(4), found_inf=torch.zeros(1))):  # fmt: skip
         with Communicator() as comm:
             if SIZE == 1:
                 continue
@@ -537,25 +538,28 @@ def check_what_a_gpu_finds_is_raised_by_the_next_call():
     for wrong, error in (("silent", PeerTimeout), ("staged", PeerTimeout), ("scale", RuntimeError),
                          ("place", RuntimeError)):  # fmt: skip
         silent = wrong in ("silent", "staged")
-        with Communicator(timeout=datetime.timedelta(seconds=0.5)) as comm:
+        with Communicator(timeout=datetime.timedelta(seconds=0.5 if silent else 10)) as comm:
             memory = (torch.empty(100_000) if wrong == "staged" else comm.empty(100_000)).fill_(1.0)
             comm.all_reduce_(memory)
             statistics, found_inf = torch.zeros(2, dtype=torch.float64), torch.zeros(1)
+            comm.check()
+            start = time.monotonic()
             if SIZE > 1 and RANK != last:
                 comm.all_reduce_(memory, statistics=statistics, found_inf=found_inf)
                 assert (memory == SIZE).all(), "nothing is written"
                 assert statistics[1] > 0
                 assert found_inf == 1
             elif SIZE > 1 and wrong == "scale":
-                comm.all_reduce_(memory, scale=3.0)
+                comm.all_reduce_(memory, scale=3.0, statistics=statistics)
             elif SIZE > 1 and wrong == "place":
-                comm.all_reduce_(comm.empty(100_000) if SIZE == 1 else memory[4:80_004])
+                comm.all_reduce_(memory[4:], statistics=statistics)
             else:
                 time.sleep(1.5)
             if SIZE > 1 and (RANK != last or not silent):
                 with pytest.raises(error) as caught:
-                    comm.all_reduce_(torch.ones(1))
+                    comm.all_reduce_(torch.ones(1)) if RANK % 2 else comm.check()
                 assert not silent or caught.value.ranks == (last,)
+                assert time.monotonic() - start < 5.0
             dist.barrier()
 
 

@@ -263,6 +263,16 @@ void a_missing_rank() {
   require(cudaDeviceSynchronize() == cudaSuccess, "the device reports an error");
   require(group.status->missing[1] == 1 && group.status->missing[0] == 0, "not rank 1 is missing");
   require(*found == 1.0f, "a step would not be skipped");
+  // What was queued behind it must fail as well, and look to nobody like this rank's part of something.
+  *group.status = {};
+  *found = 0.0f;
+  const auto& theirs = *reinterpret_cast<const cuda::Shared*>(other.shared[0]);
+  const uint32_t told = theirs.meeting[0].arrived[0];
+  calls[0].place = -1;
+  cuda::collective(calls.data(), 1, 3, nullptr);
+  require(cudaDeviceSynchronize() == cudaSuccess, "the device reports an error");
+  require(*found == 1.0f, "the next step would not be skipped");
+  require(theirs.meeting[0].arrived[0] == told, "the other rank is told of an operation that is none");
   for (int64_t i = 0; i < 5000; ++i) require(data.as<float>(i) == before[i], "something was written");
   cudaFree(found);
   group.shared.pop_back();

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
+import torch
 from checks import failures, heard, heard_of_pair, heard_of_ranks, torchrun
 from comm_faults import CHECKS as FAULTS
 from comm_ranks import wanted
 from conftest import ROOT, python, run
 from peers_ranks import CHECKS as PEERS
+
+from deepfast.comm.device import Watch
 
 SIZES = (1, 2, 3, 4)
 _results: dict[int, list[dict[str, str]]] = {}
@@ -72,6 +77,18 @@ from deepfast.comm.device import Watch
 watch = Watch(torch.zeros(16, dtype=torch.int32), [0, 1], list, 10.0, 0.0)
 assert threading.active_count() == 2
 """
+
+
+def test_the_watch_ends_the_waits_of_ranks_that_disagree():
+    """With less elements a peer has less thread blocks: who waits for the others would wait until the timeout."""
+    status = torch.zeros(Watch.MISSING + 8, dtype=torch.int32)
+    watch = Watch(status, [0, 1], list, 1000.0, 0.0)
+    status[Watch.BEGUN] = 1
+    time.sleep(0.2)
+    assert not status[Watch.GIVE_UP], "a rank may be slow"
+    status[Watch.DISAGREE] = 1
+    assert watch.found.wait(10.0)
+    assert status[Watch.GIVE_UP]
 
 
 @pytest.mark.parametrize("dropped", [True, False])

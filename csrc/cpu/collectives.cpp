@@ -197,7 +197,8 @@ void all_reduce(Peers& peers, void* data, int64_t numel, const Reduction& how) {
   const int rank = peers.rank(), ranks = peers.ranks();
   const int64_t size = size_of(how.in);
   char* own = static_cast<char*>(data);
-  int slot = peers.begin({Announcement::kAllReduce, how.in, how.out, numel, how.factor, peers.heap_offset(data)});
+  int slot = peers.begin({Announcement::kAllReduce, how.in, how.out, numel, how.factor, how.statistics != nullptr,
+                          peers.heap_offset(data)});
 
   if (numel * size <= kOneShot) {
     std::memcpy(peers.stage(rank, slot), own, numel * size);
@@ -257,7 +258,8 @@ void reduce_scatter(Peers& peers, const void* in, void* out, int64_t numel, cons
   const int rank = peers.rank(), ranks = peers.ranks();
   const int64_t size = size_of(how.in), out_size = size_of(how.out);
   const char* own = static_cast<const char*>(in);
-  int slot = peers.begin({Announcement::kReduceScatter, how.in, how.out, numel, how.factor, peers.heap_offset(in)});
+  int slot = peers.begin({Announcement::kReduceScatter, how.in, how.out, numel, how.factor, how.statistics != nullptr,
+                          peers.heap_offset(in)});
   std::vector<double> sums(how.statistics ? blocks_of(numel) : 0);
   Streams s(ranks, 1);
 
@@ -290,7 +292,7 @@ void all_gather(Peers& peers, const void* in, void* out, int64_t numel, Element 
   const int64_t size = size_of(in_type), out_size = size_of(out_type);
   const char* own = static_cast<const char*>(in);
   char* all = static_cast<char*>(out);
-  int slot = peers.begin({Announcement::kAllGather, in_type, out_type, numel, 1.0, peers.heap_offset(in)});
+  int slot = peers.begin({Announcement::kAllGather, in_type, out_type, numel, 1.0, false, peers.heap_offset(in)});
 
   peers.meet();
   peers.check_agreement();
@@ -315,7 +317,7 @@ void all_gather(Peers& peers, const void* in, void* out, int64_t numel, Element 
 }
 
 void broadcast(Peers& peers, void* data, int64_t bytes, int root) {
-  int slot = peers.begin({Announcement::kBroadcast, Element::kInt32, Element::kInt32, bytes, 1.0, -1});
+  int slot = peers.begin({Announcement::kBroadcast, Element::kInt32, Element::kInt32, bytes, 1.0, false, -1});
   peers.meet();
   peers.check_agreement();
   slot = first_slot(slot, bytes, Peers::kStage);

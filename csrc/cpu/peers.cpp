@@ -237,7 +237,7 @@ void Peers::check_agreement() {
     static const char* types[] = {"float32", "float16", "bfloat16", "float64", "int32", "int64"};
     const Announcement& a = said(of);
     return "rank " + std::to_string(names_[of]) + ": " + kinds[a.kind] + " of " + std::to_string(a.numel) + " " +
-           types[static_cast<int>(a.in)] + ", factor " + std::to_string(a.factor);
+           types[static_cast<int>(a.in)] + ", factor " + std::to_string(a.factor) + (a.measured ? ", measured" : "");
   };
   for (int r = 0; r < ranks(); ++r) {
     if (said(r).fits(said(rank_))) continue;

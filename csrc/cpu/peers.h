@@ -32,10 +32,12 @@ struct Announcement {
   Element in, out;
   int64_t numel;
   double factor;
+  bool measured;   // whether statistics are asked for
   int64_t offset;  // of the input in the rank's heap, in bytes; < 0: it lies elsewhere
 
   bool fits(const Announcement& other) const {
-    return kind == other.kind && in == other.in && out == other.out && numel == other.numel && factor == other.factor;
+    return kind == other.kind && in == other.in && out == other.out && numel == other.numel && factor == other.factor &&
+           measured == other.measured;
   }
 };
 

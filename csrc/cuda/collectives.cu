@@ -162,6 +162,7 @@ __device__ bool run(const Call& call, Meetings& meetings) {
   const bool two_shot = call.kind == Call::kAllReduce && !one_shot;
   const Portion mine = share_of(two_shot ? portion_of(numel, rank, ranks) : Portion{0, numel});
 
+  if (__syncthreads_or(meetings.own.broken)) return false;  // another thread block may be setting it
   if constexpr (std::is_same_v<In, Out>) {
     In* shown = reinterpret_cast<In*>(meetings.stage(rank));
     if (one_shot) convert(input, in, shown, in, mine.begin, mine.end, aligned);
@@ -177,7 +178,7 @@ __device__ bool run(const Call& call, Meetings& meetings) {
     const Sources<In> from = {one_shot ? call.shared : call.data, one_shot ? meetings.stage(0) - call.shared[0] : part,
                               ranks, in};
     const Targets<Out> to = {output, two_shot ? call.data : nullptr, ranks, out};
-    reduce(from, to, call.factor, mine.begin, mine.end, aligned && part % 16 == 0, call.statistics || call.found_inf,
+    reduce(from, to, call.factor, mine.begin, mine.end, aligned && part % 16 == 0, call.measured(),
            [&](int64_t block, double sum) {
              for (int r = 0; r < ranks; ++r) {
                if (two_shot || r == rank) meetings.sums(r)[block] = sum;
@@ -197,6 +198,7 @@ __global__ void __launch_bounds__(kThreads, 1) collective_kernel(const __grid_co
   Meetings meetings(call);
   if (!run<In, Out>(call, meetings)) {  // nothing was done: a step that asks the statistics must be skipped
     if (threadIdx.x == 0) {
+      meetings.fail();
       if (call.statistics) *call.statistics = {INFINITY, 1.0};
       if (call.found_inf) *call.found_inf = 1.0f;
     }
@@ -204,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, 1) collective_kernel(const __grid_co
   }
   if (!meetings.end()) return;
   if constexpr (kIsFloat<Out>) {
-    if (!call.statistics && !call.found_inf) return;
+    if (!call.measured()) return;
     const int64_t blocks = (call.numel + kReadBlock - 1) / kReadBlock;
     const Statistics total = fold<Statistics>(meetings.sums(call.rank), blocks);
     if (threadIdx.x == 0) {
@@ -229,7 +231,7 @@ void collective(const Call* calls, int count, int meetings, Stream stream) {
   const int64_t portion =
       call.kind == Call::kAllReduce && call.place >= 0 ? (call.numel + call.ranks - 1) / call.ranks : call.numel;
   // A block of the statistics is a few threads' work, or a whole thread block's where they are not wanted.
-  const bool measure = !gathers && (call.statistics || call.found_inf);
+  const bool measure = !gathers && call.measured();
   const int64_t blocks = (portion + kReadBlock - 1) / kReadBlock, each = measure ? 4 : 1;
   const int grid = static_cast<int>(std::clamp<int64_t>((blocks + each - 1) / each, 1, std::min(meetings, kMeetings)));
   const auto go = [&]<class In, class Out>() { launch_together<In, Out>(calls, count, grid, stream); };

@@ -22,10 +22,11 @@ struct Announcement {
   Element in, out;
   int64_t numel, place;
   double factor;
+  bool measured;  // whether statistics or found_inf are asked for
 
   DF_INLINE bool operator==(const Announcement& other) const {
     return kind == other.kind && in == other.in && out == other.out && numel == other.numel && place == other.place &&
-           factor == other.factor;
+           factor == other.factor && measured == other.measured;
   }
 };
 
@@ -40,6 +41,7 @@ struct Meeting {
 struct Shared {
   uint32_t operations;  // that have ended
   uint32_t ended;       // thread blocks of this one
+  uint32_t broken;      // one has failed: those that were launched after it must not go on
   alignas(16) Meeting meeting[kMeetings];
 };
 constexpr int64_t kStageAt = (sizeof(Shared) + 4095) / 4096 * 4096;  // bytes; [2][kOneShot], by even and odd operations
@@ -70,6 +72,8 @@ struct Call {
   Statistics* statistics;   // [1] of the output, or null
   float* found_inf;         // [1], set to 1 where the output is not finite; or null
   Status* status;
+
+  DF_INLINE bool measured() const { return statistics || found_inf; }
 };
 
 constexpr int kMostTogether = 8;

@@ -69,11 +69,14 @@ struct Meetings {
     return !missing;
   }
 
+  // What follows a failure: nothing that this rank has still queued may look like its part of a later operation.
+  __device__ void fail() { own.broken = 1; }
+
   // The first meeting, where all say what they are about to do. (Whoever still read what was said in the operation
   // before the last has not come to the last one, and this rank has been there.)
   __device__ bool begin() {
     if (threadIdx.x == 0) {
-      mine.said[operation % 2] = {call.kind, call.in, call.out, call.numel, call.place, call.factor};
+      mine.said[operation % 2] = {call.kind, call.in, call.out, call.numel, call.place, call.factor, call.measured()};
       call.status->kind = call.kind;
       call.status->begun = operation + 1;
     }

@@ -22,7 +22,8 @@ class AcrossHosts:
     all hosts are summed between them, by all GPUs at once, each over its own link; and every host gathers the parts.
 
     16 bits are summed in fp32 throughout and rounded once, by the gathering kernel. Reduce-scatter and all-gather are
-    torch.distributed's.
+    torch.distributed's. A host whose sum fails tells the others by NaN, once; who waits for it in an operation after
+    that one waits as long as torch.distributed does.
 
     Args:
         local: collectives among this host's ranks.
@@ -34,7 +35,7 @@ class AcrossHosts:
     def __init__(self, local: OnPeers, here: int, between: dist.ProcessGroup, whole: ByTorch) -> None:
         self._local, self._here, self._between = local, here, between
         self.reduce_scatter, self.all_gather = whole.reduce_scatter, whole.all_gather
-        self.empty, self.close = local.empty, local.close
+        self.empty, self.close, self.check = local.empty, local.close, local.check
 
     def all_reduce_(self, t: Tensor, factor: float, statistics: Tensor | None, found_inf: Tensor | None) -> None:
         check_summed(t, factor)

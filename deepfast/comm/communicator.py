@@ -24,12 +24,13 @@ class Communicator:
 
     Tensors on a GPU: over the peers' memory on each host (at most 8 ranks, as many on every host); between hosts, and
     where that cannot be had, by torch.distributed. Nothing waits on the host then; what goes wrong on the device is
-    raised by the next call.
+    raised by the next call, or by :meth:`check`. Operations of several streams follow each other as they were called,
+    but in captured graphs, which must order them. Two communicators that run on a GPU at once want 128 multiprocessors.
 
     All ranks of the group make it together, and call its operations in the same order; a rank that does something else
     than the others is an error on all. Sums are taken in fp32 in rank order and rounded once, so every rank gets the
-    same bits. (Over several hosts each host's sum is one term.) An operation has ended when its call returns; several
-    communicators may be used at once, from several threads.
+    same bits. (Over several hosts each host's sum is one term.) On a CPU an operation has ended when its call
+    returns. Several communicators may be used at once, from several threads.
 
     Args:
         group: a process group; None: all ranks. Only its store is used: the group itself may be of any backend.
@@ -138,8 +139,13 @@ class Communicator:
             self._side[device] = torch.cuda.Stream(device)
         return self._side[device]
 
+    def check(self) -> None:
+        """Raises what has gone wrong on a GPU so far, as the next operation would. It does not wait for the GPU."""
+        for impl in self._devices.values():
+            impl.check()
+
     def close(self) -> None:
-        """Leaves. Whoever waits for this rank from then on gets a PeerTimeout."""
+        """Leaves, when all that it has begun on a GPU has ended. Who waits for this rank then gets a PeerTimeout."""
         for impl in self._devices.values():
             impl.close()
         self._native.close()

@@ -73,6 +73,10 @@ class Watch:
 
     def look(self, since: float) -> None:
         """An operation that began at ``since`` is under way."""
+        if self.status[self.DISAGREE]:  # some thread blocks may wait for others that the peers do not have
+            self.status[self.GIVE_UP] = 1
+            self.found.set()
+            return
         gone = self.gone()
         patience = self.patience if self.status[self.KIND] == self.ALL_GATHER else 0.0
         if gone:
@@ -216,8 +220,16 @@ class OnPeers:
             out.copy_(whole)
 
     def close(self) -> None:
+        if self._closed:
+            return
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # what still runs must not miss this rank, nor its watch
         self._closed = True
         self._watch.found.set()
+
+    def check(self) -> None:
+        """Raises what has gone wrong so far."""
+        self._raise_what_went_wrong()
 
     def _peer_view(self, t: Tensor) -> tuple[list[int], int] | None:
         """Each rank's address of ``t``, and its place; None where it lies in other memory, or not in one run."""
@@ -265,8 +277,8 @@ class OnPeers:
         data, place = peer or ([], -1)
         self._backend.collective_(kind, t, out, self._shared, data, place, self._rank, factor, statistics,
                                   found_inf if kernels else None, self._status)  # fmt: skip
-        if found_inf is not None and out.dtype == torch.float64:
-            _note(found_inf, out)
+        if out.dtype == torch.float64:
+            tell(out, self.failed() if found_inf is not None else None, None, found_inf)
 
     def _raise_what_went_wrong(self) -> None:
         if self._closed:
@@ -321,6 +333,9 @@ class ByTorch:
         out.copy_(whole.view(out.shape))
 
     def close(self) -> None:
+        pass
+
+    def check(self) -> None:
         pass
 
 
