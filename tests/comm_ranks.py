@@ -532,6 +532,29 @@ def check_small_sums_in_a_row():
             time.sleep(0.003)
 
 
+def check_a_slow_triton_kernel_is_waited_for():
+    """Nobody overwrites what rank 0 has still to read, or leaves before it has written; its kernel pauses there."""
+    from deepfast.kernels import squares
+
+    memory, inner, statistics = COMM.empty(70_001), squares.add, torch.empty(2, dtype=torch.float64)
+    rows = itertools.count()
+
+    def slowly(*arguments):
+        if next(rows) % 32 == 0 and RANK == 0:
+            time.sleep(0.03)
+        return inner(*arguments)
+
+    squares.add = slowly
+    try:
+        for i in range(12):
+            t = memory if i % 3 == 2 else torch.empty(5000)
+            COMM.all_reduce_(t.fill_(i + RANK), statistics=statistics)
+            assert (t == SIZE * i + SIZE * (SIZE - 1) / 2).all(), (i, t.numel())
+        assert next(rows) > 12 * 32
+    finally:
+        squares.add = inner
+
+
 def check_what_a_gpu_finds_is_raised_by_the_next_call():
     """A rank that is silent, one that does something else: the step is skipped, the next call says why."""
     last = SIZE - 1
@@ -619,8 +642,9 @@ PLAYED = (
 def wanted(size, kernels="cpu"):
     """On two ranks everything, but for what needs four; elsewhere what may depend on their number."""
     if kernels != "cpu":
-        return [c for c in CHECKS if any(part in c for part in (PLAYED if size < 4 else ("gpus_of_several",)))]
-    checks = [c for c in CHECKS if "gpu" not in c]
+        parts = (*PLAYED, *(["slow_triton"] if kernels == "triton" else [])) if size < 4 else ("gpus_of_several",)
+        return [c for c in CHECKS if any(part in c for part in parts)]
+    checks = [c for c in CHECKS if "gpu" not in c and "triton" not in c]
     if size == 4:
         return checks
     four = {"check_several_hosts"}
