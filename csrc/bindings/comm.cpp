@@ -49,7 +49,6 @@ PYBIND11_MODULE(deepfast_comm, m) {
       .def("heed_signals", [](Peers& peers) { peers.look_up = &look_for_signals; });
   py::class_<Communicator, std::shared_ptr<Communicator>>(m, "Communicator")
       .def(py::init<int, int, std::shared_ptr<Peers>, std::shared_ptr<Hosts>>())
-      .def_property_readonly("spans_hosts", &Communicator::spans_hosts)
       .def("all_reduce_", &Communicator::all_reduce, Released())
       .def("reduce_scatter", &Communicator::reduce_scatter, Released())
       .def("all_gather", &Communicator::all_gather, Released())

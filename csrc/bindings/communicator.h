@@ -189,7 +189,6 @@ class Communicator {
 
   Peers& peers() { return *peers_; }
   int ranks() const { return ranks_; }
-  bool spans_hosts() const { return hosts_ != nullptr; }
   Tensor empty(int64_t numel, at::ScalarType dtype) { return heap_->empty(numel, dtype); }
 
   // found_inf: fp32, set to 1 where the result is not finite. statistics: fp64 [2].

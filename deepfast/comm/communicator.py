@@ -33,7 +33,7 @@ class Communicator:
     returns. Several communicators may be used at once, from several threads.
 
     Args:
-        group: a process group; None: all ranks. Only its store is used: the group itself may be of any backend.
+        group: a process group; None: all ranks. For CPU tensors only its store is used, and it may be of any backend.
         timeout: how long an operation waits for the others.
 
     Raises:

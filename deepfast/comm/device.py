@@ -1,4 +1,4 @@
-"""Collectives of tensors on a GPU: over the peers' memory where the ranks share a host, else by torch.distributed."""
+"""Collectives of tensors on a GPU: over the peers' memory on one host, or all by torch.distributed."""
 
 from __future__ import annotations
 
@@ -277,8 +277,8 @@ class OnPeers:
         data, place = peer or ([], -1)
         self._backend.collective_(kind, t, out, self._shared, data, place, self._rank, factor, statistics,
                                   found_inf if kernels else None, self._status)  # fmt: skip
-        if out.dtype == torch.float64:
-            tell(out, self.failed() if found_inf is not None else None, None, found_inf)
+        if found_inf is not None and out.dtype == torch.float64:
+            tell(out, self.failed(), None, found_inf)
 
     def _raise_what_went_wrong(self) -> None:
         if self._closed:
