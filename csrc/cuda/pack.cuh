@@ -21,7 +21,8 @@ struct alignas(sizeof(T) * kSize) Pack {
   __device__ T operator[](int i) const { return value[i]; }
 };
 
-// Spelled out for a pack: from what could be one access, the compiler makes four on some architectures.
+// Spelled out for a pack: from what could be one access, the compiler makes four on some architectures. "memory": single
+// elements are ordinary accesses, and none may move across these.
 template <int kSize, class T>
 __device__ Pack<T, kSize> load(const T* at) {
   Pack<T, kSize> pack;
@@ -30,13 +31,14 @@ __device__ Pack<T, kSize> load(const T* at) {
     uint32_t word[4];
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
-                 : "l"(at));
+                 : "l"(at)
+                 : "memory");
     std::memcpy(&pack, word, sizeof pack);
     return pack;
   }
   if constexpr (sizeof pack == 8) {
     uint32_t word[2];
-    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "l"(at));
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "l"(at) : "memory");
     std::memcpy(&pack, word, sizeof pack);
     return pack;
   }
@@ -52,13 +54,14 @@ __device__ void store(T* at, const Pack<T, kSize>& pack) {
     uint32_t word[4];
     std::memcpy(word, &pack, sizeof pack);
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(word[0]), "r"(word[1]), "r"(word[2]),
-                 "r"(word[3]));
+                 "r"(word[3])
+                 : "memory");
     return;
   }
   if constexpr (sizeof pack == 8) {
     uint32_t word[2];
     std::memcpy(word, &pack, sizeof pack);
-    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(at), "r"(word[0]), "r"(word[1]));
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(at), "r"(word[0]), "r"(word[1]) : "memory");
     return;
   }
 #endif
