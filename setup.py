@@ -1,4 +1,9 @@
-"""pyproject.toml says it all, but for this: DEEPFAST_PREBUILD=1 compiles the kernels into the package.
+"""pyproject.toml says it all, but for two things.
+
+The packages are found, so that none is forgotten: deepfast and all below it (in the clone, deepfast/kernels is a link
+to kernels/), and the folders of csrc/, which hold no modules but what an installed package compiles itself from.
+
+DEEPFAST_PREBUILD=1 compiles the kernels into the package:
 
     DEEPFAST_PREBUILD=1 pip install --no-build-isolation .
 
@@ -10,8 +15,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_namespace_packages, find_packages, setup
 from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
 
 
 class BuildWithKernels(build_py):
@@ -21,7 +28,7 @@ class BuildWithKernels(build_py):
         super().run()
         if os.environ.get("DEEPFAST_PREBUILD", "0") in ("", "0"):
             return
-        sys.path.insert(0, str(Path(__file__).parent))
+        sys.path.insert(0, str(ROOT))
         import torch
 
         from deepfast import build
@@ -31,4 +38,10 @@ class BuildWithKernels(build_py):
             build.build(prebuilt, build.CUDA)  # for $TORCH_CUDA_ARCH_LIST, or the GPUs here
 
 
-setup(cmdclass={"build_py": BuildWithKernels})
+def packages() -> list[str]:
+    modules = find_packages(str(ROOT), include=["deepfast", "deepfast.*"])
+    sources = find_namespace_packages(str(ROOT / "csrc"))
+    return [*modules, "deepfast.csrc", *(f"deepfast.csrc.{name}" for name in sources)]
+
+
+setup(cmdclass={"build_py": BuildWithKernels}, packages=packages())

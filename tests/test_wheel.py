@@ -1,0 +1,135 @@
+"""What is installed is what the clone holds: every module and every source, by way of the sdist too; and it runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from checks import SETTINGS, torchrun
+from conftest import ROOT, run
+
+pytestmark = pytest.mark.xdist_group("wheel")  # they share one build
+
+BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
+
+
+def made(what: str, source: Path, out: Path) -> Path:
+    """What pip asks setuptools for, without the environment that pip would download for it."""
+    out.mkdir(exist_ok=True)
+    done = run(sys.executable, "-c", BUILD, what, out, cwd=source, env={"DEEPFAST_PREBUILD": ""})
+    assert done.returncode == 0, done.stderr
+    assert "absent from the `packages` configuration" not in done.stderr
+    return out / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> SimpleNamespace:
+    """The sdist and the wheel of a copy of the clone, the wheel of the sdist, and the folder it is installed in."""
+    tmp = tmp_path_factory.mktemp("wheel")
+    clone, unpacked, site = tmp / "clone", tmp / "unpacked", tmp / "site"
+    ignored = [Path(line).name for line in (ROOT / ".gitignore").read_text().split()]
+    shutil.copytree(ROOT, clone, symlinks=True, ignore=shutil.ignore_patterns(".git", *ignored))
+    sdist = made("build_sdist", clone, tmp / "sdist")
+    with tarfile.open(sdist) as file:
+        file.extractall(unpacked, filter="data")
+    (source,) = unpacked.iterdir()
+    wheel = made("build_wheel", source, tmp / "from_sdist")
+    install = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site, wheel)
+    done = run(sys.executable, *install)
+    assert done.returncode == 0, done.stderr
+    wheels = [made("build_wheel", clone, tmp / "wheel"), wheel]
+    return SimpleNamespace(sdist=sdist, wheels=wheels, site=site, tmp=tmp)
+
+
+def files_of(folder: Path) -> set[str]:
+    """All files of the clone's folder, links followed, but for what running it leaves there."""
+    found = {Path(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names}
+    return {str(p.relative_to(folder)) for p in found if not {"__pycache__", "prebuilt"} & {*p.parts}}
+
+
+def test_the_wheel_holds_what_the_clone_does(built):
+    clone = {f"deepfast/{name}" for name in files_of(ROOT / "deepfast")}
+    clone |= {f"deepfast/csrc/{name}" for name in files_of(ROOT / "csrc")}
+    assert {"deepfast/comm/communicator.py", "deepfast/kernels/step.py", "deepfast/csrc/cuda/step.cu"} <= clone
+    for wheel in built.wheels:
+        names = zipfile.ZipFile(wheel).namelist()
+        assert len(names) == len(set(names))
+        about = {name for name in names if name.split("/")[0].startswith("deepfast-")}
+        assert any(name.endswith("scripts/ds_train.py") for name in about)
+        assert set(names) - about == clone
+
+
+def test_the_sdist_holds_no_more_than_it_takes(built):
+    with tarfile.open(built.sdist) as file:
+        names = [Path(*Path(member.name).parts[1:]) for member in file if member.isfile()]
+    assert {name.parts[0] for name in names if len(name.parts) > 1} == {"deepfast", "csrc", "deepfast.egg-info"}
+    assert {str(name) for name in names if len(name.parts) == 1 and name.suffix == ".py"} == {"setup.py", "ds_train.py"}
+
+
+OWN = """
+import sys
+from pathlib import Path
+def check_own(site):
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "deepfast" and module.__file__:
+            assert Path(site) in Path(module.__file__).parents, (name, module.__file__)
+"""
+IMPORTS = f"""{OWN}
+import importlib, pkgutil
+import torch
+import deepfast
+site = sys.argv[1]
+for name in deepfast.__all__:
+    assert getattr(deepfast, name).__name__
+found = [m.name for m in pkgutil.walk_packages(deepfast.__path__, "deepfast.") if m.name != "deepfast.__main__"]
+assert "deepfast.comm.communicator" in found and "deepfast.kernels.step" in found, found
+for name in found:
+    importlib.import_module(name)
+p = torch.nn.Parameter(torch.ones(10))
+optimizer = deepfast.AdamW([p], lr=0.1, backend="cpu")
+for _ in range(2):
+    p.grad = torch.ones(10)
+    optimizer.step()
+check_own(site)
+print(len(found), round(p[0].item(), 4))
+"""
+
+
+def test_every_name_can_be_imported_and_trains(built):
+    """From elsewhere, and from nowhere else: the clone may be installed as well."""
+    elsewhere = built.tmp / "elsewhere"
+    elsewhere.mkdir()
+    done = run(sys.executable, "-c", IMPORTS, built.site, cwd=elsewhere, env={"PYTHONPATH": str(built.site)})
+    assert done.returncode == 0, done.stderr
+    modules, value = done.stdout.split()
+    held = [name for name in zipfile.ZipFile(built.wheels[1]).namelist() if name.endswith(".py")]
+    scripts = sum("/scripts/" in name for name in held)
+    assert int(modules) == len(held) - scripts - 2, "all but deepfast itself and what python -m runs"
+    assert value == "0.7981"  # of 1: twice lr less, and lr * 0.01 of itself
+
+
+RANKS = f"""{OWN}
+import torch, torch.distributed as dist
+from deepfast.comm import Communicator
+dist.init_process_group("gloo")
+t = torch.full((5000,), dist.get_rank() + 1.0)
+Communicator().all_reduce_(t)
+assert (t == 3).all(), t
+check_own(sys.argv[1])
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_sum(built):
+    script = built.tmp / "ranks" / "sum_up.py"
+    script.parent.mkdir()
+    script.write_text(RANKS)
+    env = {**SETTINGS["env"], "PYTHONPATH": str(built.site)}
+    done = run(*torchrun(2), script, built.site, cwd=script.parent, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
