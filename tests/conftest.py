@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import on_host
 import pytest
-from filelock import FileLock
+from on_host import played_cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,60 +36,35 @@ def python(code: str, env: dict[str, str] | None = None, **options) -> subproces
     return run(sys.executable, "-c", code, env=env, **options)
 
 
-def compile_all(out: Path, commands: dict[Path, list], compiler: tuple[str, ...], options: list) -> Path:
-    """Runs the commands (object -> command but for its ``-o``) two at a time, then links; once for all workers."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    folder = out.parent
-    with FileLock(f"{folder}.lock"):
-        if not out.exists():
-            folder.mkdir(exist_ok=True)
-            with ThreadPoolExecutor(2) as pool:
-                for done in pool.map(lambda item: run(*item[1], "-o", item[0]), commands.items()):
-                    assert done.returncode == 0, done.stderr
-            done = run(*compiler, *commands, *options, "-o", out)
-            assert done.returncode == 0, done.stderr
-    return out
-
-
 def shared_folder(tmp_path_factory, name: str) -> Path:
     """The same folder for all workers of this run."""
     base = tmp_path_factory.getbasetemp()
     return (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / name
 
 
-ON_HOST = ROOT / "tests/cuda_on_host"
+@pytest.fixture(scope="session")
+def host_builds(tmp_path_factory) -> Path:
+    """Where the CUDA kernels lie that are compiled for the host, once for all workers."""
+    return shared_folder(tmp_path_factory, "on_host")
 
 
 @pytest.fixture(scope="session")
-def cuda_on_host(tmp_path_factory) -> SimpleNamespace:
+def cuda_on_host(host_builds) -> SimpleNamespace:
     """The CUDA backend, its kernels run on the host, for CPU tensors."""
-    import torch
-
-    from deepfast import build
-
-    cxx = build.compiler()
-    assert cxx is not None
-    folder = shared_folder(tmp_path_factory, "cuda_on_host")
-    root = Path(torch.__file__).parent
-    flags = ["-std=c++20", "-fPIC", "-fopenmp", "-ffp-contract=off", "-w", "-I", ON_HOST, "-x", "c++", "-c"]
-    sources = [build.CSRC / name for name in build.CUDA.kernels] + [ON_HOST / "threads.cpp"]
-    commands = {folder / f"{path.stem}.o": [*cxx.command, "-O2", *flags, path] for path in sources}
-    commands[folder / "ops.o"] = [*cxx.command, "-O1", *flags, ON_HOST / "ops.cpp", "-isystem", root / "include"]
-    options = ["-shared", "-fopenmp", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    library = compile_all(folder / "on_host.so", commands, cxx.command, options)
+    library = on_host.library(host_builds)
     return SimpleNamespace(library=library, **vars(played_cuda(library)))
 
 
-def played_cuda(library: Path) -> SimpleNamespace:
-    """The backend in a library that :func:`cuda_on_host` has compiled."""
-    import torch
+@pytest.fixture(scope="session")
+def harness(host_builds) -> Path:
+    """tests/harness.cu for the host."""
+    return on_host.program(host_builds, "harness")
 
-    torch.ops.load_library(library)
-    names = ("statistics", "decide_", "step_", "accumulate_", "scaler_update_", "collective_", "peer_layout",
-             "launches", "capture")  # fmt: skip
-    operators = {name: getattr(torch.ops.deepfast_cuda_on_host, name) for name in names}
-    return SimpleNamespace(Plan=torch.classes.deepfast_cuda_on_host.Plan, **operators)
+
+@pytest.fixture(scope="session")
+def ranks(host_builds) -> Path:
+    """tests/ranks.cu for the host."""
+    return on_host.program(host_builds, "ranks")
 
 
 @pytest.fixture(autouse=True)

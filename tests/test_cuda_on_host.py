@@ -7,40 +7,30 @@ an atomic arrival (csrc/cuda/table.cuh, last_to_arrive).
 
 from __future__ import annotations
 
+import shutil
+
+import on_host
 import pytest
 import torch
 from cases import EVERY, OURS, VARIANTS, give_gradients, kept, parameters
-from conftest import ON_HOST, ROOT, compile_all, run, shared_folder
+from conftest import ROOT, run
 from torch import nn
 
 import deepfast
-from deepfast import build, ops
-
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-
-
-@pytest.fixture(scope="module")
-def harness(tmp_path_factory):
-    cxx = build.compiler()
-    assert cxx is not None
-    folder = shared_folder(tmp_path_factory, "cuda_harness")
-    flags = ["-std=c++20", "-O1", "-g1", "-fopenmp", "-ffp-contract=off", "-w", *SANITIZERS, "-I", ON_HOST, "-x", "c++"]
-    sources = [build.CSRC / name for name in (*build.CUDA.kernels, *build.CPU.kernels)]
-    sources += [ON_HOST / "threads.cpp", ON_HOST / "harness.cpp"]
-    commands = {folder / f"{path.parent.name}_{path.stem}.o": [*cxx.command, *flags, "-c", path] for path in sources}
-    return compile_all(folder / "harness", commands, cxx.command, ["-fopenmp", *SANITIZERS])
-
+from deepfast import ops
 
 # Scenario, and how many cases of it.
 SCENARIOS = {
     "step": 700,  # every dtype, layout of streams, tail
     "one": 70,  # many thread blocks on one span
-    "overflow": 42,  # the table just fits a launch's parameters, or just does not
+    "limit": 70,  # the table just fits a launch's parameters, or just does not
+    "limit-groups": 70,
     "thousands": 14,
     "empty": 70,
     "statistics": 500,
     "statistics-many": 20,
     "accumulate": 200,
+    "accumulate-many": 20,
     "scaler": 300,
 }
 
@@ -53,16 +43,18 @@ def test_the_same_bits_as_on_a_cpu(harness, scenario, seed):
     assert done.stdout.startswith(f"{SCENARIOS[scenario] // 2} cases")
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    cxx = build.compiler()
-    assert cxx is not None
-    folder = shared_folder(tmp_path_factory, "cuda_ranks")
-    flags = ["-std=c++20", "-O1", "-g1", "-fopenmp", "-ffp-contract=off", "-w", *SANITIZERS, "-I", ON_HOST, "-x", "c++"]
-    sources = [build.CSRC / "cuda/collectives.cu", build.CSRC / "cpu/statistics.cpp", ON_HOST / "threads.cpp"]
-    sources.append(ROOT / "tests/ranks.cu")
-    commands = {folder / f"{path.parent.name}_{path.stem}.o": [*cxx.command, *flags, "-c", path] for path in sources}
-    return compile_all(folder / "ranks", commands, cxx.command, ["-fopenmp", *SANITIZERS])
+@pytest.mark.parametrize("program", ["harness", "ranks"])
+def test_a_device_that_fails_ends_the_program(request, program):
+    scenario = ["step"] if program == "harness" else []
+    done = run(request.getfixturevalue(program), *scenario, 10, 1, env={"CUDA_ON_HOST_LOST": "1"})
+    assert "device" in done.stderr
+    assert done.stdout == ""
+    assert done.returncode == 3 or program != "harness"
+    assert done.returncode != 0
+
+
+def test_unknown_scenarios_are_refused(harness):
+    assert run(harness, "steps", 10, 1).returncode == 2
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -73,30 +65,48 @@ def test_collectives_of_ranks_in_one_launch(ranks, seed):
     assert done.stdout.startswith("300 cases")
 
 
+BESIDE = "AddressSanitizer: heap-buffer-overflow"
+# Where the fault is, what it is, the source and the scenario that show it, and what is said.
 PLANTED = {
-    "csrc/cuda/pack.cuh": ("head + (end - head) / kSize * kSize", "head + (end - head + kSize - 1) / kSize * kSize"),
-    "csrc/cuda/step.cuh": ("    __syncthreads();\n    const Rule rule = shared;", "    const Rule rule = shared;"),
-}
+    "a pack too many": (
+        "cuda/pack.cuh", "head + (end - head) / kSize * kSize", "head + (end - head + kSize - 1) / kSize * kSize",
+        "cuda/step.cu", "step", BESIDE,
+    ),
+    "a barrier missing": (
+        "cuda/step.cuh", "    __syncthreads();\n    const Rule rule = shared;", "    const Rule rule = shared;",
+        "cuda/step.cu", "step", "",
+    ),
+    "partial sums": ("cuda/statistics.cu", "partial[block] =", "partial[block + 1] =", None, "statistics", BESIDE),
+    "a byte beside": (
+        "cuda/scaler.cu", "bool overflow = false;", "bool overflow = reinterpret_cast<const char*>(state + 1)[0] == 7;",
+        None, "scaler", BESIDE,
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("file", PLANTED)
-def test_planted_faults_are_found(harness, tmp_path, file):
-    """An access beside a buffer, and a missing barrier: the harness that finds none must be one that would."""
-    cxx = build.compiler()
-    assert cxx is not None
+@pytest.mark.parametrize("fault", PLANTED)
+def test_planted_faults_are_found(harness, tmp_path, fault):
+    """Accesses beside buffers, and a missing barrier: the harness that finds none must be one that would."""
+    file, right, wrong, source, scenario, says = PLANTED[fault]
     clone = tmp_path / "csrc"
-    run("cp", "-r", ROOT / "csrc", clone)
-    path = tmp_path / file
-    right, wrong = PLANTED[file]
-    assert right in path.read_text()
-    path.write_text(path.read_text().replace(right, wrong))
-    flags = ["-std=c++20", "-O1", "-fopenmp", "-ffp-contract=off", "-w", *SANITIZERS, "-I", ON_HOST, "-x", "c++"]
-    done = run(*cxx.command, *flags, "-c", clone / "cuda/step.cu", "-o", tmp_path / "step.o")
-    assert done.returncode == 0, done.stderr
-    others = [path for path in harness.parent.glob("*.o") if path.name != "cuda_step.o"]
-    done = run(*cxx.command, "-fopenmp", *SANITIZERS, tmp_path / "step.o", *others, "-o", tmp_path / "harness")
-    assert done.returncode == 0, done.stderr
-    assert run(tmp_path / "harness", "step", 50, 1, env={"OMP_NUM_THREADS": "1"}).returncode != 0
+    shutil.copytree(ROOT / "csrc", clone)
+    text = (clone / file).read_text()
+    assert right in text
+    (clone / file).write_text(text.replace(right, wrong))
+    planted = on_host.variant(harness, clone / (source or file), tmp_path)
+    done = run(planted, scenario, 50, 1, env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode not in (0, 2)
+    assert says in done.stderr
+
+
+@pytest.mark.parametrize("program", on_host.PROGRAMS)
+def test_the_programs_compile_for_a_gpu(tmp_path, program):
+    """With CUDA's own headers, and it all links; where there is no GPU they say so."""
+    made = on_host.gpu_program(tmp_path, program, ["compute_90"])
+    done = run(made, *(["step"] if program == "harness" else []), 1, 1, env={"CUDA_VISIBLE_DEVICES": "-1"})
+    assert done.returncode == 3 or program != "harness"
+    assert done.returncode != 0
+    assert done.stdout == ""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

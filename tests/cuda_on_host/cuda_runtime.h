@@ -34,6 +34,8 @@ namespace cuda_on_host {
 inline int processors = 3;      // of the device that is played
 inline bool capturing = false;  // whether its streams say that they are being captured
 inline int64_t launches = 0;    // so far
+// Whether the device reports that it has failed: how programs end then.
+inline const bool lost = std::getenv("CUDA_ON_HOST_LOST") != nullptr;
 void run(dim3 grid, dim3 block, const std::function<void()>& kernel);
 void wait_for_block();
 void exchange(uint32_t mask, const void* mine, void* theirs, size_t size, int apart);
@@ -73,7 +75,7 @@ auto max(A a, B b) {
   return static_cast<T>(a) > static_cast<T>(b) ? static_cast<T>(a) : static_cast<T>(b);
 }
 
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure = 719 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 using cudaStream_t = struct CUstream_st*;
@@ -106,7 +108,8 @@ inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* 
   *status = cuda_on_host::capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() { return cuda_on_host::lost ? cudaErrorLaunchFailure : cudaSuccess; }
+// Of exactly this size, so that an access beside it is seen.
 template <class T>
 cudaError_t cudaMallocManaged(T** at, size_t size) {
   void* memory = nullptr;

@@ -1,94 +1,71 @@
-// The CUDA kernels, run on the host, against the CPU kernels: equal to the last bit, over random lists of spans.
+// The CUDA kernels against the CPU kernels: equal to the last bit, over random lists of spans. For a GPU, and with
+// tests/cuda_on_host for the host, where sanitizers watch.
 //
 //     harness SCENARIO CASES SEED
 //
-// Every buffer is allocated by itself and just as long as it has to be, so that the address sanitizer sees any access
-// beside it.
+// Exit code 1: something differs; 3: the device reports an error; 2: this is no such scenario.
+//
+// Every buffer is allocated by itself and just as long as it has to be, so that an access beside it is seen, by the
+// address sanitizer on the host and by compute-sanitizer on a GPU.
+#include <cuda_runtime.h>
+
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <random>
+#include <exception>
 #include <string>
 #include <vector>
 
-#include "../../csrc/codec/half.h"
-#include "../../csrc/cpu/kernels.h"
-#include "../../csrc/cuda/kernels.h"
-#include "cuda_runtime.h"
+#include "../csrc/cpu/kernels.h"
+#include "../csrc/cuda/kernels.h"
+#include "harness.h"
 
 using namespace deepfast;
 
 namespace {
 
-std::mt19937_64 random_bits;
-std::string doing;  // for messages
+#if defined(CUDA_ON_HOST)
+int64_t launches() { return cuda_on_host::launches; }
+void play(int processors) { cuda_on_host::processors = processors; }
+constexpr bool kPlayed = true;
+#else  // a GPU is what it is, and nobody counts its launches
+int64_t launches() { return 0; }
+void play(int) {}
+constexpr bool kPlayed = false;
+#endif
 
-int64_t below(int64_t n) { return static_cast<int64_t>(random_bits() % static_cast<uint64_t>(n)); }
-bool chance(int percent) { return below(100) < percent; }
-float uniform() { return static_cast<float>(below(1 << 24)) / (1 << 24) * 2 - 1; }
-
-void require(bool right, const std::string& what) {
-  if (right) return;
-  std::fprintf(stderr, "%s: %s\n", doing.c_str(), what.c_str());
-  std::exit(1);
+void require_one_launch(int64_t before, const char* otherwise) {
+  require(!kPlayed || launches() - before == 1, otherwise);
 }
 
-// Some elements of a width, `offset` elements after a boundary of 64 bytes.
-struct Buffer {
-  int64_t numel, width;
-  size_t lead;
-  std::unique_ptr<char, decltype(&std::free)> memory;
-
-  Buffer(int64_t numel, int64_t width, int64_t offset)
-      : numel(numel), width(width), lead(offset * width), memory(nullptr, &std::free) {
-    void* at = nullptr;
-    if (posix_memalign(&at, 64, lead + numel * width + (numel == 0)) != 0) std::abort();
-    memory.reset(static_cast<char*>(at));
+// The largest count of something that still fits a launch's own parameters. bytes(count): of the table, 0 if it fits.
+template <class Bytes>
+int64_t most_that_fit(const Bytes& bytes) {
+  int64_t fits = 0, too_many = 1;
+  while (bytes(too_many) == 0) fits = too_many, too_many *= 2;
+  while (too_many - fits > 1) {
+    const int64_t middle = fits + (too_many - fits) / 2;
+    (bytes(middle) == 0 ? fits : too_many) = middle;
   }
-  Buffer copy() const {
-    Buffer other(numel, width, lead / width);
-    std::memcpy(other.data(), data(), numel * width);
-    return other;
-  }
-  char* data() const { return memory.get() + lead; }
-  bool operator==(const Buffer& other) const { return std::memcmp(data(), other.data(), numel * width) == 0; }
-};
-
-// What the numbers of a case are like.
-struct Taste {
-  int exponent = 0;       // decimal, of all
-  int poison = 0;         // percent of spans that hold an inf or NaN somewhere
-  bool any_bits = false;  // any bit pattern whatever
-};
-
-void fill(const Buffer& buffer, DType dtype, const Taste& taste, bool positive = false) {
-  for (int64_t i = 0; i < buffer.numel; ++i) {
-    float x = uniform() * std::pow(10.0f, static_cast<float>(taste.exponent));
-    if (positive) x = std::fabs(x);
-    if (chance(2)) x = chance(50) ? 0.0f : -0.0f;
-    uint32_t bits = to_bits(x);
-    if (taste.any_bits) bits = static_cast<uint32_t>(random_bits());
-    if (dtype == DType::kFloat32) {
-      std::memcpy(buffer.data() + 4 * i, &bits, 4);
-    } else {
-      uint16_t half = dtype == DType::kFloat16 ? Fp16::nearest_even(x) : Bf16::nearest_even(x);
-      if (taste.any_bits) half = static_cast<uint16_t>(bits);
-      std::memcpy(buffer.data() + 2 * i, &half, 2);
-    }
-  }
-  if (taste.poison > 0 && buffer.numel > 0 && chance(taste.poison)) {
-    const float inf = INFINITY, bad[] = {inf, -inf, NAN};
-    const float x = bad[below(3)];
-    const int64_t i = below(buffer.numel);
-    const uint16_t half = dtype == DType::kFloat16 ? Fp16::nearest_even(x) : Bf16::nearest_even(x);
-    std::memcpy(buffer.data() + buffer.width * i, dtype == DType::kFloat32 ? static_cast<const void*>(&x) : &half,
-                buffer.width);
-  }
+  return fits;
 }
 
-int64_t width_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-DType any_dtype() { return static_cast<DType>(below(3)); }
+int64_t most_spans(int64_t groups) {
+  const std::vector<cuda::Hyper> hyper(groups);
+  return most_that_fit([&](int64_t count) {
+    const std::vector<Span> spans(count);
+    return cuda::table_bytes({spans.data(), count, hyper.data(), groups});
+  });
+}
+
+int64_t most_groups() {
+  const Span span = {};
+  return most_that_fit([&](int64_t groups) {
+    const std::vector<cuda::Hyper> hyper(groups);
+    return cuda::table_bytes({&span, 1, hyper.data(), groups});
+  });
+}
 
 // The same spans twice: for the CPU, and for the device that is played.
 struct Twins {
@@ -120,38 +97,6 @@ struct Twins {
     }
   }
 };
-
-int64_t any_numel(int64_t most) {
-  switch (below(8)) {
-    case 0:
-      return 0;
-    case 1:
-      return 1;
-    case 2:
-      return below(8);
-    case 3:
-      return std::min<int64_t>(most, 1024 * (1 + below(3)) - 3 + below(7));
-    case 4:
-      return std::min<int64_t>(most, 4096 * (1 + below(2)) - 3 + below(7));
-    default:
-      return below(most + 1);
-  }
-}
-
-// Streams of a span begin at the same offset from an aligned element, or each at its own.
-struct Offsets {
-  const bool common = chance(60);
-  const int64_t offset = chance(50) ? 0 : below(8);
-  int64_t operator()() const { return common ? offset : below(8); }
-};
-
-Taste any_taste() {
-  Taste taste;
-  taste.exponent = chance(70) ? static_cast<int>(below(5)) - 2 : static_cast<int>(below(60)) - 36;
-  taste.poison = chance(20) ? 30 : 0;
-  taste.any_bits = chance(5);
-  return taste;
-}
 
 void add_span(Twins& twins, int rule, int64_t numel, const Taste& taste, int64_t groups) {
   Span a = {}, b = {};
@@ -188,14 +133,12 @@ void add_span(Twins& twins, int rule, int64_t numel, const Taste& taste, int64_t
 struct Hypers {
   std::vector<double> table;
   std::vector<cuda::Hyper> rows;
-  std::vector<double> wide;
-  std::vector<float> narrow;
+  Array<double> wide;
+  Array<float> narrow;
   int64_t stride;
 
-  Hypers(int rule, int64_t groups) : stride(kRules[rule].hyper) {
+  Hypers(int rule, int64_t groups) : wide(groups), narrow(groups), stride(kRules[rule].hyper) {
     const std::string name = kRules[rule].name;
-    wide.resize(groups);
-    narrow.resize(groups);
     for (int64_t g = 0; g < groups; ++g) {
       const auto below_one = [] { return chance(10) ? 0.0 : 1.0 - std::pow(10.0, -4.0 * std::fabs(uniform())); };
       const double lr = chance(10) ? 0.0 : std::fabs(uniform()) * 0.1, decay = chance(40) ? 0.0 : std::fabs(uniform());
@@ -266,11 +209,13 @@ void step_case(int rule, const std::vector<int64_t>& numels, int64_t groups) {
         twins.add(std::move(moved), &Span::grad, twins.on_cpu[s], twins.on_cuda[s], "a moved grad");
       }
     }
-    const StepRecord record = any_record();
-    std::vector<Norms> expected(count), got(count);
+    const Array<StepRecord> record(1, any_record());
+    std::vector<Norms> expected(count);
+    Array<Norms> got(count);
     if (kRules[rule].needs_norms) {
-      cpu::norms(rule, twins.on_cpu.data(), count, hypers.table.data(), hypers.stride, record, expected.data());
-      cuda::norms(rule, job, measures.workspace, &record, got.data(), nullptr);
+      cpu::norms(rule, twins.on_cpu.data(), count, hypers.table.data(), hypers.stride, record[0], expected.data());
+      cuda::norms(rule, job, measures.workspace, record.data(), got.data(), nullptr);
+      finish("norms");
       measures.check();
       for (int64_t s = 0; s < count; ++s) {
         const auto same = [](double a, double b) { return a == b || (a != a && b != b); };
@@ -279,25 +224,21 @@ void step_case(int rule, const std::vector<int64_t>& numels, int64_t groups) {
       }
       twins.compare("after the first pass");
     }
-    cpu::step(rule, twins.on_cpu.data(), count, hypers.table.data(), hypers.stride, record, expected.data(), reset);
-    const int64_t before = cuda_on_host::launches;
-    cuda::step(rule, job, steps.workspace, &record, got.data(), reset, nullptr);
-    require(cuda_on_host::launches - before == 1 || cuda::table_bytes(job) > 0, "more than one launch");
+    cpu::step(rule, twins.on_cpu.data(), count, hypers.table.data(), hypers.stride, record[0], expected.data(), reset);
+    const int64_t before = launches();
+    cuda::step(rule, job, steps.workspace, record.data(), got.data(), reset, nullptr);
+    finish("a step");
+    if (cuda::table_bytes(job) == 0) require_one_launch(before, "more than one launch");
     steps.check();
     twins.compare("after a step");
   }
   if (cuda::table_bytes(job) > 0 && steps.known) {  // nothing has changed: nothing is to be sent
-    const StepRecord skip = {1.0f, 1.0f, 0.0f};
-    const int64_t before = cuda_on_host::launches;
-    cuda::step(rule, job, steps.workspace, &skip, nullptr, false, nullptr);
-    require(cuda_on_host::launches - before == 1, "an unchanged table was sent again");
+    const Array<StepRecord> skip(1, StepRecord{1.0f, 1.0f, 0.0f});
+    const int64_t before = launches();
+    cuda::step(rule, job, steps.workspace, skip.data(), nullptr, false, nullptr);
+    finish("a step that is skipped");
+    require_one_launch(before, "an unchanged table was sent again");
   }
-}
-
-std::vector<int64_t> any_numels(int64_t count, int64_t most) {
-  std::vector<int64_t> numels(count);
-  for (int64_t& numel : numels) numel = any_numel(most);
-  return numels;
 }
 
 void statistics_case(int64_t count, int64_t most) {
@@ -315,23 +256,26 @@ void statistics_case(int64_t count, int64_t most) {
   }
   const cuda::Job job = {spans.data(), count, nullptr, 0};
   const Memory memory(cuda::statistics_partials(job), sizeof(double), 1, cuda::table_bytes(job));
-  const float scale = chance(50) ? 1.0f : 65536.0f, found = chance(20) ? 2.0f : 0.0f;
+  const Array<float> scale(1, chance(50) ? 1.0f : 65536.0f), found(1, chance(20) ? 2.0f : 0.0f);
   const float max_norm = chance(50) ? 0.0f : std::fabs(uniform());
   const bool check = chance(50);
-  const cuda::Question question = {scale == 1.0f ? nullptr : &scale, found == 0.0f ? nullptr : &found, max_norm, check};
-  Statistics got = {};
-  StepRecord record = {}, again = {};
-  const int64_t before = cuda_on_host::launches;
-  cuda::statistics(job, memory.workspace, &got, &record, question, nullptr);
-  require(cuda_on_host::launches - before == 1 || cuda::table_bytes(job) > 0, "more than one launch");
+  const cuda::Question question = {scale[0] == 1.0f ? nullptr : scale.data(), found[0] == 0.0f ? nullptr : found.data(),
+                                   max_norm, check};
+  Array<Statistics> got(1);
+  Array<StepRecord> record(1), again(1);
+  const int64_t before = launches();
+  cuda::statistics(job, memory.workspace, got.data(), record.data(), question, nullptr);
+  finish("statistics");
+  if (cuda::table_bytes(job) == 0) require_one_launch(before, "more than one launch");
   memory.check();
   const Statistics expected = cpu::statistics(spans.data(), count);
   const auto same = [](double a, double b) { return a == b || (a != a && b != b); };
-  require(same(expected.sum_of_squares, got.sum_of_squares), "another sum of squares");
-  require(expected.non_finite == got.non_finite, "another number of blocks that are not finite");
-  const StepRecord decided = decide(expected, scale, found, max_norm, check);
-  cuda::decide(&again, &got, question, nullptr);
-  for (const StepRecord& r : {record, again}) {
+  require(same(expected.sum_of_squares, got[0].sum_of_squares), "another sum of squares");
+  require(expected.non_finite == got[0].non_finite, "another number of blocks that are not finite");
+  const StepRecord decided = decide(expected, scale[0], found[0], max_norm, check);
+  cuda::decide(again.data(), got.data(), question, nullptr);
+  finish("a decision");
+  for (const StepRecord& r : {record[0], again[0]}) {
     require(same(decided.multiplier, r.multiplier) && decided.found_inf == r.found_inf &&
                 same(decided.grad_norm, r.grad_norm),
             "another decision");
@@ -362,60 +306,87 @@ void accumulate_case(int64_t count, int64_t most) {
     const float weight = uniform();
     cpu::accumulate(twins.on_cpu.data(), count, weight, overwrite);
     cuda::accumulate(job, memory.workspace, weight, overwrite, nullptr);
+    finish("an accumulation");
     twins.compare(overwrite ? "after the first" : "after the second");
   }
 }
 
 void scaler_case(int64_t count) {
-  doing = "the scaler";
-  ScalerState state = {std::ldexp(1.0f, static_cast<int>(below(30)) - 3), static_cast<float>(below(5)),
-                       static_cast<float>(below(3)), static_cast<float>(below(3))};
+  doing = "the scaler, " + std::to_string(count) + " flags";
+  Array<ScalerState> state(1, {std::ldexp(1.0f, static_cast<int>(below(30)) - 3), static_cast<float>(below(5)),
+                               static_cast<float>(below(3)), static_cast<float>(below(3))});
   const ScalerOptions options = {2.0, 0.5, 1 + below(5), 1 + below(3), chance(50), chance(90), 1.0, 16777216.0};
-  std::vector<float> found(count, 0.0f);
+  Array<float> found(count, 0.0f);
   const bool overflow = chance(50);
-  if (overflow) found[below(count)] = chance(50) ? 1.0f : 3.0f;
+  if (overflow) found[chance(20) ? count - 1 : below(count)] = chance(50) ? 1.0f : 3.0f;
   std::vector<const float*> pointers;
   for (const float& f : found) pointers.push_back(&f);
   const Buffer table(cuda::scaler_table_bytes(count), 1, 0);
-  const ScalerState expected = transition(state, overflow, options);
-  cuda::scaler_update(&state, pointers.data(), count, table.data(), options, nullptr);
-  require(std::memcmp(&expected, &state, sizeof state) == 0, "another state");
+  const ScalerState expected = transition(state[0], overflow, options);
+  const int64_t before = launches();
+  cuda::scaler_update(state.data(), pointers.data(), count, table.data(), options, nullptr);
+  finish("an update of the scaler");
+  if (table.numel == 0) require_one_launch(before, "more than one launch");
+  require(std::memcmp(&expected, state.data(), sizeof expected) == 0, "another state");
+}
+
+// What just fits a launch's parameters, what just does not, and what lies a few beside; in turn.
+int64_t around(int64_t most, int64_t nth) {
+  const int64_t beside[] = {0, 1, -1, 2 + below(3), -2 - below(3)};
+  return std::max<int64_t>(1, most + beside[nth % 5]);
+}
+
+bool run_case(const std::string& scenario, int64_t nth) {
+  constexpr int64_t kRuleCount = std::size(kRules);
+  const int rule = static_cast<int>(nth % kRuleCount);
+  const int64_t round = nth / kRuleCount;  // of all rules
+  play(1 + static_cast<int>(below(6)));
+  if (scenario == "step") {
+    step_case(rule, any_numels(1 + below(6), 6000), 1 + below(3));
+  } else if (scenario == "one") {  // many thread blocks, one span
+    play(12);
+    step_case(rule, {chance(50) ? below(40000) : 1024 * below(30)}, 1);
+  } else if (scenario == "limit") {
+    const int64_t groups = chance(50) ? 1 + below(3) : 1 + below(most_groups());
+    step_case(rule, any_numels(around(most_spans(groups), round), 20), groups);
+  } else if (scenario == "limit-groups") {  // it is the rows of hyperparameters that are too many
+    step_case(rule, any_numels(1, 20), around(most_groups(), round));
+  } else if (scenario == "thousands") {
+    step_case(rule, any_numels(3000, 8), 2);
+  } else if (scenario == "empty") {
+    step_case(rule, std::vector<int64_t>(1 + below(5), 0), 1);
+  } else if (scenario == "statistics") {
+    statistics_case(1 + below(6), 12000);
+  } else if (scenario == "statistics-many") {
+    statistics_case(chance(50) ? around(most_spans(0), nth) : 300 + below(2000), 30);
+  } else if (scenario == "accumulate") {
+    accumulate_case(1 + below(6), 6000);
+  } else if (scenario == "accumulate-many") {
+    accumulate_case(chance(80) ? around(most_spans(0), nth) : 1500, 10);
+  } else if (scenario == "scaler") {
+    const int64_t counts[] = {1 + below(4), 1 + below(4), around(most_that_fit(cuda::scaler_table_bytes), nth / 4),
+                              5000};
+    scaler_case(counts[nth % 4]);
+  } else {
+    return false;
+  }
+  return true;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   if (argc != 4) return 2;
-  const std::string scenario = argv[1];
   const int64_t cases = std::atoll(argv[2]);
   random_bits.seed(std::atoll(argv[3]));
-  constexpr int64_t kRuleCount = std::size(kRules);
-  for (int64_t nth = 0; nth < cases; ++nth) {
-    cuda_on_host::processors = 1 + static_cast<int>(below(6));
-    const int rule = static_cast<int>(nth % kRuleCount);
-    if (scenario == "step") {
-      step_case(rule, any_numels(1 + below(6), 6000), 1 + below(3));
-    } else if (scenario == "one") {  // many thread blocks, one span
-      cuda_on_host::processors = 12;
-      step_case(rule, {chance(50) ? below(40000) : 1024 * below(30)}, 1);
-    } else if (scenario == "overflow") {  // the table is longer than a launch's parameters
-      step_case(rule, any_numels(380 + below(80), 20), chance(50) ? 1 + below(3) : 1 + below(300));
-    } else if (scenario == "thousands") {
-      step_case(rule, any_numels(3000, 8), 2);
-    } else if (scenario == "empty") {
-      step_case(rule, std::vector<int64_t>(1 + below(5), 0), 1);
-    } else if (scenario == "statistics") {
-      statistics_case(1 + below(6), 12000);
-    } else if (scenario == "statistics-many") {
-      statistics_case(300 + below(2000), 30);
-    } else if (scenario == "accumulate") {
-      chance(90) ? accumulate_case(1 + below(6), 6000) : accumulate_case(700, 10);
-    } else if (scenario == "scaler") {
-      scaler_case(chance(80) ? 1 + below(4) : 5000);
-    } else {
-      return 2;
+  try {
+    for (int64_t nth = 0; nth < cases; ++nth) {
+      if (!run_case(argv[1], nth)) return 2;
     }
+  } catch (const std::exception& error) {  // of a launch
+    std::fprintf(stderr, "%s: %s\n", doing.c_str(), error.what());
+    std::fflush(nullptr);
+    std::_Exit(kDeviceFailed);
   }
-  std::printf("%lld cases, %lld launches\n", static_cast<long long>(cases),
-              static_cast<long long>(cuda_on_host::launches));
+  std::printf("%lld cases\n", static_cast<long long>(cases));
 }

@@ -1,0 +1,157 @@
+// What the harness makes its cases of: random numbers, and memory that both a kernel and this program see.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../csrc/codec/half.h"
+#include "../csrc/span.h"
+
+namespace deepfast {
+
+inline std::mt19937_64 random_bits;
+inline std::string doing;  // for messages
+
+inline int64_t below(int64_t n) { return static_cast<int64_t>(random_bits() % static_cast<uint64_t>(n)); }
+inline bool chance(int percent) { return below(100) < percent; }
+inline float uniform() { return static_cast<float>(below(1 << 24)) / (1 << 24) * 2 - 1; }
+
+inline void require(bool right, const std::string& what) {
+  if (right) return;
+  std::fprintf(stderr, "%s: %s\n", doing.c_str(), what.c_str());
+  std::exit(1);
+}
+
+constexpr int kDeviceFailed = 3;  // the exit code; no case is to blame, and nothing else can be asked of the device
+
+inline void check_device(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "%s: the device fails %s: %s\n", doing.c_str(), what, cudaGetErrorString(error));
+  std::fflush(nullptr);
+  std::_Exit(kDeviceFailed);  // no destructors: they would ask it to free memory
+}
+
+// After every launch: until then the memory is the device's.
+inline void finish(const char* what) { check_device(cudaDeviceSynchronize(), what); }
+
+inline void* allocate_managed(size_t bytes) {
+  void* at = nullptr;
+  check_device(cudaMallocManaged(&at, bytes + (bytes == 0)), "to give memory");
+  return at;
+}
+inline void free_managed(void* at) { check_device(cudaFree(at), "to take memory back"); }
+
+template <class T>
+struct Managed {
+  using value_type = T;
+  T* allocate(size_t n) { return static_cast<T*>(allocate_managed(n * sizeof(T))); }
+  void deallocate(T* at, size_t) { free_managed(at); }
+  bool operator==(const Managed&) const { return true; }
+};
+// Made with its length, it is just as long.
+template <class T>
+using Array = std::vector<T, Managed<T>>;
+
+// Some elements of a width, `offset` elements after a boundary of 64 bytes.
+struct Buffer {
+  int64_t numel, width;
+  size_t lead;
+  std::unique_ptr<char, decltype(&free_managed)> memory;
+
+  Buffer(int64_t numel, int64_t width, int64_t offset)
+      : numel(numel),
+        width(width),
+        lead(offset * width),
+        memory(static_cast<char*>(allocate_managed(lead + numel * width)), &free_managed) {}
+  Buffer copy() const {
+    Buffer other(numel, width, lead / width);
+    std::memcpy(other.data(), data(), numel * width);
+    return other;
+  }
+  char* data() const { return memory.get() + lead; }
+  bool operator==(const Buffer& other) const { return std::memcmp(data(), other.data(), numel * width) == 0; }
+};
+
+// What the numbers of a case are like.
+struct Taste {
+  int exponent = 0;       // decimal, of all
+  int poison = 0;         // percent of spans that hold an inf or NaN somewhere
+  bool any_bits = false;  // any bit pattern whatever
+};
+
+inline Taste any_taste() {
+  Taste taste;
+  taste.exponent = chance(70) ? static_cast<int>(below(5)) - 2 : static_cast<int>(below(60)) - 36;
+  taste.poison = chance(20) ? 30 : 0;
+  taste.any_bits = chance(5);
+  return taste;
+}
+
+inline void fill(const Buffer& buffer, DType dtype, const Taste& taste, bool positive = false) {
+  for (int64_t i = 0; i < buffer.numel; ++i) {
+    float x = uniform() * std::pow(10.0f, static_cast<float>(taste.exponent));
+    if (positive) x = std::fabs(x);
+    if (chance(2)) x = chance(50) ? 0.0f : -0.0f;
+    uint32_t bits = to_bits(x);
+    if (taste.any_bits) bits = static_cast<uint32_t>(random_bits());
+    if (dtype == DType::kFloat32) {
+      std::memcpy(buffer.data() + 4 * i, &bits, 4);
+    } else {
+      uint16_t half = dtype == DType::kFloat16 ? Fp16::nearest_even(x) : Bf16::nearest_even(x);
+      if (taste.any_bits) half = static_cast<uint16_t>(bits);
+      std::memcpy(buffer.data() + 2 * i, &half, 2);
+    }
+  }
+  if (taste.poison > 0 && buffer.numel > 0 && chance(taste.poison)) {
+    const float inf = INFINITY, bad[] = {inf, -inf, NAN};
+    const float x = bad[below(3)];
+    const int64_t i = below(buffer.numel);
+    const uint16_t half = dtype == DType::kFloat16 ? Fp16::nearest_even(x) : Bf16::nearest_even(x);
+    std::memcpy(buffer.data() + buffer.width * i, dtype == DType::kFloat32 ? static_cast<const void*>(&x) : &half,
+                buffer.width);
+  }
+}
+
+inline int64_t width_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+inline DType any_dtype() { return static_cast<DType>(below(3)); }
+
+inline int64_t any_numel(int64_t most) {
+  switch (below(8)) {
+    case 0:
+      return 0;
+    case 1:
+      return 1;
+    case 2:
+      return below(8);
+    case 3:
+      return std::min<int64_t>(most, 1024 * (1 + below(3)) - 3 + below(7));
+    case 4:
+      return std::min<int64_t>(most, 4096 * (1 + below(2)) - 3 + below(7));
+    default:
+      return below(most + 1);
+  }
+}
+
+inline std::vector<int64_t> any_numels(int64_t count, int64_t most) {
+  std::vector<int64_t> numels(count);
+  for (int64_t& numel : numels) numel = any_numel(most);
+  return numels;
+}
+
+// Streams of a span begin at the same offset from an aligned element, or each at its own.
+struct Offsets {
+  const bool common = chance(60);
+  const int64_t offset = chance(50) ? 0 : below(8);
+  int64_t operator()() const { return common ? offset : below(8); }
+};
+
+}  // namespace deepfast
