@@ -109,9 +109,9 @@ def test_steps_move_16_bytes_at_a_time(compiled, rule, arch):
         ("norms_kernel", 16, 12),
         ("statistics_kernel", 16, 0),
         ("accumulate_kernel", 3, 2),
-        ("collective_kernelIffE", 8, 4),
-        ("collective_kernelIttE", 8, 4),
-        ("collective_kernelIddE", 4, 3),
+        ("collective_kernelIffE", 32, 20),
+        ("collective_kernelIttE", 36, 24),
+        ("collective_kernelIddE", 24, 20),
     ],
 )
 def test_other_kernels_do_so_too(compiled, kernel, loads, stores, arch):

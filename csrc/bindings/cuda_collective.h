@@ -38,7 +38,7 @@ inline void collective(const std::string& kind, const Tensor& input, const Tenso
   call.rank = static_cast<int>(rank);
   call.ranks = static_cast<int>(ranks);
   call.input = input.const_data_ptr();
-  call.output = output.mutable_data_ptr();
+  call.output = static_cast<char*>(output.mutable_data_ptr());
   call.numel = std::min(input.numel(), output.numel());
   call.factor = factor;
   call.place = data.empty() ? -1 : place;

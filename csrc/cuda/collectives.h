@@ -63,7 +63,7 @@ struct Call {
   Element in, out;  // out differs only between floats of 16 and 32 bits, and not in an all-reduce
   int rank, ranks;
   const void* input;        // this rank's; [numel], of a reduce-scatter [ranks][numel]
-  void* output;             // this rank's; [numel], of an all-gather [ranks][numel]; of an all-reduce the input
+  char* output;             // this rank's; [numel], of an all-gather [ranks][numel]; of an all-reduce the input
   int64_t numel;            // of the smaller of the two
   double factor;            // of the sum, before it is rounded; 1 for integers
   int64_t place;            // of the input in peer memory, the same number on all ranks; < 0: it lies elsewhere
