@@ -8,9 +8,9 @@
 
 namespace deepfast::cuda {
 
-// Everything that the thread block wrote before (a barrier lies between) is seen by whoever sees `value`.
+// Everything that the thread block wrote before is seen by whoever sees `value`: the barrier that lies between orders
+// it before the release, and a release covers all that is ordered before it, whichever thread wrote it.
 inline __device__ void raise(uint32_t* flag, uint32_t value) {
-  __threadfence_system();
 #if defined(__CUDA_ARCH__)
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 #else
