@@ -25,7 +25,8 @@ ELEMENTS = {**DTYPES, torch.float64: tl.float64, torch.int32: tl.int32, torch.in
 KINDS = ("all_reduce", "reduce_scatter", "all_gather")
 ONE_SHOT_BYTES = 256 * 1024
 SUMS = 1 << 19  # blocks of statistics, of one operation
-PROGRAMS = 64  # at most: fewer than any GPU holds at once
+PROGRAMS = 64  # at most: a GPU must hold them all at once
+WARPS = 4  # of a program: a multiprocessor has registers for two programs, however many a thread takes
 MOST_RANKS = 8  # GPUs of one host
 
 BLOCK = tl.constexpr(READ_BLOCK)
@@ -311,8 +312,9 @@ def answer(statistics, found_inf, sum_of_squares, non_finite):
 
 
 def peer_layout() -> list[int]:
-    """The most ranks; bytes of peer memory that each needs; bytes that an all-reduce takes from anywhere."""
-    return [MOST_RANKS, SUMS_AT.value + SUMS * 8, ONE_SHOT_BYTES]
+    """The most ranks; bytes of peer memory that each needs; bytes that an all-reduce takes from anywhere;
+    multiprocessors that one operation's programs fill."""
+    return [MOST_RANKS, SUMS_AT.value + SUMS * 8, ONE_SHOT_BYTES, PROGRAMS // 2]
 
 
 def collective_(
@@ -384,6 +386,6 @@ def collective_(
         tuple(shared), tuple(sources), tuple(targets), numel, -1 if one_shot else place,
         struct.unpack("q", struct.pack("d", factor))[0], statistics, found_inf, status.data_ptr(),
         KINDS.index(kind), ELEMENTS[source.dtype], ELEMENTS[output.dtype],
-        16 // max(source.itemsize, output.itemsize) if aligned else 1, rank, ranks, one_shot, what, num_warps=4,
+        16 // max(source.itemsize, output.itemsize) if aligned else 1, rank, ranks, one_shot, what, num_warps=WARPS,
     )  # fmt: skip
     written([t for t in (output, statistics, found_inf) if t is not None])

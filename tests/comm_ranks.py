@@ -19,7 +19,8 @@ from torch import nn
 
 import deepfast
 from deepfast import ops, reference
-from deepfast.comm import Communicator, PeerTimeout
+from deepfast.comm import Communicator, PeerTimeout, across
+from deepfast.comm.device import ByTorch
 
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, *HALVES)
@@ -586,6 +587,37 @@ def check_what_a_gpu_finds_is_raised_by_the_next_call():
             dist.barrier()
 
 
+def check_one_communicator_too_many_for_a_gpu_goes_by_torch():
+    """Also where only one rank's GPU is full; a place is free again when its communicator is closed or goes."""
+    cpu = torch.device("cpu")
+    COMM.all_reduce_(torch.ones(1))
+    open_now, each = len(across.Place._taken[cpu]), COMM._on(cpu)._backend.peer_layout()[-1]
+
+    def opened(places_here):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(across, "multiprocessors", lambda device: (open_now + places_here) * each + each - 1)
+            comm = Communicator()
+            t = comm.empty(5000, torch.float32, cpu).fill_(1.0)
+            assert (comm.all_reduce_(t) == SIZE).all()
+        return comm
+
+    def goes_by_torch(comm):
+        return isinstance(comm._on(cpu), ByTorch)
+
+    fills = opened(1)
+    assert not goes_by_torch(fills)
+    assert goes_by_torch(opened(1))
+    assert goes_by_torch(opened(1 if RANK == 0 else 2)), "all ranks do the same"
+    fills.close()
+    again = opened(1)
+    assert not goes_by_torch(again)
+    assert goes_by_torch(opened(1))
+    del again
+    with opened(1) as last:
+        assert not goes_by_torch(last)
+    assert len(across.Place._taken[cpu]) == open_now
+
+
 def check_gpus_of_several_hosts():
     """Sums over peer memory on each host, and between the hosts' GPUs of the same place."""
     for hosts in ("aabb", "abab"):
@@ -636,6 +668,7 @@ PLAYED = (
     "functional",
     "slow_rank",
     "gpu_finds",
+    "too_many",
 )
 
 
@@ -666,6 +699,7 @@ if __name__ == "__main__":
         from played import exact_fma, play
 
         play(kernels, *library)
+        across.multiprocessors = lambda device: 132
         EXACT = kernels == "cuda" or exact_fma()
         # In one shot 256 KiB
         NUMELS = (0, 1, 5, 4097, 50_000, 70_001, 300_001) if kernels == "cuda" else (0, 1, 5, 4097, 20_000, 70_001)

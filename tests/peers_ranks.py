@@ -22,7 +22,7 @@ from checks import run_checks
 from played import Played, play
 
 from deepfast import ops, reference
-from deepfast.comm import PeerTimeout
+from deepfast.comm import PeerTimeout, across
 
 NUMELS = (1, 5, 4097, 70_001, 300_000)  # in one shot 256 KiB
 
@@ -110,6 +110,8 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     SIZE, RANK = dist.get_world_size(), dist.get_rank()
     play(kernels, *library)
+    if kernels != "gpu":
+        across.multiprocessors = lambda device: 132
     COMM = Played(timeout=datetime.timedelta(seconds=30))
     run_checks(CHECKS, Path(out, f"{RANK}.json"))
     if RANK == SIZE - 1:

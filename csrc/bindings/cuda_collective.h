@@ -67,8 +67,11 @@ inline void collective(const std::string& kind, const Tensor& input, const Tenso
   }
 }
 
-// The most ranks; bytes of peer memory that each needs; bytes that an all-reduce takes from anywhere.
-inline std::vector<int64_t> peer_layout() { return {cuda::kMaxPeers, cuda::kPeerBytes, cuda::kOneShot}; }
+// The most ranks; bytes of peer memory that each needs; bytes that an all-reduce takes from anywhere; multiprocessors
+// that one operation's thread blocks fill.
+inline std::vector<int64_t> peer_layout() {
+  return {cuda::kMaxPeers, cuda::kPeerBytes, cuda::kOneShot, cuda::kProcessors};
+}
 
 inline void define_collectives(torch::Library& library) {
   library.def(kCollectiveSchema);

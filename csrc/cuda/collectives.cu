@@ -5,6 +5,8 @@
 namespace deepfast::cuda {
 namespace {
 
+static_assert(kProcessors * kResident >= kMeetings);
+
 template <class T>
 constexpr bool kIsFloat = std::is_same_v<T, float> || std::is_same_v<T, Half>;
 

@@ -12,7 +12,8 @@
 namespace deepfast::cuda {
 
 constexpr int kMaxPeers = 8;                 // GPUs of one host
-constexpr int kMeetings = 64;                // thread blocks at most: fewer than any GPU holds at once
+constexpr int kMeetings = 64;                // thread blocks at most: a GPU must hold them all at once
+constexpr int kProcessors = kMeetings / 2;   // that they fill
 constexpr int64_t kOneShot = 256 * 1024;     // bytes
 constexpr int64_t kSums = int64_t{1} << 19;  // blocks of statistics, of one operation
 

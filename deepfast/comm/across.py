@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
+import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from deepfast import ops
 from deepfast.comm.device import HALVES, ByTorch, OnPeers, check_summed, nothing, symmetric_memory, tell
 
 log = logging.getLogger(__name__)
+FULL = -2  # told for the number of a rank's kernels: there are some, but no place for them
 GRACE = 5.0  # seconds for the other hosts, after their own timeouts
 
 
@@ -70,29 +73,60 @@ def _kernels(device: torch.device) -> tuple[int, Any]:
     return (kinds.index(backend) if backend in kinds else -1), backend
 
 
+class Place:
+    """A communicator's on a GPU. The thread blocks of its kernels wait for those on other GPUs; so a GPU must hold the
+    blocks of all its communicators at once, or each GPU might hold those that the others do not. Free again when nobody
+    holds it any longer."""
+
+    _taken: ClassVar[dict[torch.device, weakref.WeakSet[Place]]] = {}
+    _lock = threading.Lock()
+
+    @classmethod
+    def take(cls, device: torch.device, each: int) -> Place | None:
+        """None: there is none left. each: how many multiprocessors a communicator fills."""
+        with cls._lock:
+            taken = cls._taken.setdefault(device, weakref.WeakSet())
+            if (len(taken) + 1) * each > multiprocessors(device):
+                return None
+            place = cls()
+            taken.add(place)
+            return place
+
+
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def connect(group: dist.ProcessGroup, rank: int, hosts: list[list[int]], device: torch.device, native: Any, peers: Any,
             timeout: float) -> OnPeers | AcrossHosts | ByTorch:  # fmt: skip
     """Collectives for tensors on ``device``; all ranks call it together. native, peers: of the CPU's communicator.
 
-    Peer memory where all ranks have it and the same kernels, and all hosts as many ranks; else torch.distributed, after
-    a warning.
+    Peer memory where all ranks have it, the same kernels and a place on their GPU, and all hosts as many ranks; else
+    torch.distributed, after a warning.
     """
     (here,) = (ranks for ranks in hosts if rank in ranks)
     size = sum(map(len, hosts))
     own, backend = _kernels(device)
-    if own >= 0 and len(here) > backend.peer_layout()[0]:
-        own = -1
+    place = None
+    if own >= 0:
+        most, *_, each = backend.peer_layout()
+        if len(here) > most:
+            own = -1
+        elif (place := Place.take(device, each)) is None:
+            own = FULL
     everybodys = torch.empty(size, dtype=torch.int64)
     native.all_gather(everybodys, torch.tensor([own]))
     found: OnPeers | None = None
     why = "some ranks have no kernels for it, or others"
-    if len({len(ranks) for ranks in hosts}) > 1:
+    if (everybodys == FULL).any():
+        why = "a GPU holds no more communicators at once; close those that have done their work"
+    elif len({len(ranks) for ranks in hosts}) > 1:
         why = "some hosts have more ranks than others"
     elif own >= 0 and (everybodys == own).all():
         try:
             allocate = symmetric_memory(group if len(hosts) == 1 else _subgroup(group, here), device)
             patience = timeout + GRACE if len(hosts) > 1 else 0.0
-            found = OnPeers(rank, here, device, backend, allocate, peers, timeout, patience)
+            found = OnPeers(rank, here, device, backend, allocate, peers, timeout, patience, place)
         except Exception as error:  # whatever torch says where GPUs do not see each other's memory
             why = str(error).partition("\n")[0]
     agreed = torch.tensor([found is not None], dtype=torch.int32)

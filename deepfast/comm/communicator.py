@@ -25,7 +25,8 @@ class Communicator:
     Tensors on a GPU: over the peers' memory on each host (at most 8 ranks, as many on every host); between hosts, and
     where that cannot be had, by torch.distributed. Nothing waits on the host then; what goes wrong on the device is
     raised by the next call, or by :meth:`check`. Operations of several streams follow each other as they were called,
-    but in captured graphs, which must order them. Two communicators that run on a GPU at once want 128 multiprocessors.
+    but in captured graphs, which must order them. A GPU holds one communicator for each 32 multiprocessors that it has
+    (132: four); another one, made while so many of this process are open, goes by torch.distributed.
 
     All ranks of the group make it together, and call its operations in the same order; a rank that does something else
     than the others is an error on all. Sums are taken in fp32 in rank order and rounded once, so every rank gets the

@@ -127,16 +127,18 @@ class OnPeers:
     Args:
         rank, ranks: this one, and those of this host; as the whole group calls them.
         patience: how much longer than ``timeout`` an all-gather waits, in seconds.
+        place: held until the communicator is closed or goes.
     """
 
     def __init__(self, rank: int, ranks: list[int], device: torch.device, backend: Any, allocate: Allocate, peers: Any,
-                 timeout: float, patience: float = 0.0) -> None:  # fmt: skip
+                 timeout: float, patience: float = 0.0, place: object = None) -> None:  # fmt: skip
+        self._place = place
         self._rank, self._size, self._device = ranks.index(rank), len(ranks), device
         self._backend, self._allocate, self._peers = backend, allocate, peers
         self._segments: list[Segment] = []
         self._starts: list[int] = []  # of the segments, in order, and which one begins there
         self._at: list[int] = []
-        _, nbytes, self._one_shot = backend.peer_layout()
+        _, nbytes, self._one_shot, _ = backend.peer_layout()
         shared, self._shared, self._shared_mapping = allocate(nbytes)
         self._own_shared = shared.zero_()
         status = torch.zeros(Watch.MISSING + 8, dtype=torch.int32)
@@ -226,6 +228,7 @@ class OnPeers:
             torch.cuda.synchronize(self._device)  # what still runs must not miss this rank, nor its watch
         self._closed = True
         self._watch.found.set()
+        self._place = None
 
     def check(self) -> None:
         """Raises what has gone wrong so far."""
