@@ -85,6 +85,16 @@ void fill(const Buffer& buffer, int exponent) {
   if (is_float(buffer.type) && buffer.numel > 0 && chance(10)) buffer.set(below(buffer.numel), INFINITY);
 }
 
+// The same few elements of all ranks: what is rare lies amid what is not.
+void disturb(const std::vector<Buffer>& buffers) {
+  const float values[] = {3e38f, -3e38f, -0.0f, INFINITY, NAN};
+  for (int64_t left = below(4); left >= 0; --left) {
+    const int64_t i = below(buffers[0].numel);
+    const float x = values[below(5)];
+    for (const Buffer& buffer : buffers) buffer.set(i, x);
+  }
+}
+
 // to[at] = the sum over the ranks' from[index]. The oracle: plain loops.
 void sum(const std::vector<Buffer>& from, int64_t index, const Buffer& to, int64_t at, double factor) {
   const int ranks = static_cast<int>(from.size());
@@ -152,9 +162,13 @@ void one_case(Group& group, bool in_agreement) {
   const bool integer = call.in >= Element::kInt32;
   call.factor = integer || chance(30) || call.kind == Call::kAllGather ? 1.0 : chance(50) ? 1.0 / ranks : 0.37;
   const bool peer_memory = call.kind != Call::kAllReduce || chance(60);
-  const int64_t most = chance(20) ? 70000 : 9000,
-                kinds[] = {0, 1, below(9), 4096, 4095 + below(3), below(most), below(most)};
-  call.numel = kinds[below(7)];
+  // A thread has four packs of 16 bytes under way, a thread block 1024; its chunks are of 131,072 elements.
+  const int64_t most = chance(5)    ? 400000
+                       : chance(20) ? 70000
+                                    : 9000,
+                kinds[] = {0,           1,          below(9), 4096, 4095 + below(3), 8192 * below(9) + below(19),
+                           below(most), below(most)};
+  call.numel = kinds[below(8)];
   if (!peer_memory) call.numel = std::min(call.numel, cuda::kOneShot / size_of(call.in));
   call.place = peer_memory ? 4096 * below(1000) : -1;
   const int64_t in_numel = call.kind == Call::kReduceScatter ? ranks * call.numel : call.numel;
@@ -175,6 +189,7 @@ void one_case(Group& group, bool in_agreement) {
     outputs.emplace_back(call.out, call.kind == Call::kAllReduce ? 0 : out_numel, chance(60) ? 0 : below(9));
     expected.emplace_back(call.out, out_numel, 0);
   }
+  if (is_float(call.in) && in_numel > 0 && chance(30)) disturb(inputs);
   for (int r = 0; r < ranks; ++r) {
     for (int64_t i = 0; i < out_numel; ++i) {
       if (call.kind == Call::kAllReduce) sum(inputs, i, expected[r], i, call.factor);
@@ -286,7 +301,7 @@ int main(int argc, char** argv) {
   random_bits.seed(std::atoll(argv[2]));
   a_missing_rank();
   for (int64_t nth = 0; nth < cases;) {
-    const int ranks = 1 + static_cast<int>(below(4));
+    const int ranks = static_cast<int>(chance(4) ? 5 + below(4) : 1 + below(4));
     Group group(ranks, 1 + static_cast<int>(below(8)));
     for (int64_t row = 1 + below(12); row > 0 && nth < cases; --row, ++nth) one_case(group, true);
     if (chance(10)) one_case(group, false);
