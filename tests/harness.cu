@@ -55,7 +55,7 @@ int64_t most_spans(int64_t groups) {
   const std::vector<cuda::Hyper> hyper(groups);
   return most_that_fit([&](int64_t count) {
     const std::vector<Span> spans(count);
-    return cuda::table_bytes({spans.data(), count, hyper.data(), groups});
+    return cuda::step_needs({spans.data(), count, hyper.data(), groups}).table;
   });
 }
 
@@ -63,7 +63,7 @@ int64_t most_groups() {
   const Span span = {};
   return most_that_fit([&](int64_t groups) {
     const std::vector<cuda::Hyper> hyper(groups);
-    return cuda::table_bytes({&span, 1, hyper.data(), groups});
+    return cuda::step_needs({&span, 1, hyper.data(), groups}).table;
   });
 }
 
@@ -172,12 +172,15 @@ struct Memory {
   cuda::Workspace workspace;
   const bool known = chance(70);  // what the table holds is remembered
 
-  Memory(int64_t partials, int64_t width, int64_t counter_count, int64_t table_bytes)
-      : partial(partials, width, 0), counters(counter_count, 4, 0), table(table_bytes, 1, 0), sent(table_bytes, 1, 0) {
-    std::memset(counters.data(), 0, counter_count * 4);
-    std::memset(sent.data(), 0xff, table_bytes);
-    workspace = {partial.data(), reinterpret_cast<uint32_t*>(counters.data()), table_bytes ? table.data() : nullptr,
-                 table_bytes && known ? sent.data() : nullptr};
+  explicit Memory(const cuda::Needs& needs)
+      : partial(needs.partial, 1, 0),
+        counters(needs.counters, 4, 0),
+        table(needs.table, 1, 0),
+        sent(needs.table, 1, 0) {
+    std::memset(counters.data(), 0, needs.counters * 4);
+    std::memset(sent.data(), static_cast<char>(cuda::kUnknown), needs.table);
+    workspace = {partial.data(), reinterpret_cast<uint32_t*>(counters.data()), needs.table ? table.data() : nullptr,
+                 needs.table && known ? sent.data() : nullptr};
   }
   void check() const {
     for (int64_t i = 0; i < counters.numel; ++i) {
@@ -198,8 +201,7 @@ void step_case(int rule, const std::vector<int64_t>& numels, int64_t groups) {
   const Hypers hypers(rule, groups);
   const bool reset = chance(50);
   cuda::Job job = {twins.on_cuda.data(), count, hypers.rows.data(), groups};
-  const Memory steps(0, 1, cuda::kStepCounters, cuda::table_bytes(job));
-  const Memory measures(cuda::norms_partials(job), sizeof(Norms), count, cuda::table_bytes(job));
+  const Memory steps(cuda::step_needs(job)), measures(cuda::norms_needs(job));
   for (int nth = 0; nth < 2; ++nth) {
     if (nth > 0) {
       for (int64_t s = 0; s < count; ++s) {
@@ -228,11 +230,11 @@ void step_case(int rule, const std::vector<int64_t>& numels, int64_t groups) {
     const int64_t before = launches();
     cuda::step(rule, job, steps.workspace, record.data(), got.data(), reset, nullptr);
     finish("a step");
-    if (cuda::table_bytes(job) == 0) require_one_launch(before, "more than one launch");
+    if (cuda::step_needs(job).table == 0) require_one_launch(before, "more than one launch");
     steps.check();
     twins.compare("after a step");
   }
-  if (cuda::table_bytes(job) > 0 && steps.known) {  // nothing has changed: nothing is to be sent
+  if (cuda::step_needs(job).table > 0 && steps.known) {  // nothing has changed: nothing is to be sent
     const Array<StepRecord> skip(1, StepRecord{1.0f, 1.0f, 0.0f});
     const int64_t before = launches();
     cuda::step(rule, job, steps.workspace, skip.data(), nullptr, false, nullptr);
@@ -255,7 +257,7 @@ void statistics_case(int64_t count, int64_t most) {
     span.grad = buffers.back().data();
   }
   const cuda::Job job = {spans.data(), count, nullptr, 0};
-  const Memory memory(cuda::statistics_partials(job), sizeof(double), 1, cuda::table_bytes(job));
+  const Memory memory(cuda::statistics_needs(job));
   const Array<float> scale(1, chance(50) ? 1.0f : 65536.0f), found(1, chance(20) ? 2.0f : 0.0f);
   const float max_norm = chance(50) ? 0.0f : std::fabs(uniform());
   const bool check = chance(50);
@@ -266,7 +268,7 @@ void statistics_case(int64_t count, int64_t most) {
   const int64_t before = launches();
   cuda::statistics(job, memory.workspace, got.data(), record.data(), question, nullptr);
   finish("statistics");
-  if (cuda::table_bytes(job) == 0) require_one_launch(before, "more than one launch");
+  if (cuda::step_needs(job).table == 0) require_one_launch(before, "more than one launch");
   memory.check();
   const Statistics expected = cpu::statistics(spans.data(), count);
   const auto same = [](double a, double b) { return a == b || (a != a && b != b); };
@@ -301,7 +303,7 @@ void accumulate_case(int64_t count, int64_t most) {
     twins.on_cuda.push_back(b);
   }
   const cuda::Job job = {twins.on_cuda.data(), count, nullptr, 0};
-  const Memory memory(0, 1, 0, cuda::table_bytes(job));
+  const Memory memory(cuda::accumulate_needs(job));
   for (const bool overwrite : {true, false}) {
     const float weight = uniform();
     cpu::accumulate(twins.on_cpu.data(), count, weight, overwrite);
@@ -359,6 +361,12 @@ bool run_case(const std::string& scenario, int64_t nth) {
     statistics_case(1 + below(6), 12000);
   } else if (scenario == "statistics-many") {
     statistics_case(chance(50) ? around(most_spans(0), nth) : 300 + below(2000), 30);
+  } else if (scenario == "rows") {  // blocks' sums in several rows (csrc/math/squares.h), of a parameter and of a list
+    play(12);
+    if (nth % 2 == 0) step_case(find_rule("lamb"), {250'000 + below(300'000), below(2000)}, 1);
+    if (nth % 2 == 1) statistics_case(3, 3 << 20);
+  } else if (scenario == "rows-of-rows") {
+    statistics_case(66'000 + below(1000), 3);
   } else if (scenario == "accumulate") {
     accumulate_case(1 + below(6), 6000);
   } else if (scenario == "accumulate-many") {

@@ -27,6 +27,7 @@ SCENARIOS = {
     "limit-groups": 70,
     "thousands": 14,
     "empty": 70,
+    "rows": 20,  # of blocks' sums
     "statistics": 500,
     "statistics-many": 20,
     "accumulate": 200,
@@ -41,6 +42,11 @@ def test_the_same_bits_as_on_a_cpu(harness, scenario, seed):
     done = run(harness, scenario, SCENARIOS[scenario] // 2, seed, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{SCENARIOS[scenario] // 2} cases")
+
+
+def test_rows_of_rows_of_sums(harness):
+    done = run(harness, "rows-of-rows", 1, 1, env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("program", ["harness", "ranks"])
@@ -76,7 +82,9 @@ PLANTED = {
         "cuda/step.cuh", "    __syncthreads();\n    const Rule rule = shared;", "    const Rule rule = shared;",
         "cuda/step.cu", "step", "",
     ),
-    "partial sums": ("cuda/statistics.cu", "partial[block] =", "partial[block + 1] =", None, "statistics", BESIDE),
+    "partial sums": (
+        "cuda/statistics.cu", "partial[block] =", "partial[block + 1] =", None, "statistics", "another sum of squares",
+    ),
     "a byte beside": (
         "cuda/scaler.cu", "bool overflow = false;", "bool overflow = reinterpret_cast<const char*>(state + 1)[0] == 7;",
         None, "scaler", BESIDE,

@@ -57,8 +57,7 @@ class CudaOn {
     const int64_t count = spans.size();
     Tensor out = empty ? at::zeros({count, 2}, on_device(at::kDouble)) : at::empty({count, 2}, on_device(at::kDouble));
     Memory fresh;
-    const cuda::Workspace workspace =
-        workspace_in(norms_, fresh, cuda::norms_partials(job) * sizeof(Norms), count, cuda::table_bytes(job));
+    const cuda::Workspace workspace = workspace_in(norms_, fresh, cuda::norms_needs(job));
     cuda::norms(rule, job, workspace, decided(record), static_cast<Norms*>(out.mutable_data_ptr()), stream());
     return out;
   }
@@ -69,7 +68,7 @@ class CudaOn {
     const std::vector<cuda::Hyper> rows = rows_of(hypers);
     const cuda::Job job = job_of(spans, rows);
     Memory fresh;
-    const cuda::Workspace workspace = workspace_in(step_, fresh, 0, cuda::kStepCounters, cuda::table_bytes(job));
+    const cuda::Workspace workspace = workspace_in(step_, fresh, cuda::step_needs(job));
     cuda::step(rule, job, workspace, decided(record), reinterpret_cast<const Norms*>(norms), reset_grad, stream());
   }
 
@@ -77,7 +76,7 @@ class CudaOn {
     const c10::DeviceGuard guard(device_);
     const cuda::Job job = job_of(spans, {});
     Memory fresh;
-    cuda::accumulate(job, workspace_in(fresh, fresh, 0, 0, cuda::table_bytes(job)), weight, overwrite, stream());
+    cuda::accumulate(job, workspace_in(fresh, fresh, cuda::accumulate_needs(job)), weight, overwrite, stream());
   }
 
   void scaler_update(float* state, TensorList found_inf, const ScalerOptions& options) {
@@ -104,8 +103,7 @@ class CudaOn {
 
   // Memory for a launch: `kept`, enlarged where need be. A launch that goes into a graph has `fresh` memory, which
   // belongs to the graph's pool: it runs again when `kept` may be gone or hold another table.
-  cuda::Workspace workspace_in(Memory& kept, Memory& fresh, int64_t partial_bytes, int64_t counters,
-                               int64_t table_bytes) {
+  cuda::Workspace workspace_in(Memory& kept, Memory& fresh, const cuda::Needs& needs) {
     void* const current = stream();
     const bool capturing = cuda::is_capturing(current);
     Memory& memory = capturing ? fresh : kept;
@@ -115,11 +113,11 @@ class CudaOn {
       t = zeroed ? at::zeros({numel}, on_device(dtype)) : at::empty({numel}, on_device(dtype));
       return true;
     };
-    enlarge(memory.partial, partial_bytes, at::kByte, false);
-    enlarge(memory.counters, counters, at::kInt, true);
-    if (enlarge(memory.table, table_bytes, at::kByte, false)) memory.sent.clear();
-    const bool known = memory.sent.size() >= static_cast<size_t>(table_bytes);
-    if (!known) memory.sent.assign(table_bytes, static_cast<char>(0xff));  // no span begins with such a pointer
+    enlarge(memory.partial, needs.partial, at::kByte, false);
+    enlarge(memory.counters, needs.counters, at::kInt, true);
+    if (enlarge(memory.table, needs.table, at::kByte, false)) memory.sent.clear();
+    const bool known = memory.sent.size() >= static_cast<size_t>(needs.table);
+    if (!known) memory.sent.assign(needs.table, static_cast<char>(cuda::kUnknown));
     const auto data = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
     return {data(memory.partial), static_cast<uint32_t*>(data(memory.counters)), static_cast<char*>(data(memory.table)),
             capturing ? nullptr : memory.sent.data()};
@@ -129,8 +127,7 @@ class CudaOn {
     const c10::DeviceGuard guard(device_);
     const cuda::Job job = job_of(spans, {});
     Memory fresh;
-    const cuda::Workspace workspace =
-        workspace_in(statistics_, fresh, cuda::statistics_partials(job) * sizeof(double), 1, cuda::table_bytes(job));
+    const cuda::Workspace workspace = workspace_in(statistics_, fresh, cuda::statistics_needs(job));
     cuda::statistics(job, workspace, out, record, question, stream());
   }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "../math/squares.h"
 #include "convert.h"
@@ -53,8 +54,15 @@ inline double sum_of_squares(const void* src, DType dtype, int64_t offset, int64
 // The sum over partial[n]; Total knows how to add a block's sum, and another total.
 template <class Total, class Partial>
 Total fold(const Partial* partial, int64_t n) {
+  if (n > kFoldLanes) {
+    std::vector<Total> rows;
+    for (int64_t i = 0; i < n; i += kFoldLanes) {
+      rows.push_back(fold<Total>(partial + i, std::min<int64_t>(kFoldLanes, n - i)));
+    }
+    return fold<Total>(rows.data(), static_cast<int64_t>(rows.size()));
+  }
   Total lanes[kFoldLanes] = {};
-  for (int64_t i = 0; i < n; ++i) lanes[i % kFoldLanes].add(partial[i]);
+  for (int64_t i = 0; i < n; ++i) lanes[i].add(partial[i]);
   for (int half = kFoldLanes / 2; half > 0; half /= 2) {
     for (int lane = 0; lane < half; ++lane) lanes[lane].add(lanes[lane + half]);
   }

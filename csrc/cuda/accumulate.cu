@@ -40,6 +40,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 }  // namespace
 
+Needs accumulate_needs(const Job& job) { return {0, 0, table_bytes(job)}; }
+
 void accumulate(const Job& job, const Workspace& workspace, float weight, bool overwrite, Stream stream) {
   Packed packed;
   pack(packed, job, kStepBlock, workspace, stream);

@@ -32,19 +32,27 @@ struct Job {
   int64_t groups;
 };
 
-// Device memory that outlives a launch: whoever calls allocates it, as many bytes as the functions below say.
-// `table` serves lists that do not fit a launch's parameters (null where they do); `sent` (host, as long) is what it
-// holds, so that only what has changed is sent. `counters` are zero, and are left so.
+// Device memory that outlives a launch; whoever calls allocates it. `table` serves lists that do not fit a launch's
+// parameters (null where they do); `sent` (host, as long) is what it holds, so that only what has changed is sent.
+// `counters` are zero, and are left so.
 struct Workspace {
   void* partial;
   uint32_t* counters;
   char* table;
-  char* sent;  // null: nothing is known of the table
+  char* sent;  // null: nothing is known of the table, and nothing is remembered
 };
-int64_t table_bytes(const Job& job);          // 0: the launch's own parameters will do
-int64_t statistics_partials(const Job& job);  // doubles in `partial`; one counter
-int64_t norms_partials(const Job& job);       // Norms in `partial`; a counter a span
-constexpr int kStepCounters = 1;              // `step` needs no `partial`
+constexpr uint64_t kUnknown = ~uint64_t{0};  // a word of `sent` that says nothing
+
+// How much of it a function takes.
+struct Needs {
+  int64_t partial;   // bytes
+  int64_t counters;  // how many
+  int64_t table;     // bytes; 0: the launch's own parameters will do
+};
+Needs statistics_needs(const Job& job);
+Needs norms_needs(const Job& job);
+Needs step_needs(const Job& job);
+Needs accumulate_needs(const Job& job);
 
 // What `decide` (csrc/math/record.h) is asked; pointers may be null.
 struct Question {

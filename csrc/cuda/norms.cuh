@@ -5,6 +5,10 @@
 
 namespace deepfast::cuda {
 
+// Neighbouring threads read 256 bytes of a row, and others the rows of another block, 4 KiB away: several rows at once
+// make longer pieces of it.
+constexpr int kRowsAtOnce = 2;
+
 // The sums over the blocks [first, last) of a span. A block's sums are taken while its elements are in registers.
 template <class Rule, Weight kWeight, class Grad>
 __device__ void measure(const Rule& rule, const Span& span, int64_t first, int64_t last, float multiplier,
@@ -17,15 +21,17 @@ __device__ void measure(const Rule& rule, const Span& span, int64_t first, int64
   for (int64_t block = first + group.index; block < last; block += group.kGroups) {
     const int64_t begin = block * kStepBlock, n = min(span.numel - begin, static_cast<int64_t>(kStepBlock));
     Lane params[kSize] = {}, directions[kSize] = {};
-    group.template for_each<1>(begin, n, phase, [&](int64_t i, int j, auto size) {
-      Loaded<size.value, true, Rule, kWeight, Grad> x(streams, i, multiplier);
-      int lane = j;
-      in_registers<Rule>(x.p, x.g, x.moment, [&](float p, float g, auto&... moment) {
-        params[lane].add(p);
-        directions[lane++].add(rule.direct(p, g, moment...));
-      });
-      x.store_moments(streams, i);
-    });
+    group.template for_each<kRowsAtOnce>(
+        begin, n, phase,
+        [&](int64_t i, auto size) { return Loaded<size.value, true, Rule, kWeight, Grad>(streams, i, multiplier); },
+        [&](auto& x, int64_t i, int j, auto) {
+          int lane = j;
+          in_registers<Rule>(x.p, x.g, x.moment, [&](float p, float g, auto&... moment) {
+            params[lane].add(p);
+            directions[lane++].add(rule.direct(p, g, moment...));
+          });
+          x.store_moments(streams, i);
+        });
     // In fp64, the direction is found again from the moments, as in the second pass.
     const auto again = [&](const auto& value) {
       return [&](double (&sums)[kSize]) {
@@ -46,7 +52,6 @@ __device__ void measure(const Rule& rule, const Span& span, int64_t first, int64
   }
 }
 
-// The last thread block to finish its share of a span adds up that span's sums.
 template <class Rule>
 __global__ void __launch_bounds__(kThreads, kResident)
     norms_kernel(const __grid_constant__ Packed packed, const StepRecord* record_at, Norms* partial, uint32_t* counters,
@@ -68,10 +73,12 @@ __global__ void __launch_bounds__(kThreads, kResident)
     with_types(span, [&]<Weight kWeight, class Grad>() {
       measure<Rule, kWeight, Grad>(rule, span, share.first(), share.last(), multiplier_of(record, table, span), sums);
     });
-    if (last_to_arrive(counters + share.span, share.sharers())) {
-      const Norms total = fold<Norms>(sums, table.first[share.span + 1] - table.first[share.span]);
-      if (threadIdx.x == 0) out[share.span] = total;
-    }
+    const int64_t base = table.first[share.span], slot = fold_slot(base, share.span);
+    const Fold<Norms, Norms> all = {sums, table.first[share.span + 1] - base, partial + table.blocks + slot,
+                                    counters + slot};
+    const auto sharers = [&](int64_t first, int64_t last) { return share.sharers(base + first, base + last); };
+    Norms total = {};
+    if (all.arrive(share.first(), share.last(), sharers, total) && threadIdx.x == 0) out[share.span] = total;
   }
 }
 

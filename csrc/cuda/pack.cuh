@@ -21,8 +21,8 @@ struct alignas(sizeof(T) * kSize) Pack {
   __device__ T operator[](int i) const { return value[i]; }
 };
 
-// Spelled out for a pack: from what could be one access, the compiler makes four on some architectures. "memory": single
-// elements are ordinary accesses, and none may move across these.
+// Spelled out for a pack: from what could be one access, the compiler makes four on some architectures. "memory":
+// single elements are ordinary accesses, and none may move across these.
 template <int kSize, class T>
 __device__ Pack<T, kSize> load(const T* at) {
   Pack<T, kSize> pack;

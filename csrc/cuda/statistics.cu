@@ -18,27 +18,30 @@ __device__ void sum_blocks(const Span& span, int64_t first, int64_t last, double
   const Grad* grad = static_cast<const Grad*>(span.grad);
   for (int64_t block = first + group.index; block < last; block += group.kGroups) {
     const int64_t begin = block * kReadBlock, n = min(span.numel - begin, static_cast<int64_t>(kReadBlock));
-    const auto for_each = [&](const auto& body) {
-      group.template for_each<8>(begin, n, phase<kSize>(grad), [&](int64_t i, int j, auto size) {
-        const auto g = load<size.value>(grad + i);
+    const auto for_each = [&](auto rows, const auto& body) {
+      group.template for_each<rows.value>(
+          begin, n, phase<kSize>(grad), [&](int64_t i, auto size) { return load<size.value>(grad + i); },
+          [&](const auto& g, int64_t, int j, auto size) {
 #pragma unroll
-        for (int k = 0; k < size.value; ++k) body(j + k, decode(g[k], dtype));
-      });
+            for (int k = 0; k < size.value; ++k) body(j + k, decode(g[k], dtype));
+          });
     };
     Lane lanes[kSize] = {};
-    for_each([&](int j, float g) { lanes[j].add(g); });
+    for_each(std::integral_constant<int, 8>(), [&](int j, float g) { lanes[j].add(g); });
     const double sum = group.total(lanes, [&](double (&sums)[kSize]) {
-      for_each([&](int j, float g) { sums[j] += static_cast<double>(g) * g; });
+      for_each(std::integral_constant<int, 1>(), [&](int j, float g) { sums[j] += static_cast<double>(g) * g; });
     });
     if (group.member == 0) partial[block] = sum;
   }
 }
 
 __global__ void __launch_bounds__(kThreads, kResident)
-    statistics_kernel(const __grid_constant__ Packed packed, double* partial, uint32_t* counter, Statistics* out,
+    statistics_kernel(const __grid_constant__ Packed packed, double* partial, uint32_t* counters, Statistics* out,
                       StepRecord* record, Question question) {
   const Table table(packed);
-  for (Share share(table); share.more(); share.next()) {
+  Share share(table);
+  const int64_t begin = share.block;
+  for (; share.more(); share.next()) {
     const Span& span = table.spans[share.span];
     double* sums = partial + table.first[share.span];
     if (span.grad_dtype == DType::kFloat32) {
@@ -47,12 +50,13 @@ __global__ void __launch_bounds__(kThreads, kResident)
       sum_blocks<Half>(span, share.first(), share.last(), sums);
     }
   }
-  if (last_to_arrive(counter, gridDim.x)) {
-    const Statistics total = fold<Statistics>(partial, table.blocks);
-    if (threadIdx.x == 0) {
-      if (out) *out = total;
-      if (record) decide_into(record, total, question);
-    }
+  const Fold<Statistics, double> all = {partial, table.blocks, reinterpret_cast<Statistics*>(partial + table.blocks),
+                                        counters};
+  Statistics total = {};
+  const auto sharers = [&](int64_t first, int64_t last) { return share.sharers(first, last); };
+  if (all.arrive(begin, share.end, sharers, total) && threadIdx.x == 0) {
+    if (out) *out = total;
+    if (record) decide_into(record, total, question);
   }
 }
 
@@ -62,10 +66,9 @@ __global__ void decide_kernel(StepRecord* record, const Statistics* statistics, 
 
 }  // namespace
 
-int64_t statistics_partials(const Job& job) {
-  int64_t blocks = 0;
-  for (int64_t s = 0; s < job.count; ++s) blocks += blocks_of(job.spans[s], kReadBlock);
-  return blocks;
+Needs statistics_needs(const Job& job) {
+  const int64_t blocks = blocks_of(job, kReadBlock), slots = fold_slot(blocks, 1);
+  return {static_cast<int64_t>(blocks * sizeof(double) + slots * sizeof(Statistics)), slots, table_bytes(job)};
 }
 
 void statistics(const Job& job, const Workspace& workspace, Statistics* out, StepRecord* record,

@@ -22,11 +22,12 @@ constexpr Entry kEntries[] = {DEEPFAST_RULES(DEEPFAST_ENTRY)};
 
 }  // namespace
 
-int64_t norms_partials(const Job& job) {
-  int64_t blocks = 0;
-  for (int64_t s = 0; s < job.count; ++s) blocks += blocks_of(job.spans[s], kStepBlock);
-  return blocks;
+Needs norms_needs(const Job& job) {
+  const int64_t blocks = blocks_of(job, kStepBlock), slots = fold_slot(blocks, job.count);
+  return {static_cast<int64_t>((blocks + slots) * sizeof(Norms)), slots, table_bytes(job)};
 }
+
+Needs step_needs(const Job& job) { return {0, 1, table_bytes(job)}; }
 
 void norms(int rule, const Job& job, const Workspace& workspace, const StepRecord* record, Norms* out, Stream stream) {
   Packed packed;

@@ -146,6 +146,27 @@ inline __device__ float multiplier_of(const StepRecord& record, const Table& tab
   return record.multiplier * static_cast<float>(table.hyper[span.group].values[0]);
 }
 
+// Moves all step counts on, by one thread block: many loads at once, for nothing else is under way any more.
+inline __device__ void count_steps(const Table& table) {
+  constexpr int kEach = 8;
+#pragma unroll 1
+  for (int64_t first = threadIdx.x; first < table.count; first += kEach * kThreads) {
+    float* at[kEach];
+    float count[kEach];
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) {
+      const int64_t span = first + k * kThreads;
+      at[k] = span < table.count ? table.spans[span].step : nullptr;
+    }
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) count[k] = at[k] ? *at[k] : 0.0f;
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) {
+      if (at[k]) *at[k] = count[k] + 1.0f;
+    }
+  }
+}
+
 // One thread finds the rule out for all: its fp64 arithmetic is slow on most GPUs. The step counts are moved on by the
 // last thread block to finish, when nobody will read them any more.
 template <class Rule>
@@ -178,9 +199,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     });
   }
   if constexpr (Rule::kCountsSteps) {
-    if (last_to_arrive(counter, gridDim.x)) {
-      for (int64_t s = threadIdx.x; s < table.count; s += kThreads) *table.spans[s].step += 1.0f;
-    }
+    if (last_to_arrive(counter, gridDim.x)) count_steps(table);
   }
 }
 

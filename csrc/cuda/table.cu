@@ -4,30 +4,43 @@
 namespace deepfast::cuda {
 namespace {
 
+// A kernel may take 32,764 bytes of parameters (sm_70 and later, CUDA 12.1 and later).
+constexpr int64_t kWords = (32 * 1024 - 256) / sizeof(uint64_t);
+
+template <int kMost>
 struct alignas(16) Piece {
-  uint64_t words[kTableBytes / 8];
+  uint64_t words[kMost];
 };
 
-__global__ void copy_kernel(const __grid_constant__ Piece piece, uint64_t* to, int count) {
+template <int kMost>
+__global__ void copy_kernel(const __grid_constant__ Piece<kMost> piece, uint64_t* to, int count) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = piece.words[i];
+}
+
+template <int kMost>
+void copy(const uint64_t* from, uint64_t* to, int64_t count, Stream stream) {
+  Piece<kMost> piece;
+  std::copy(from, from + count, piece.words);
+  launch(copy_kernel<kMost>, 1, kThreads, stream, piece, to, static_cast<int>(count));
 }
 
 }  // namespace
 
-// Only pieces that differ from what is there.
+// Only what differs from what is there: of each piece from the first such word to the last.
 void send(const char* bytes, int64_t size, char* table, char* sent, Stream stream) {
-  for (int64_t at = 0; at < size; at += kTableBytes) {
-    const int64_t n = std::min<int64_t>(kTableBytes, size - at);
-    if (sent && std::memcmp(sent + at, bytes + at, n) == 0) continue;
-    Piece piece;
-    std::memcpy(piece.words, bytes + at, n);
-    launch(copy_kernel, 1, kThreads, stream, piece, reinterpret_cast<uint64_t*>(table + at),
-           static_cast<int>(n / sizeof(uint64_t)));
-    if (sent) std::memcpy(sent + at, bytes + at, n);
+  const auto* wanted = reinterpret_cast<const uint64_t*>(bytes);
+  auto* there = reinterpret_cast<uint64_t*>(sent);
+  for (int64_t piece = 0; piece < size / 8; piece += kWords) {
+    int64_t begin = piece, end = std::min<int64_t>(piece + kWords, size / 8);
+    const auto known = [&](int64_t i) { return there && there[i] == wanted[i] && wanted[i] != kUnknown; };
+    while (begin < end && known(begin)) ++begin;
+    while (begin < end && known(end - 1)) --end;
+    if (begin == end) continue;
+    const auto copy_words = end - begin <= kTableBytes / 8 ? copy<kTableBytes / 8> : copy<kWords>;
+    copy_words(wanted + begin, reinterpret_cast<uint64_t*>(table) + begin, end - begin, stream);
+    if (there) std::copy(wanted + begin, wanted + end, there + begin);
   }
 }
-
-int64_t table_bytes(const Job& job) { return bytes_of(job) <= kTableBytes ? 0 : bytes_of(job); }
 
 bool is_capturing(Stream stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;

@@ -1,17 +1,22 @@
 // A list of spans as a kernel sees it: in the launch's own parameters, or in device memory where it is too long.
 //
-// A kernel may take 32,764 bytes of parameters (sm_70 and later, CUDA 12.1 and later): some 400 spans travel with the
-// launch, without a copy, a wait or memory that somebody has to keep. What is longer is written to device memory by
-// kernels that take it as their parameters, so a graph holds all it needs.
+// A few dozen spans travel with the launch, without a copy, a wait or memory that somebody has to keep. What is longer
+// is kept in device memory; what has changed of it is written there by kernels that take it as their parameters, so a
+// graph holds all it needs. (All of a launch's parameters are sent whether they are used or not: hence not the 32,764
+// bytes that a kernel may take.)
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -19,15 +24,15 @@
 namespace deepfast::cuda {
 
 constexpr int kThreads = 256;
-constexpr int kResident = 2;  // thread blocks a multiprocessor holds at least: up to 128 registers a thread
-constexpr int kTableBytes = 32 * 1024 - 256;  // the rest: a kernel's other parameters
+constexpr int kResident = 2;             // thread blocks a multiprocessor holds at least: up to 128 registers a thread
+constexpr int kTableBytes = 4096 - 256;  // the rest: a kernel's other parameters
 
 struct alignas(16) Packed {
   int64_t count, blocks;
   const char* external;  // null: `bytes` hold the table
   char bytes[kTableBytes];
 };
-static_assert(sizeof(Packed) + 128 <= 32764);
+static_assert(sizeof(Packed) + 128 <= 4096);
 
 // spans[count], then the block at which each begins [count + 1], then the rows of hyperparameters.
 struct Table {
@@ -68,9 +73,9 @@ struct Share {
   __device__ int64_t last() const { return min(end, table.first[span + 1]) - table.first[span]; }
   __device__ void next() { block = table.first[span] + last(); }
 
-  // How many thread blocks have a share in the span.
-  __device__ uint32_t sharers() const {
-    return static_cast<uint32_t>(owner(table.first[span + 1] - 1) - owner(table.first[span]) + 1);
+  // How many thread blocks have a share in the table's blocks [first, last).
+  __device__ uint32_t sharers(int64_t first, int64_t last) const {
+    return static_cast<uint32_t>(owner(last - 1) - owner(first) + 1);
   }
 
  private:
@@ -117,21 +122,48 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, Stream stream
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "a kernel could not be launched");
 }
 
+// How many thread blocks of a kernel a multiprocessor holds at once. Asked once: the answer takes microseconds.
+inline int resident(const void* kernel, int device) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [at, is_new] = known.try_emplace({kernel, device}, 1);
+  if (is_new) {
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at->second, kernel, kThreads, 0), "a kernel does not fit");
+  }
+  return std::max(at->second, 1);
+}
+
+// To be tried on a GPU: with several waves, multiprocessors that are ahead take more of the work; but every thread
+// block has to find its spans and their rules first. (benchmarks/bench_gpu.py runs it with 1, 2, 4 and 8.)
+inline int64_t waves() {
+  static const char* const asked = std::getenv("DEEPFAST_WAVES");
+  return std::max<int64_t>(asked ? std::atoi(asked) : 1, 1);
+}
+
 // As many thread blocks as the device holds at once, but no more than there are blocks of elements.
 template <class... Parameters>
 int64_t persistent_grid(void (*kernel)(Parameters...), int64_t blocks) {
-  int device = 0, processors = 0, each = 0;
+  int device = 0, processors = 0;
   check(cudaGetDevice(&device), "no current device");
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "the device does not answer");
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0), "a kernel does not fit the device");
-  return std::clamp<int64_t>(blocks, 1, static_cast<int64_t>(processors) * std::max(each, 1));
+  const int each = resident(reinterpret_cast<const void*>(kernel), device);
+  return std::clamp<int64_t>(blocks, 1, processors * each * waves());
 }
 
 inline int64_t blocks_of(const Span& span, int64_t block) { return (span.numel + block - 1) / block; }
 
+inline int64_t blocks_of(const Job& job, int64_t block) {
+  int64_t blocks = 0;
+  for (int64_t s = 0; s < job.count; ++s) blocks += blocks_of(job.spans[s], block);
+  return blocks;
+}
+
 inline int64_t bytes_of(const Job& job) {
   return job.count * sizeof(Span) + (job.count + 1) * sizeof(int64_t) + job.groups * sizeof(Hyper);
 }
+
+inline int64_t table_bytes(const Job& job) { return bytes_of(job) <= kTableBytes ? 0 : bytes_of(job); }
 
 void send(const char* bytes, int64_t size, char* table, char* sent, Stream stream);
 

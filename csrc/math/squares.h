@@ -1,7 +1,8 @@
 // In which order squares are added: the same on every backend, so that a norm has the same bits everywhere.
 //
 // Elements are dealt out to kLanes sums, element i to lane i % kLanes, block after block; the lanes of a block are
-// added pairwise in fp64. The blocks' sums are dealt out to kFoldLanes likewise. Neither threads nor vector width nor
+// added pairwise in fp64 (lane + lane of the other half). So are the blocks' sums, a row of kFoldLanes at a time, then
+// the rows' sums, and so on until there is one: rows can be added by many at once. Neither threads nor vector width nor
 // the number of multiprocessors decide anything.
 #pragma once
 
