@@ -67,6 +67,12 @@ def ranks(host_builds) -> Path:
     return on_host.program(host_builds, "ranks")
 
 
+@pytest.fixture(scope="session")
+def triton_dry(tmp_path_factory) -> Path:
+    """Where tests/triton_dry/play.py keeps what it compiles."""
+    return shared_folder(tmp_path_factory, "triton_dry")
+
+
 @pytest.fixture(autouse=True)
 def _on_device():
     """Tests that make their tensors without saying where run on a GPU where DEEPFAST_TEST_DEVICE says so."""
