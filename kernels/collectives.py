@@ -140,19 +140,17 @@ def portion(blocks, index, count):
 
 
 @triton.jit
-def total(sources, i, mask, factor, DTYPE: tl.constexpr, PACK: tl.constexpr, RANKS: tl.constexpr):
-    """Elements i, summed in rank order, times the fp64 ``factor``: see csrc/math/collective.h.
+def total(x, factor, DTYPE: tl.constexpr):
+    """What each rank has, summed in rank order, times the fp64 ``factor``: see csrc/math/collective.h.
 
     A sum that leaves fp32's range is taken from fp64, before it is divided: a finite mean never becomes infinite.
     (Both are summed always: a question would stop all loads until it was answered.)
     """
-    x = load(pointer(sources[0], DTYPE, PACK) + i, mask, DTYPE)
-    out = x
-    wide = x.to(tl.float64)
-    for r in tl.static_range(1, RANKS):
-        x = load(pointer(sources[r], DTYPE, PACK) + i, mask, DTYPE)
-        out += x
-        wide += x.to(tl.float64)
+    out = x[0]
+    wide = x[0].to(tl.float64)
+    for r in tl.static_range(1, len(x)):
+        out += x[r]
+        wide += x[r].to(tl.float64)
     if DTYPE == tl.float64:
         out *= factor
     elif DTYPE.is_floating():
@@ -180,15 +178,24 @@ def reduce(
     """TILE blocks; [TILE]: the sums of squares of what was stored, where MEASURE says that they are wanted."""
     TILE: tl.constexpr = block.shape[0]
     ROW: tl.constexpr = squares.LANES if MEASURE else 1024
-    UNROLL: tl.constexpr = 4 if MEASURE else 2  # rows under way at once
+    # Rows under way at once: 8 or 16 accesses of a thread, whatever the number of ranks.
+    UNROLL: tl.constexpr = (2 if MEASURE else 1) * (4 if RANKS <= 2 else 2 if RANKS <= 4 else 1)
     at = (block * BLOCK)[:, None] + tl.arange(0, ROW)[None, :]
     sums = tl.zeros([TILE, ROW], tl.float32)
     largest = tl.zeros([TILE, ROW], tl.int32)
     for first in range(0, BLOCK, UNROLL * ROW):
+        rows = ()
         for row in tl.static_range(UNROLL):
             i = at + (first + row * ROW)
             mask = i < end if MASKED else None
-            out = encode(total(sources, i, mask, factor, IN, PACK, RANKS), OUT, False)
+            everybodys = ()
+            for r in tl.static_range(RANKS):
+                everybodys = everybodys + (load(pointer(sources[r], IN, PACK) + i, mask, IN),)
+            rows = rows + (everybodys,)
+        for row in tl.static_range(UNROLL):
+            i = at + (first + row * ROW)
+            mask = i < end if MASKED else None
+            out = encode(total(rows[row], factor, IN), OUT, False)
             for t in tl.static_range(len(targets)):
                 tl.store(pointer(targets[t], OUT, PACK) + i, out, mask)
             if MEASURE:

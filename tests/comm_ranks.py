@@ -562,7 +562,7 @@ def check_what_a_gpu_finds_is_raised_by_the_next_call():
     for wrong, error in (("silent", PeerTimeout), ("staged", PeerTimeout), ("scale", RuntimeError),
                          ("place", RuntimeError)):  # fmt: skip
         silent = wrong in ("silent", "staged")
-        with Communicator(timeout=datetime.timedelta(seconds=0.5 if silent else 10)) as comm:
+        with Communicator(timeout=datetime.timedelta(seconds=1.5 if silent else 10)) as comm:
             memory = (torch.empty(100_000) if wrong == "staged" else comm.empty(100_000)).fill_(1.0)
             comm.all_reduce_(memory)
             statistics, found_inf = torch.zeros(2, dtype=torch.float64), torch.zeros(1)
@@ -578,12 +578,12 @@ def check_what_a_gpu_finds_is_raised_by_the_next_call():
             elif SIZE > 1 and wrong == "place":
                 comm.all_reduce_(memory[4:], statistics=statistics)
             else:
-                time.sleep(1.5)
+                time.sleep(3.0)
             if SIZE > 1 and (RANK != last or not silent):
                 with pytest.raises(error) as caught:
                     comm.all_reduce_(torch.ones(1)) if RANK % 2 else comm.check()
                 assert not silent or caught.value.ranks == (last,)
-                assert time.monotonic() - start < 5.0
+                assert time.monotonic() - start < 8.0
             dist.barrier()
 
 
