@@ -1,8 +1,8 @@
 """Sums of squares, in the order of ``csrc/math/squares.h``: the same bits as on a CPU.
 
 Element i of a block goes to lane i % 64, in fp32 and one after the other; a block's lanes are added pairwise in fp64,
-and so are the blocks' sums, a row of 256 at a time, and then the rows' sums. A program takes TILE blocks at once, row after row of 64
-elements, so that its threads hold neighbouring lanes and read 16 bytes each.
+and so are the blocks' sums, a row of 256 at a time, and then the rows' sums. A program takes TILE blocks at once, row
+after row of 64 elements, so that its threads hold neighbouring lanes and read 16 bytes each.
 """
 
 from __future__ import annotations

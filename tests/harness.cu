@@ -18,8 +18,8 @@
 #include <vector>
 
 #include "../csrc/cpu/kernels.h"
-#include "../csrc/cuda/kernels.h"
 #include "harness.h"
+#include "harness_fold.h"
 
 using namespace deepfast;
 
@@ -37,34 +37,6 @@ constexpr bool kPlayed = false;
 
 void require_one_launch(int64_t before, const char* otherwise) {
   require(!kPlayed || launches() - before == 1, otherwise);
-}
-
-// The largest count of something that still fits a launch's own parameters. bytes(count): of the table, 0 if it fits.
-template <class Bytes>
-int64_t most_that_fit(const Bytes& bytes) {
-  int64_t fits = 0, too_many = 1;
-  while (bytes(too_many) == 0) fits = too_many, too_many *= 2;
-  while (too_many - fits > 1) {
-    const int64_t middle = fits + (too_many - fits) / 2;
-    (bytes(middle) == 0 ? fits : too_many) = middle;
-  }
-  return fits;
-}
-
-int64_t most_spans(int64_t groups) {
-  const std::vector<cuda::Hyper> hyper(groups);
-  return most_that_fit([&](int64_t count) {
-    const std::vector<Span> spans(count);
-    return cuda::step_needs({spans.data(), count, hyper.data(), groups}).table;
-  });
-}
-
-int64_t most_groups() {
-  const Span span = {};
-  return most_that_fit([&](int64_t groups) {
-    const std::vector<cuda::Hyper> hyper(groups);
-    return cuda::step_needs({&span, 1, hyper.data(), groups}).table;
-  });
 }
 
 // The same spans twice: for the CPU, and for the device that is played.
@@ -364,9 +336,10 @@ bool run_case(const std::string& scenario, int64_t nth) {
   } else if (scenario == "rows") {  // blocks' sums in several rows (csrc/math/squares.h), of a parameter and of a list
     play(12);
     if (nth % 2 == 0) step_case(find_rule("lamb"), {250'000 + below(300'000), below(2000)}, 1);
-    if (nth % 2 == 1) statistics_case(3, 3 << 20);
-  } else if (scenario == "rows-of-rows") {
-    statistics_case(66'000 + below(1000), 3);
+    if (nth % 2 == 1) statistics_case(1 + below(3), (1 + below(3)) << 20);
+  } else if (scenario == "fold") {
+    fold_case(nth % 2 ? below(70'000) : below(1000));
+    if (nth % 20 == 0) fold_case(65'536 * below(4) + below(600));
   } else if (scenario == "accumulate") {
     accumulate_case(1 + below(6), 6000);
   } else if (scenario == "accumulate-many") {

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../csrc/codec/half.h"
+#include "../csrc/cuda/kernels.h"
 #include "../csrc/span.h"
 
 namespace deepfast {
@@ -153,5 +154,33 @@ struct Offsets {
   const int64_t offset = chance(50) ? 0 : below(8);
   int64_t operator()() const { return common ? offset : below(8); }
 };
+
+// The largest count of something that still fits a launch's own parameters. bytes(count): of the table, 0 if it fits.
+template <class Bytes>
+int64_t most_that_fit(const Bytes& bytes) {
+  int64_t fits = 0, too_many = 1;
+  while (bytes(too_many) == 0) fits = too_many, too_many *= 2;
+  while (too_many - fits > 1) {
+    const int64_t middle = fits + (too_many - fits) / 2;
+    (bytes(middle) == 0 ? fits : too_many) = middle;
+  }
+  return fits;
+}
+
+inline int64_t most_spans(int64_t groups) {
+  const std::vector<cuda::Hyper> hyper(groups);
+  return most_that_fit([&](int64_t count) {
+    const std::vector<Span> spans(count);
+    return cuda::step_needs({spans.data(), count, hyper.data(), groups}).table;
+  });
+}
+
+inline int64_t most_groups() {
+  const Span span = {};
+  return most_that_fit([&](int64_t groups) {
+    const std::vector<cuda::Hyper> hyper(groups);
+    return cuda::step_needs({&span, 1, hyper.data(), groups}).table;
+  });
+}
 
 }  // namespace deepfast

@@ -27,7 +27,8 @@ SCENARIOS = {
     "limit-groups": 70,
     "thousands": 14,
     "empty": 70,
-    "rows": 20,  # of blocks' sums
+    "rows": 32,  # of blocks' sums
+    "fold": 80,
     "statistics": 500,
     "statistics-many": 20,
     "accumulate": 200,
@@ -42,11 +43,6 @@ def test_the_same_bits_as_on_a_cpu(harness, scenario, seed):
     done = run(harness, scenario, SCENARIOS[scenario] // 2, seed, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{SCENARIOS[scenario] // 2} cases")
-
-
-def test_rows_of_rows_of_sums(harness):
-    done = run(harness, "rows-of-rows", 1, 1, env={"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("program", ["harness", "ranks"])
