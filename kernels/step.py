@@ -297,7 +297,8 @@ def step(rule: Rule, table: Table, groups: Tensor, record: Tensor, norms: Tensor
 def norms(rule: Rule, table: Table, groups: Tensor, record: Tensor) -> Tensor:
     """fp64 [spans, 2]: sums of squares of parameters and directions. Moves the moments on."""
     constants = prepare(rule, table, groups, record, None, advance=False)
-    partial = torch.empty((2, table.blocks), dtype=torch.float64, device=table.device)
+    # Both halves begin on a boundary of 16 bytes: else the kernels would be compiled once more.
+    partial = torch.empty((2, table.blocks + table.blocks % 2), dtype=torch.float64, device=table.device)
     for kind, first, blocks, _, _ in table.launches:
         programs = -(-blocks // squares.TILE.value)
         launch(norms_kernel, programs, table.device, table.rows, table.owners, first, first + blocks, constants,
