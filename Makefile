@@ -3,6 +3,8 @@
 # make lint    ruff, mypy, clang-format
 # make format  what lint asks for
 # make gpu     on a machine with a GPU, in the Python it is given (PYTHON=): all that needs one; installs nothing
+#              (GPU="--budget 480 --out DIR"; tools/gpu.py --help)
+# make gpu-carry   builds what that takes along to a machine without compiler or network, for CARRY_TORCH and sm_90
 # make bench   the benchmarks (RESULTS=file.json keeps the figures)
 # make readme  the README's generated tables
 
@@ -13,7 +15,7 @@ BIN    := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CXX_FILES := $(shell git ls-files "*.h" "*.cpp" "*.cu" "*.cuh")
 
-.PHONY: help train test lint format gpu bench readme clean
+.PHONY: help train test lint format gpu gpu-carry bench readme clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -52,7 +54,18 @@ format: $(VENV)/.dev
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 gpu:
-	$(PYTHON) tools/gpu.py
+	$(PYTHON) tools/gpu.py $(GPU)
+
+# The Python version and the torch of the machine with the GPU (a CUDA build, a few GB once; no GPU is needed here).
+CARRY_PYTHON ?= python3.12
+CARRY_TORCH  ?= torch==2.11.0
+.venv-gpu/.torch:
+	$(CARRY_PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet "$(CARRY_TORCH)"
+	@touch $@
+
+gpu-carry: .venv-gpu/.torch
+	.venv-gpu/bin/python tools/gpu_carry.py
 
 bench: $(VENV)/.dev
 	DEEPFAST_RESULTS=$(RESULTS) $(BIN)/python -m pytest benchmarks -s -q -p no:xdist
@@ -61,4 +74,4 @@ readme: $(VENV)/.dev
 	$(BIN)/python tools/readme.py
 
 clean:
-	rm -rf $(VENV) build output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-gpu .gpu deepfast/prebuilt build output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

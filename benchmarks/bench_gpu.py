@@ -1,119 +1,152 @@
-"""On a GPU: each kernel's bandwidth against a copy's, the full fp16 step against torch's recipe, launches and waits.
+"""On a GPU: how long each kernel takes, beside a copy of as many bytes, torch's fused optimizers and torch's recipe.
 
-make gpu        (with the tests; keeps the figures)
+    python benchmarks/bench_gpu.py cuda|triton [--waves | --probe]        (make gpu)
+
+Times are the device's: before each call the device sleeps until the host has issued it, and one wait ends a round in
+which all contenders had their turn. What the host needs is a figure of its own. Beside each share of the copy's speed
+stands the one that was expected of an H100 (gpu_expected.json), from bytes and machine code, before any run.
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
+import gc
+import json
+import os
 import statistics
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
-import pytest
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+import gpu_played
 import torch
-from conftest import report
+from gpu_stages import each, report
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import deepfast
 from deepfast import ops
 
-pytestmark = pytest.mark.gpu
-M = 1 << 20
-ROUNDS = 20
+EXPECTED = json.loads(Path(__file__).with_name("gpu_expected.json").read_text())["share_of_copy"]
+DEVICE = gpu_played.device()
+M = 1 << (8 if gpu_played.PLAYED else 20)
+ROUNDS = 1 if gpu_played.PLAYED else 15
+WAVES = f", {os.environ['DEEPFAST_WAVES']} waves" if "DEEPFAST_WAVES" in os.environ else ""
+CYCLES = 2e9  # a second, at most
 
 # Bytes that one step moves per fp32 parameter: gradient, parameter and moments read, parameter and moments written.
 STEPS = {
     "AdamW": (28, {}),
-    "AdamW (amsgrad)": (36, {"amsgrad": True}),
     "SGD": (12, {}),
     "SGD (momentum)": (20, {"momentum": 0.9}),
     "Lion": (20, {}),
-    "LAMB": (24 + 16, {}),  # two passes: moments moved on; parameter and moments read again, the parameter written
     "Adagrad": (20, {}),
+    "LAMB": (24 + 16, {}),  # two passes: moments moved on; parameter and moments read again, the parameter written
+    "AdamW (amsgrad)": (36, {"amsgrad": True}),
 }
+FUSED = ("AdamW", "AdamW (amsgrad)", "SGD", "SGD (momentum)")  # of torch, for GPUs
+Cases = Mapping[str, Callable[[], object]]
 
 
-def sizes(bytes_each: int) -> list[int]:
-    """64M, 256M and 1B parameters, as far as the memory goes."""
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
-    return [n for n in (64 * M, 256 * M, 1024 * M) if n * bytes_each < 0.9 * free]
-
-
-def interleaved(cases: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median milliseconds on the device, the cases taking turns. (What is touched is far larger than the L2.)"""
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for run in cases.values():
+def timed(cases: Cases) -> dict[str, dict[str, object]]:
+    """Each case's median milliseconds on the device, the second fastest and slowest, and the host's microseconds."""
+    host: dict[str, list[float]] = {name: [] for name in cases}
+    events: dict[str, list] = {name: [] for name in cases}
+    asleep = {}
+    for name, run in cases.items():
         for _ in range(3):
+            start = time.perf_counter()
             run()
-    for _ in range(rounds):
+            asleep[name] = int(CYCLES * (2 * (time.perf_counter() - start) + 50e-6))
+            torch.cuda.synchronize()
+    for _ in range(ROUNDS):
         for name, run in cases.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(asleep[name])
+            begin.record()
+            start = time.perf_counter()
             run()
+            host[name].append(time.perf_counter() - start)
             end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end))
-    return {name: statistics.median(values) for name, values in times.items()}
+            events[name].append((begin, end))
+        torch.cuda.synchronize()
+    rows = {}
+    for name, pairs in events.items():
+        ms = sorted(begin.elapsed_time(end) for begin, end in pairs)
+        spread = [round(ms[min(1, len(ms) - 1)], 4), round(ms[max(-2, -len(ms))], 4)]
+        host_us = round(statistics.median(host[name]) * 1e6, 1)
+        rows[name] = {"ms": round(statistics.median(ms), 4), "spread": spread, "host_us": host_us}
+    return rows
 
 
-def copy_case(n: int) -> tuple[Callable[[], object], int]:
-    """A device copy of about as many bytes as a step over n parameters moves, and its bytes."""
-    source = torch.ones(2 * n, device="cuda")
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source), 16 * n
+def figure(title: str, cases: Cases, moved: int = 0) -> None:
+    """One row. moved: bytes that the first case moves; it is then compared with a copy of as many."""
+    if moved:
+        source = torch.ones(moved // 8, device=DEVICE)  # half are read, half written
+        target = torch.empty_like(source)
+        cases = {**cases, "copy": lambda: target.copy_(source)}
+    rows = timed(cases)
+    ours = next(iter(cases))
+    took = {name: float(row["ms"]) for name, row in rows.items()}
+    more: dict[str, object] = {}
+    if moved:
+        more = {"tb_per_s": round(moved / took[ours] / 1e9, 3), "share_of_copy": round(took["copy"] / took[ours], 3),
+                "expected": EXPECTED.get(title)}  # fmt: skip
+    peers = {name: round(ms / took[ours], 2) for name, ms in took.items() if name not in (ours, "copy")}
+    report({"title": title + WAVES, **rows, **more, **({"times_as_fast_as": peers} if peers else {})})
 
 
-def parameters(n: int, dtype: torch.dtype, tensors: int = 16) -> list[nn.Parameter]:
-    params = [nn.Parameter(torch.ones(n // tensors, dtype=dtype, device="cuda")) for _ in range(tensors)]
+def parameters(numel: int, dtype: torch.dtype, tensors: int = 16) -> list[nn.Parameter]:
+    params = [nn.Parameter(torch.ones(numel // tensors, dtype=dtype, device=DEVICE)) for _ in range(tensors)]
     for p in params:
         p.grad = torch.full_like(p, 1e-3)
     return params
 
 
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.parametrize("name", STEPS)
-def test_bandwidth_of_a_step(name, backend):
+def step(backend: str, name: str, numel: int, peer: bool) -> None:
     moved, options = STEPS[name]
-    for n in sizes(40):
-        optimizer = getattr(deepfast, name.split()[0])(parameters(n, torch.float32), backend=backend, **options)
-        copy, copied = copy_case(n)
-        ms = interleaved({"step": optimizer.step, "copy": copy})
-        rate, copy_rate = moved * n / ms["step"] / 1e6, copied / ms["copy"] / 1e6
-        report({
-            "title": f"{name}, fp32, {n // M}M parameters, {backend}",
-            "ms": {k: round(v, 3) for k, v in ms.items()},
-            "gb_per_s": round(rate, 1),
-            "copy_gb_per_s": round(copy_rate, 1),
-            "share_of_copy": round(rate / copy_rate, 3),
-        })  # fmt: skip
-        del optimizer, copy
-        torch.cuda.empty_cache()
+    made = getattr(deepfast, name.split(maxsplit=1)[0])(parameters(numel, torch.float32), backend=backend, **options)
+    cases: dict[str, Callable[[], object]] = {"step": made.step}
+    if peer:
+        theirs = getattr(torch.optim, name.split(maxsplit=1)[0])
+        cases["torch fused"] = theirs(parameters(numel, torch.float32), fused=True, **options).step
+    figure(f"{name}, fp32, {numel // M}M, {backend}", cases, moved * numel)
 
 
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_bandwidth_of_the_statistics(dtype, backend):
-    found = ops.select(backend, torch.device("cuda", 0), dtype)
-    for n in sizes(16):
-        grads = [p.grad for p in parameters(n, dtype)]
-        copy, copied = copy_case(n // 4)
-        ms = interleaved({"statistics": lambda: found.statistics(grads), "copy": copy})  # noqa: B023
-        rate, copy_rate = dtype.itemsize * n / ms["statistics"] / 1e6, copied / ms["copy"] / 1e6
-        report({
-            "title": f"statistics, {dtype}, {n // M}M gradients, {backend}",
-            "ms": {k: round(v, 3) for k, v in ms.items()},
-            "gb_per_s": round(rate, 1),
-            "share_of_copy": round(rate / copy_rate, 3),
-        })  # fmt: skip
+def gradient_statistics(backend: str, dtype: torch.dtype, numel: int) -> None:
+    """As a step does it: what a launch needs is kept, and what follows for the step is found in it."""
+    optimizer = deepfast.SGD(parameters(numel, dtype), backend=backend, max_grad_norm=1e9, master="none")
+    optimizer.step()
+    optimizer._gather()
+    (launch,) = optimizer._launches
+    record = torch.empty(3, device=DEVICE)
+    run = functools.partial(launch.decide, record, None, None, 1e9, False)
+    figure(f"statistics, {str(dtype)[6:]}, {numel // M}M, {backend}", {"statistics": run}, dtype.itemsize * numel)
 
 
-def recipe(n: int) -> Callable[[], object]:
+def full_step(backend: str, numel: int, peer: bool) -> None:
+    """Gradient read twice and reset, master and moments read and written, the weight written: 32 bytes a parameter."""
+    optimizer = deepfast.AdamW(parameters(numel, torch.float16), max_grad_norm=1.0, reset_grad=True, backend=backend)
+    scaler = deepfast.LossScaler(DEVICE, init_scale=128.0)
+
+    def run() -> None:
+        scaler.step(optimizer)
+        scaler.update()
+
+    cases = {"full step": run, **({"torch's parts": recipe(numel)} if peer else {})}
+    figure(f"full fp16 AdamW step, {numel // M}M, {backend}", cases, 32 * numel)
+
+
+def recipe(numel: int) -> Callable[[], object]:
     """torch's parts with an fp32 master: upcast, unscale and check, clip, fused AdamW, copy back, zero."""
-    params = parameters(n, torch.float16)
+    params = parameters(numel, torch.float16)
     masters = [nn.Parameter(p.detach().float()) for p in params]
     optimizer = torch.optim.AdamW(masters, fused=True)
-    scaler = torch.amp.GradScaler("cuda", init_scale=128.0)
-    scaler.scale(torch.ones((), device="cuda"))
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=128.0)
+    scaler.scale(torch.ones((), device=DEVICE))
 
     def run() -> None:
         for master, p in zip(masters, params, strict=True):
@@ -128,82 +161,84 @@ def recipe(n: int) -> Callable[[], object]:
     return run
 
 
-def ours(n: int, backend: str) -> Callable[[], object]:
-    optimizer = deepfast.AdamW(parameters(n, torch.float16), max_grad_norm=1.0, reset_grad=True, backend=backend)
-    scaler = deepfast.LossScaler("cuda", init_scale=128.0)
+def accumulate(backend: str, numel: int) -> None:
+    found = ops.select(backend, DEVICE, torch.float16)
+    sums = [torch.zeros(numel // 16, device=DEVICE) for _ in range(16)]
+    grads = [torch.ones(numel // 16, device=DEVICE, dtype=torch.float16) for _ in range(16)]
+    run = functools.partial(found.accumulate_, sums, grads, 0.5, False)
+    figure(f"accumulate fp16 into fp32, {numel // M}M, {backend}", {"accumulate": run}, 10 * numel)
 
+
+def many_tensors(backend: str, count: int, numel: int, peer: bool) -> None:
+    """Launches and the host's part decide; where everything fits the L2, so does that."""
+    each_numel = max(1, numel * M >> 20)
+    cases = {"deepfast": deepfast.AdamW(parameters(count * each_numel, torch.float32, count), backend=backend).step}
+    if peer:
+        theirs = parameters(count * each_numel, torch.float32, count)
+        cases["torch fused"] = torch.optim.AdamW(theirs, fused=True).step
+    figure(f"AdamW, {count} tensors of {numel}, {backend}", cases)
+
+
+def cases_of(backend: str) -> dict[str, Callable[[], object]]:
+    peer = backend == "cuda"
+    free = torch.cuda.mem_get_info()[0]
+    sizes = [n for n in (64 * M, 256 * M, 1024 * M) if n * 64 < free]  # AdamW, its peer, and a copy of what it moves
+    cases: dict[str, Callable[[], object]] = {}
+    for n in sizes:
+        for name in STEPS if n < 1024 * M else ("AdamW", "LAMB"):
+            cases[f"{name} {n}"] = functools.partial(step, backend, name, n, peer and name in FUSED)
+        for dtype in (torch.float32, torch.float16):
+            cases[f"statistics {dtype} {n}"] = functools.partial(gradient_statistics, backend, dtype, n)
+        cases[f"full {n}"] = functools.partial(full_step, backend, n, peer and n == 64 * M)
+        cases[f"accumulate {n}"] = functools.partial(accumulate, backend, n)
+    for count, numel in ((148, 840_000), (2000, 256), (10_000, 256)):
+        few = count // 100 if gpu_played.PLAYED else count
+        cases[f"{count} tensors"] = functools.partial(many_tensors, backend, few, numel, peer)
+    return cases
+
+
+def cases_of_waves(backend: str) -> dict[str, Callable[[], object]]:
+    """What $DEEPFAST_WAVES may change."""
+    return {
+        **{f"AdamW {n}": functools.partial(step, backend, "AdamW", n, False) for n in (16 * M, 64 * M, 256 * M)},
+        "LAMB": functools.partial(step, backend, "LAMB", 64 * M, False),
+        "SGD": functools.partial(step, backend, "SGD", 64 * M, False),
+        "statistics": functools.partial(gradient_statistics, backend, torch.float16, 64 * M),
+        "GPT-2": functools.partial(many_tensors, backend, 148, 840_000, False),
+    }
+
+
+def probe(backend: str) -> None:
+    """Two steps of each kind, to be watched by a profiler."""
+    full = {"max_grad_norm": 1.0, "reset_grad": True}
+    runs = [
+        deepfast.AdamW(parameters(64 * M, torch.float32), backend=backend),
+        deepfast.LAMB(parameters(64 * M, torch.float32), backend=backend),
+        deepfast.AdamW(parameters(64 * M, torch.float16), backend=backend, **full),
+    ]
+    for run in (*runs, *runs):
+        run.step()
+    torch.cuda.synchronize()
+
+
+def tidied(case: Callable[[], object]) -> Callable[[], object]:
     def run() -> None:
-        scaler.step(optimizer)
-        scaler.update()
+        try:
+            case()
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
 
     return run
 
 
-def test_the_full_half_precision_step():
-    for n in sizes(90):
-        copy, copied = copy_case(n)
-        fp32 = torch.optim.AdamW(parameters(n, torch.float32), fused=True)
-        cases = {backend: ours(n, backend) for backend in ("cuda", "triton")}
-        ms = interleaved({**cases, "torch's parts": recipe(n), "torch fused, fp32 alone": fp32.step, "copy": copy})
-        moved = 32 * n  # two reads of the gradient, its reset; master and moments both ways; the weight
-        report({
-            "title": f"full fp16 AdamW step, {n // M}M parameters",
-            "ms": {k: round(v, 3) for k, v in ms.items()},
-            "times_as_fast_as": {k: round(v / ms["cuda"], 2) for k, v in ms.items() if k != "copy"},
-            "gb_per_s": round(moved / ms["cuda"] / 1e6, 1),
-            "share_of_copy": round(moved / ms["cuda"] / (copied / ms["copy"]), 3),
-        })  # fmt: skip
-        del cases, fp32, copy
-        torch.cuda.empty_cache()
-
-
-def test_against_torch_fused():
-    for n in sizes(56):
-        mine = deepfast.AdamW(parameters(n, torch.float32), backend="cuda")
-        theirs = torch.optim.AdamW(parameters(n, torch.float32), fused=True)
-        ms = interleaved({"deepfast": mine.step, "torch fused": theirs.step})
-        report({
-            "title": f"AdamW, fp32, {n // M}M parameters, against torch fused",
-            "ms": {k: round(v, 3) for k, v in ms.items()},
-            "times_as_fast_as": round(ms["torch fused"] / ms["deepfast"], 2),
-        })  # fmt: skip
-
-
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_launches_and_waits(backend):
-    optimizer = deepfast.AdamW(parameters(M, torch.float16), max_grad_norm=1.0, reset_grad=True, backend=backend)
-    scaler = deepfast.LossScaler("cuda", init_scale=128.0)
-    for _ in range(3):
-        scaler.step(optimizer)
-        scaler.update()
-    torch.cuda.synchronize()
-    counted: dict[str, dict[str, int]] = {}
-    for name, run in (("profiler", lambda: None), ("step", lambda: scaler.step(optimizer)), ("update", scaler.update)):
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-            run()
-        names = [event.name for event in recorded.events()]
-        counted[name] = {
-            "launches": sum("LaunchKernel" in n for n in names),
-            "waits": sum("Synchronize" in n for n in names),
-            "copies": sum(n.startswith(("cudaMemcpy", "cudaMemset", "cuMemcpy", "cuMemset")) for n in names),
-        }
-    own = counted.pop("profiler")  # it waits at its end
-    ours = {name: {kind: count - own[kind] for kind, count in counts.items()} for name, counts in counted.items()}
-    report({"title": f"full fp16 AdamW step, launches and host waits, {backend}", **ours})
-
-
-def test_small_tensors():
-    """Host and device time of many small tensors, and a GPT-2's."""
-    for count, numel in ((148, 840_000), (2000, 256), (10_000, 256)):
-        cases = {}
-        for name, cls, options in (
-            ("deepfast", deepfast.AdamW, {"backend": "cuda"}),
-            ("torch fused", torch.optim.AdamW, {"fused": True}),
-        ):
-            cases[name] = cls(parameters(count * numel, torch.float32, count), **options).step
-        ms = interleaved(cases)
-        report({
-            "title": f"AdamW, {count} tensors of {numel}",
-            "ms": {k: round(v, 3) for k, v in ms.items()},
-            "times_as_fast_as": round(ms["torch fused"] / ms["deepfast"], 2),
-        })  # fmt: skip
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("backend", choices=["cuda", "triton"])
+    parser.add_argument("--waves", action="store_true", help="only what $DEEPFAST_WAVES may change")
+    parser.add_argument("--probe", action="store_true", help="a few steps, untimed, for a profiler")
+    chosen = parser.parse_args()
+    if chosen.probe:
+        raise SystemExit(probe(chosen.backend))
+    made = cases_of_waves(chosen.backend) if chosen.waves else cases_of(chosen.backend)
+    raise SystemExit(each({name: tidied(case) for name, case in made.items()}))

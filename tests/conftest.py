@@ -45,6 +45,8 @@ def shared_folder(tmp_path_factory, name: str) -> Path:
 @pytest.fixture(scope="session")
 def host_builds(tmp_path_factory) -> Path:
     """Where the CUDA kernels lie that are compiled for the host, once for all workers."""
+    if "DEEPFAST_PLAYED" in os.environ:  # a rehearsal of the session on a GPU has them loaded
+        return Path(os.environ["DEEPFAST_PLAYED"])
     return shared_folder(tmp_path_factory, "on_host")
 
 
@@ -105,3 +107,16 @@ def _play_cuda(request, monkeypatch) -> None:
     played = request.getfixturevalue("cuda_on_host")
     named = ops._named
     monkeypatch.setattr(ops, "_named", lambda name, device: played if name == "cuda" else named(name, device))
+
+
+def pytest_runtest_logfinish() -> None:
+    """After a CUDA error nothing works in its process: a worker ends, and pytest-xdist starts another."""
+    import torch
+
+    if not torch.cuda.is_initialized() or "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"this worker ends: {error}", file=sys.stderr, flush=True)
+        os._exit(3)  # taking down a broken context may hang

@@ -1,148 +1,223 @@
-"""All that needs a GPU, in one go: build, tests, compute-sanitizer, benchmarks; and one JSON of what came out.
+"""All that needs a GPU, the most valuable first, in the time there is; what is known is on disk after every stage.
 
-    python tools/gpu.py [--out FILE]        (make gpu)
+    python tools/gpu.py [--out DIR] [--budget SECONDS] [--only NAMES] [--skip NAMES] [--commit NAME]    (make gpu)
+    python tools/gpu.py --rehearse DIR    without a GPU: the kernels played on the host, Triton's on a libcuda that only
+                                          says yes (both are compiled into DIR); what fails then is the session itself
 
-Nothing is installed. A stage that fails does not keep the next ones from running; the exit code says whether one did.
+Nothing is installed. OUT gets gpu.json, log.txt, figures.jsonl and JUnit's XML. The exit code says whether all passed.
+A machine without a compiler, a network or git takes what `make gpu-carry` has built: `.gpu` and `deepfast/prebuilt`.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
-import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-import time
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from gpu_stages import Session, Stage, replace
+
 ROOT = Path(__file__).resolve().parent.parent
+TOOLS, TESTS = ROOT / "tools", ROOT / "tests"
+CARRIED = ROOT / ".gpu"
+PYTHON = sys.executable
+# What the harness (tests/harness.cu) is asked: scenario, cases; and how many of them a sanitizer gets.
+SCENARIOS = {"step": (70, 14), "one": (28, 7), "limit": (14, 0), "limit-groups": (14, 0), "thousands": (7, 0),
+             "empty": (14, 0), "rows": (10, 0), "fold": (20, 4), "statistics": (100, 20), "statistics-many": (4, 0),
+             "accumulate": (40, 10), "accumulate-many": (4, 0), "scaler": (60, 10)}  # fmt: skip
+BUILD = """
+import time
+from deepfast import build
+start = time.perf_counter(); build.build(library=build.CPU); cpu = time.perf_counter()
+build.build(library=build.CUDA); cuda = time.perf_counter()
+build.build(library=build.COMM); comm = time.perf_counter()
+print("cold build: CPU %.1f s, CUDA %.1f s, Comm %.1f s" % (cpu - start, cuda - cpu, comm - cuda))
+"""
+KERNELS = "regex:(step|norms|statistics)_kernel"
+# Of the tests on a GPU, those that the kernels played on the host cannot take: graphs, streams, waits, memory.
+NEEDS_A_DEVICE = "graph or captur or stream or launches or waits or leaked or this_gpu or two_processes or triton"
 
 
-def say(*command: object) -> str:
-    """What a command prints, or why it does not."""
+def importable(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def said_by(*command: object) -> str:
     try:
-        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True, cwd=ROOT)
-    except (OSError, subprocess.CalledProcessError) as error:
-        return f"unknown ({error})"
+        done = subprocess.run(
+            [str(c) for c in command], capture_output=True, text=True, timeout=20, check=False, cwd=ROOT
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"unknown: {error}"
     return done.stdout.strip()
 
 
-def machine() -> dict[str, object]:
+def stages(programs: Mapping[str, Path], out: Path, rehearsed: bool) -> list[Stage]:
+    """What is done, in order."""
+    tests = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-rfE"]
+    at_once = ["-n", min(12, os.cpu_count() or 1), "--max-worker-restart", 40] if importable("xdist") else []
+    if importable("pytest_timeout"):
+        at_once += ["--timeout", 60, "--timeout-method", "thread"]
+    if rehearsed:
+        tests, at_once = [*tests, "-p", "gpu_played"], ["-x"]
+    bench = [PYTHON, "benchmarks/bench_gpu.py"]
+    on_gpu = {} if rehearsed else {"DEEPFAST_TEST_DEVICE": "cuda"}
+
+    def programs_of(cases: Callable[[int, int], int], *before: object) -> list[list[object]]:
+        chosen = {name: cases(*counts) for name, counts in SCENARIOS.items()}
+        harness = [[*before, programs["harness"], name, count, 3] for name, count in chosen.items() if count]
+        return [*harness, [*before, programs["ranks"], cases(100, 10), 3]]
+
+    def sanitized(tool: str) -> list[list[object]]:
+        if rehearsed:  # the played programs have sanitizers inside
+            return programs_of(lambda _, few: few and 1)
+        found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+        return programs_of(lambda _, few: few, found, "--tool", tool, "--error-exitcode", 9, "--print-limit", 20)
+
+    def junit(name: str) -> str:
+        return f"--junitxml={out}/{name}.xml"
+
+    ncu = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
+    sections = [
+        word for name in ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy") for word in ("--section", name)
+    ]
+    profiler = [] if rehearsed else [ncu, "--clock-control", "none", "--kernel-name", KERNELS, *sections]
+    few = "-k", "cuda and SGD" if rehearsed else "cuda or triton"
+    return [
+        Stage("facts", 150, [[PYTHON, TOOLS / "gpu.py", "--facts", out]]),
+        Stage("torch-free", 60, programs_of(lambda many, _: min(many, 7) if rehearsed else many),
+              {"OMP_NUM_THREADS": "1"}),
+        Stage("bits", 60, [[PYTHON, TOOLS / "gpu_bits.py"]], again=True),
+        Stage("bandwidth", 100, [[*bench, "cuda"]], again=True),
+        Stage("tests", 120, [[*tests, *at_once, "-m", "gpu", "tests/test_gpu.py", junit("tests"), "-k",
+                              f"not ({NEEDS_A_DEVICE})" if rehearsed else "not two_processes"]]),
+        Stage("collectives", 80, [[*tests, "-m", "gpu", "tests/test_gpu.py", junit("collectives"), "-k",
+                                   "two_processes and cuda" if rehearsed else "two_processes"]]),
+        *(Stage(f"waves {waves}", 40, [[*bench, "cuda", "--waves"]], {"DEEPFAST_WAVES": str(waves)}, again=True)
+          for waves in (1, 2, 4, 8)),
+        Stage("sanitizers", 90, [c for tool in ("memcheck", "racecheck", "synccheck") for c in sanitized(tool)],
+              {"OMP_NUM_THREADS": "1"}),
+        Stage("profile", 60, [[*profiler, *bench, "cuda", "--probe"]]),
+        Stage("optimizer tests", 120, [[*tests, *at_once, "tests/test_optimizers.py", "tests/test_plan.py",
+                                        junit("optimizers"), *few]], on_gpu),
+        Stage("triton bandwidth", 80, [[*bench, "triton"]], again=True),
+    ]  # fmt: skip
+
+
+def facts(out: Path) -> int:
+    """What machine this is, and what was found on it; the kernels are compiled where they are not at hand."""
     import torch
 
-    from deepfast import build
+    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    told = {
+        "driver": said_by("nvidia-smi", "--query-gpu=name,driver_version,compute_mode,mig.mode.current,memory.total,"
+                      "clocks.max.sm,clocks.max.mem,ecc.mode.current", "--format=csv,noheader"),
+        "torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0],
+        "nvcc": said_by("nvcc", "--version").splitlines()[-2:],
+        "compiler": said_by("g++", "--version").splitlines()[:1],
+        "modules": [m for m in ("pytest", "xdist", "pytest_timeout", "hypothesis", "triton") if importable(m)],
+        "cores": len(os.sched_getaffinity(0)), "cpu": cpu[1] if cpu else "unknown", "system": os.uname().release,
+    }  # fmt: skip
+    replace(out / "facts.json", json.dumps(told, indent=1))  # before anything that can fail
+    if torch.cuda.is_available():
+        p = torch.cuda.get_device_properties(0)
+        told["gpu"] = {"name": p.name, "count": torch.cuda.device_count(), "capability": f"{p.major}.{p.minor}",
+                       "multiprocessors": p.multi_processor_count, "gib": round(p.total_memory / 2**30, 1),
+                       "l2_mib": p.L2_cache_size >> 20}  # fmt: skip
+        replace(out / "facts.json", json.dumps(told, indent=1))
+    from deepfast import build, ops
 
-    def version(package: str) -> str:
-        return say(sys.executable, "-c", f"import {package}; print({package}.__version__)")
-
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "gpu": properties.name,
-        "gpus": torch.cuda.device_count(),
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_gib": round(properties.total_memory / 2**30, 1),
-        "driver": say("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0],
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "nvcc": str(build.nvcc()),
-        "triton": version("triton"),
-        "python": platform.python_version(),
-        "cores": len(os.sched_getaffinity(0)),
-        "commit": say("git", "rev-parse", "HEAD"),
-        "changed_files": say("git", "status", "--porcelain").splitlines(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-class Stages:
-    def __init__(self, scratch: Path) -> None:
-        self.scratch = scratch
-        self.results: dict[str, dict[str, object]] = {}
-
-    def run(self, name: str, *command: object, env: dict[str, str] | None = None, limit: int = 240) -> str:
-        """Runs one stage and shows what it says. Returns its output."""
-        print(f"\n== {name}", flush=True)
-        start = time.perf_counter()
-        log = self.scratch / f"{name.replace(' ', '-')}.log"
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-                       "PYTHONUNBUFFERED": "1", "DEEPFAST_CACHE_DIR": str(self.scratch / "cache"),
-                       **(env or {})}  # fmt: skip
-        with log.open("w") as out:
-            try:
-                code = subprocess.run([str(c) for c in command], check=False, stdout=out, stderr=subprocess.STDOUT,
-                                      cwd=ROOT, timeout=limit, env=environment).returncode  # fmt: skip
-                verdict = "passed" if code == 0 else f"failed with exit code {code}"
-            except subprocess.TimeoutExpired:
-                verdict = f"stopped after {limit} s"
-            except OSError as error:
-                verdict = f"could not be run: {error}"
-        said = log.read_text(errors="replace")
-        tail = said.splitlines()[-1:] if verdict == "passed" else said.splitlines()[-40:]
-        print("\n".join([*tail, f"{name}: {verdict} in {time.perf_counter() - start:.0f} s"]), flush=True)
-        self.results[name] = {"verdict": verdict, "seconds": round(time.perf_counter() - start, 1), "said": tail}
-        return said
+    told["library"] = str(ops.LIBRARY or ops.BUILD_ERROR)
+    wrong = ops.BUILD_ERROR
+    if torch.cuda.is_available():
+        found = ops.cuda()
+        wrong = wrong or (found if isinstance(found, str) else None)
+        told["cuda_library"] = found if isinstance(found, str) else str(build.find(build.CUDA))
+    replace(out / "facts.json", json.dumps(told, indent=1))
+    print(json.dumps(told, indent=1))
+    if wrong:
+        print(wrong)
+    return int(wrong is not None)
 
 
-BUILD = """
-import time, torch
-from deepfast import build
-torch.cuda.init()
-start = time.perf_counter(); build.build(); cpu = time.perf_counter()
-build.build(library=build.CUDA); print("COLD", cpu - start, time.perf_counter() - cpu)
-"""
+def unpacked_wheels(into: Path) -> list[Path]:
+    """Packages that this machine lacks, of those that were carried here."""
+    wheels = sorted(CARRIED.glob("*.whl"))
+    missing = [w for w in wheels if not importable(w.name.split("-")[0])]
+    for wheel in missing:
+        zipfile.ZipFile(wheel).extractall(into)
+    return [into] if missing else []
 
 
 def main() -> int:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--out", type=Path, help="default: benchmarks/results/<the GPU's name>.json")
-    chosen = options.parse_args()
-    sys.path.insert(0, str(ROOT))
-    import torch
-
-    if not torch.cuda.is_available():
-        print("make gpu: torch sees no GPU here (make test needs none)", file=sys.stderr)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "output/gpu", help="default: output/gpu")
+    parser.add_argument("--budget", type=float, default=900, metavar="SECONDS", help="for everything; default: 900")
+    parser.add_argument("--only", default="", metavar="NAMES", help="of stages, with commas")
+    parser.add_argument("--skip", default="", metavar="NAMES")
+    parser.add_argument("--commit", default="", metavar="NAME", help="what is measured, where git cannot say")
+    parser.add_argument("--rehearse", type=Path, metavar="DIR")
+    parser.add_argument("--facts", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    sys.path[:0] = [str(ROOT), str(TESTS)]
+    if chosen.facts:
+        return facts(chosen.facts)
+    rehearsed = chosen.rehearse is not None
+    if (
+        not rehearsed
+        and subprocess.run(
+            [PYTHON, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"],
+            capture_output=True,
+            check=False,
+        ).returncode
+    ):
+        print("make gpu: torch sees no GPU here (--rehearse DIR needs none)", file=sys.stderr)
         return 2
-    about = machine()
-    print(json.dumps(about, indent=1))
-    slug = re.sub(r"\W+", "-", str(about["gpu"]).lower()).strip("-")
-    out = chosen.out or ROOT / "benchmarks" / "results" / f"{slug}.json"
-    with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-        stages = Stages(scratch)
-        python = sys.executable
-        # Two jobs: what is published is the time on two cores.
-        cold = stages.run("cold build", python, "-c", BUILD, env={"MAX_JOBS": "2"})
-        seconds = re.search(r"COLD (\S+) (\S+)", cold)
-        tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        stages.run("tests on a GPU", *tests, "-m", "gpu", "tests/test_gpu.py")
-        stages.run("optimizer tests on a GPU", *tests, "tests/test_optimizers.py", "tests/test_plan.py", "-k",
-                   "cuda or triton", env={"DEEPFAST_TEST_DEVICE": "cuda"})  # fmt: skip
-        sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-        uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor has its own bounds
-        for tool in ("memcheck", "racecheck", "initcheck"):
-            # Libraries ask the runtime for what it may not have: only the kernels' own errors count.
-            quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []
-            stages.run(f"compute-sanitizer {tool}", sanitizer, "--tool", tool, *quiet, "--error-exitcode", 1, python,
-                       "tests/gpu_small.py", "cuda", env=uncached, limit=150)  # fmt: skip
-        figures = scratch / "figures.json"
-        stages.run("benchmarks", *tests, "-m", "gpu", "-s", "benchmarks/bench_gpu.py",
-                   env={"DEEPFAST_RESULTS": str(figures)})  # fmt: skip
-        rows = json.loads(figures.read_text())["results"] if figures.is_file() else []
-    kept = {
-        "machine": about,
-        "cold_build_seconds": {"cpu": float(seconds[1]), "cuda": float(seconds[2])} if seconds else None,
-        "stages": stages.results,
-        "results": rows,
-    }
-    out.write_text(json.dumps(kept, indent=1) + "\n")
-    failed = [name for name, stage in stages.results.items() if stage["verdict"] != "passed"]
-    print(f"\n{out}: {', '.join(failed) + ' did not pass' if failed else 'all passed'}")
-    return bool(failed)
+    with tempfile.TemporaryDirectory() as scratch:
+        return session(chosen, Path(scratch), rehearsed)
+
+
+def session(chosen: argparse.Namespace, scratch: Path, rehearsed: bool) -> int:
+    commit = chosen.commit or said_by("git", "describe", "--always", "--dirty")
+    path = [ROOT, TOOLS, TESTS, *unpacked_wheels(scratch / "wheels"), os.environ.get("PYTHONPATH")]
+    env = {"PYTHONPATH": os.pathsep.join(str(p) for p in path if p)}
+    if not rehearsed:
+        env["DEEPFAST_CACHE_DIR"] = str(scratch / "cache")  # builds are cold, but for what was carried
+    home, kind = (chosen.rehearse.resolve(), "") if rehearsed else (CARRIED, "gpu_")  # as tests/on_host.py names them
+    programs = {name: home / f"{kind}{name}" / name for name in ("harness", "ranks")}
+    plan = stages(programs, chosen.out.resolve(), rehearsed)
+    names = [stage.name for stage in plan]
+    only, skip = (list(filter(None, listed.split(","))) for listed in (chosen.only, chosen.skip))
+    if unknown := [name for name in (*only, *skip) if name not in names]:
+        print(f"make gpu: no stage {unknown[0]!r}; there are: {', '.join(names)}", file=sys.stderr)
+        return 2
+    chosen_stages = [s for s in plan if s.name not in skip and (not only or s.name in only)]
+    session = Session(chosen.out, chosen.budget, env, ROOT, {"commit": commit, "rehearsed": rehearsed})
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        if rehearsed:
+            import gpu_played
+
+            session.env.update(gpu_played.prepared(chosen.rehearse.resolve()))
+        elif not only:
+            session.begin_behind("cold build", PYTHON, "-c", BUILD,
+                                 env={"MAX_JOBS": "2", "DEEPFAST_CACHE_DIR": str(scratch / "cold")})  # fmt: skip
+        if not rehearsed and not programs["harness"].is_file():
+            session.run(Stage("programs", 200, [[PYTHON, TOOLS / "gpu_carry.py", "--programs"]]))
+        for stage in chosen_stages:
+            session.run(stage)
+        return int(not session.finish())
+    finally:
+        session.end()
 
 
 if __name__ == "__main__":
