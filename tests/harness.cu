@@ -60,10 +60,8 @@ struct Twins {
   }
   void compare(const char* when) const {
     for (size_t i = 0; i < cpu.size(); ++i) {
-      if (cpu[i] == cuda[i]) continue;
-      int64_t at = 0;
-      const int64_t width = cpu[i].width;
-      while (std::memcmp(cpu[i].data() + at * width, cuda[i].data() + at * width, width) == 0) ++at;
+      const int64_t at = cpu[i].differs_from(cuda[i]);
+      if (at < 0) continue;
       require(false, names[i] + " differs " + when + " from element " + std::to_string(at) + " of " +
                          std::to_string(cpu[i].numel) + " on");
     }
@@ -79,7 +77,7 @@ void add_span(Twins& twins, int rule, int64_t numel, const Taste& taste, int64_t
   a.group = static_cast<int32_t>(below(groups));
   b = a;
   const auto stream = [&](auto Span::* field, DType dtype, const char* name, bool positive = false) {
-    Buffer buffer(numel, width_of(dtype), offset());
+    Buffer buffer(numel, dtype, offset());
     fill(buffer, dtype, taste, positive);
     twins.add(std::move(buffer), field, a, b, name);
   };
@@ -87,12 +85,12 @@ void add_span(Twins& twins, int rule, int64_t numel, const Taste& taste, int64_t
   stream(&Span::grad, a.grad_dtype, "grad");
   if (a.param_dtype != DType::kFloat32 && chance(70)) stream(&Span::master, DType::kFloat32, "master");
   for (int k = 0; k < kRules[rule].moments; ++k) {
-    Buffer buffer(numel, 4, offset());
+    Buffer buffer(numel, DType::kFloat32, offset());
     fill(buffer, DType::kFloat32, taste, k > 0 || kRules[rule].moments == 1);
     twins.set(a.moment[k], b.moment[k], std::move(buffer), "a moment");
   }
   if (kRules[rule].counts_steps) {
-    Buffer step(1, 4, 0);
+    Buffer step(1, DType::kFloat32, 0);
     const float count = chance(30) ? 0.0f : chance(5) ? 0x1p24f : static_cast<float>(below(100000));
     std::memcpy(step.data(), &count, 4);
     twins.add(std::move(step), &Span::step, a, b, "the step count");
@@ -140,24 +138,20 @@ struct Hypers {
 
 // A plan's device memory, each piece just as long as it has to be.
 struct Memory {
-  Buffer partial, counters, table, sent;
-  cuda::Workspace workspace;
+  Array<char> partial, table, sent;
+  Array<uint32_t> counters;
   const bool known = chance(70);  // what the table holds is remembered
+  cuda::Workspace workspace;
 
   explicit Memory(const cuda::Needs& needs)
-      : partial(needs.partial, 1, 0),
-        counters(needs.counters, 4, 0),
-        table(needs.table, 1, 0),
-        sent(needs.table, 1, 0) {
-    std::memset(counters.data(), 0, needs.counters * 4);
-    std::memset(sent.data(), static_cast<char>(cuda::kUnknown), needs.table);
-    workspace = {partial.data(), reinterpret_cast<uint32_t*>(counters.data()), needs.table ? table.data() : nullptr,
-                 needs.table && known ? sent.data() : nullptr};
-  }
+      : partial(needs.partial),
+        table(needs.table),
+        sent(needs.table, static_cast<char>(cuda::kUnknown)),
+        counters(needs.counters),
+        workspace{partial.data(), counters.data(), needs.table ? table.data() : nullptr,
+                  needs.table && known ? sent.data() : nullptr} {}
   void check() const {
-    for (int64_t i = 0; i < counters.numel; ++i) {
-      require(reinterpret_cast<uint32_t*>(counters.data())[i] == 0, "a counter is not left at zero");
-    }
+    for (uint32_t counter : counters) require(counter == 0, "a counter is not left at zero");
   }
 };
 
@@ -178,7 +172,7 @@ void step_case(int rule, const std::vector<int64_t>& numels, int64_t groups) {
     if (nth > 0) {
       for (int64_t s = 0; s < count; ++s) {
         if (chance(50)) continue;
-        Buffer moved(twins.on_cpu[s].numel, width_of(twins.on_cpu[s].grad_dtype), below(4));
+        Buffer moved(twins.on_cpu[s].numel, twins.on_cpu[s].grad_dtype, below(4));
         fill(moved, twins.on_cpu[s].grad_dtype, taste);
         twins.add(std::move(moved), &Span::grad, twins.on_cpu[s], twins.on_cuda[s], "a moved grad");
       }
@@ -224,7 +218,7 @@ void statistics_case(int64_t count, int64_t most) {
     span = {};
     span.numel = any_numel(most);
     span.grad_dtype = any_dtype();
-    buffers.emplace_back(span.numel, width_of(span.grad_dtype), Offsets()());
+    buffers.emplace_back(span.numel, span.grad_dtype, Offsets()());
     fill(buffers.back(), span.grad_dtype, taste);
     span.grad = buffers.back().data();
   }
@@ -266,7 +260,7 @@ void accumulate_case(int64_t count, int64_t most) {
     a.numel = any_numel(most);
     a.grad_dtype = any_dtype();
     b = a;
-    Buffer sum(a.numel, 4, offset()), grad(a.numel, width_of(a.grad_dtype), offset());
+    Buffer sum(a.numel, DType::kFloat32, offset()), grad(a.numel, a.grad_dtype, offset());
     fill(sum, DType::kFloat32, taste);
     fill(grad, a.grad_dtype, taste);
     twins.add(std::move(sum), &Span::param, a, b, "the sum");
@@ -295,12 +289,12 @@ void scaler_case(int64_t count) {
   if (overflow) found[chance(20) ? count - 1 : below(count)] = chance(50) ? 1.0f : 3.0f;
   std::vector<const float*> pointers;
   for (const float& f : found) pointers.push_back(&f);
-  const Buffer table(cuda::scaler_table_bytes(count), 1, 0);
+  Array<char> table(cuda::scaler_table_bytes(count));
   const ScalerState expected = transition(state[0], overflow, options);
   const int64_t before = launches();
   cuda::scaler_update(state.data(), pointers.data(), count, table.data(), options, nullptr);
   finish("an update of the scaler");
-  if (table.numel == 0) require_one_launch(before, "more than one launch");
+  if (table.empty()) require_one_launch(before, "more than one launch");
   require(std::memcmp(&expected, state.data(), sizeof expected) == 0, "another state");
 }
 

@@ -62,24 +62,41 @@ struct Managed {
 template <class T>
 using Array = std::vector<T, Managed<T>>;
 
-// Some elements of a width, `offset` elements after a boundary of 64 bytes.
+inline int64_t width_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// Some elements, `offset` elements after a boundary of 64 bytes.
 struct Buffer {
+  DType dtype;
   int64_t numel, width;
   size_t lead;
   std::unique_ptr<char, decltype(&free_managed)> memory;
 
-  Buffer(int64_t numel, int64_t width, int64_t offset)
-      : numel(numel),
-        width(width),
+  Buffer(int64_t numel, DType dtype, int64_t offset)
+      : dtype(dtype),
+        numel(numel),
+        width(width_of(dtype)),
         lead(offset * width),
         memory(static_cast<char*>(allocate_managed(lead + numel * width)), &free_managed) {}
   Buffer copy() const {
-    Buffer other(numel, width, lead / width);
+    Buffer other(numel, dtype, lead / width);
     std::memcpy(other.data(), data(), numel * width);
     return other;
   }
   char* data() const { return memory.get() + lead; }
-  bool operator==(const Buffer& other) const { return std::memcmp(data(), other.data(), numel * width) == 0; }
+  bool is_nan(int64_t i) const {
+    if (dtype == DType::kFloat32) return std::isnan(reinterpret_cast<const float*>(data())[i]);
+    const uint16_t half = reinterpret_cast<const uint16_t*>(data())[i];
+    return std::isnan(dtype == DType::kFloat16 ? Fp16::decode(half) : Bf16::decode(half));
+  }
+  // The first element that has other bits, or < 0. All NaNs are one: a GPU makes another than a CPU.
+  int64_t differs_from(const Buffer& other) const {
+    if (std::memcmp(data(), other.data(), numel * width) == 0) return -1;
+    for (int64_t i = 0; i < numel; ++i) {
+      const bool same = std::memcmp(data() + i * width, other.data() + i * width, width) == 0;
+      if (!same && !(is_nan(i) && other.is_nan(i))) return i;
+    }
+    return -1;
+  }
 };
 
 // What the numbers of a case are like.
@@ -122,7 +139,6 @@ inline void fill(const Buffer& buffer, DType dtype, const Taste& taste, bool pos
   }
 }
 
-inline int64_t width_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 inline DType any_dtype() { return static_cast<DType>(below(3)); }
 
 inline int64_t any_numel(int64_t most) {

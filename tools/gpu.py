@@ -11,6 +11,7 @@ A machine without a compiler, a network or git takes what `make gpu-carry` has b
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -31,7 +32,7 @@ TOOLS, TESTS = ROOT / "tools", ROOT / "tests"
 CARRIED = ROOT / ".gpu"
 PYTHON = sys.executable
 # What the harness (tests/harness.cu) is asked: scenario, cases; and how many of them a sanitizer gets.
-SCENARIOS = {"step": (70, 14), "one": (28, 7), "limit": (14, 0), "limit-groups": (14, 0), "thousands": (7, 0),
+SCENARIOS = {"step": (70, 14), "one": (28, 7), "limit": (14, 0), "limit-groups": (14, 0), "thousands": (2, 0),
              "empty": (14, 0), "rows": (10, 0), "fold": (20, 4), "statistics": (100, 20), "statistics-many": (4, 0),
              "accumulate": (40, 10), "accumulate-many": (4, 0), "scaler": (60, 10)}  # fmt: skip
 BUILD = """
@@ -61,27 +62,29 @@ def said_by(*command: object) -> str:
     return done.stdout.strip()
 
 
-def stages(programs: Mapping[str, Path], out: Path, rehearsed: bool) -> list[Stage]:
+def stages(programs: Mapping[str, Path], out: Path, scratch: Path, rehearsed: bool) -> list[Stage]:
     """What is done, in order."""
-    tests = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-rfE"]
-    at_once = ["-n", min(12, os.cpu_count() or 1), "--max-worker-restart", 40] if importable("xdist") else []
+    tests = [PYTHON, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "-rfE"]  # -v: it may be cut short
+    workers = ["-n", min(12, os.cpu_count() or 1), "--max-worker-restart", 40] if importable("xdist") else []
     if importable("pytest_timeout"):
-        at_once += ["--timeout", 60, "--timeout-method", "thread"]
+        workers += ["--timeout", 90, "--timeout-method", "thread"]
     if rehearsed:
-        tests, at_once = [*tests, "-p", "gpu_played"], ["-x"]
+        tests, workers = [*tests, "-p", "gpu_played"], []
     bench = [PYTHON, "benchmarks/bench_gpu.py"]
     on_gpu = {} if rehearsed else {"DEEPFAST_TEST_DEVICE": "cuda"}
+    one_thread = {"OMP_NUM_THREADS": "1"}
 
     def programs_of(cases: Callable[[int, int], int], *before: object) -> list[list[object]]:
         chosen = {name: cases(*counts) for name, counts in SCENARIOS.items()}
         harness = [[*before, programs["harness"], name, count, 3] for name, count in chosen.items() if count]
         return [*harness, [*before, programs["ranks"], cases(100, 10), 3]]
 
-    def sanitized(tool: str) -> list[list[object]]:
-        if rehearsed:  # the played programs have sanitizers inside
-            return programs_of(lambda _, few: few and 1)
+    def sanitizer(tool: str, *more: object) -> Stage:
         found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-        return programs_of(lambda _, few: few, found, "--tool", tool, "--error-exitcode", 9, "--print-limit", 20)
+        command = [found, "--tool", tool, "--launch-timeout", 0, "--error-exitcode", 9, "--print-limit", 20, *more]
+        if rehearsed:  # the played programs have sanitizers inside
+            return Stage(tool, 45, programs_of(lambda _, few: few and 1), one_thread, says="cases")
+        return Stage(tool, 45, programs_of(lambda _, few: few, *command), one_thread, says="SUMMARY: ")
 
     def junit(name: str) -> str:
         return f"--junitxml={out}/{name}.xml"
@@ -90,30 +93,33 @@ def stages(programs: Mapping[str, Path], out: Path, rehearsed: bool) -> list[Sta
     sections = [
         word for name in ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy") for word in ("--section", name)
     ]
-    profiler = [] if rehearsed else [ncu, "--clock-control", "none", "--kernel-name", KERNELS, *sections]
+    as_they_are = ["--clock-control", "none", "--pipeline-boost-state", "dynamic"]
+    profiler = [] if rehearsed else [ncu, *as_they_are, "--kernel-name", KERNELS, *sections]
     few = "-k", "cuda and SGD" if rehearsed else "cuda or triton"
     return [
-        Stage("facts", 150, [[PYTHON, TOOLS / "gpu.py", "--facts", out]]),
+        Stage("facts", 150, [[PYTHON, TOOLS / "gpu.py", "--facts", scratch / "facts.json"]]),
         Stage("torch-free", 60, programs_of(lambda many, _: min(many, 7) if rehearsed else many),
-              {"OMP_NUM_THREADS": "1"}),
+              one_thread, says="cases"),
         Stage("bits", 60, [[PYTHON, TOOLS / "gpu_bits.py"]], again=True),
         Stage("bandwidth", 100, [[*bench, "cuda"]], again=True),
-        Stage("tests", 120, [[*tests, *at_once, "-m", "gpu", "tests/test_gpu.py", junit("tests"), "-k",
+        Stage("tests", 120, [[*tests, *workers, "-m", "gpu", "tests/test_gpu.py", junit("tests"), "-k",
                               f"not ({NEEDS_A_DEVICE})" if rehearsed else "not two_processes"]]),
         Stage("collectives", 80, [[*tests, "-m", "gpu", "tests/test_gpu.py", junit("collectives"), "-k",
-                                   "two_processes and cuda" if rehearsed else "two_processes"]]),
+                                   "two_processes and cuda" if rehearsed else "two_processes"]],
+              {"GLOO_SOCKET_IFNAME": "lo"}),
         *(Stage(f"waves {waves}", 40, [[*bench, "cuda", "--waves"]], {"DEEPFAST_WAVES": str(waves)}, again=True)
           for waves in (1, 2, 4, 8)),
-        Stage("sanitizers", 90, [c for tool in ("memcheck", "racecheck", "synccheck") for c in sanitized(tool)],
-              {"OMP_NUM_THREADS": "1"}),
-        Stage("profile", 60, [[*profiler, *bench, "cuda", "--probe"]]),
-        Stage("optimizer tests", 120, [[*tests, *at_once, "tests/test_optimizers.py", "tests/test_plan.py",
+        sanitizer("memcheck"),
+        sanitizer("racecheck", "--racecheck-num-workers", 2),
+        sanitizer("synccheck"),
+        Stage("profile", 60, [[*profiler, *bench, "cuda", "--probe"]], says="" if rehearsed else "Speed Of Light"),
+        Stage("optimizer tests", 120, [[*tests, *workers, "tests/test_optimizers.py", "tests/test_plan.py",
                                         junit("optimizers"), *few]], on_gpu),
         Stage("triton bandwidth", 80, [[*bench, "triton"]], again=True),
     ]  # fmt: skip
 
 
-def facts(out: Path) -> int:
+def facts(path: Path) -> int:
     """What machine this is, and what was found on it; the kernels are compiled where they are not at hand."""
     import torch
 
@@ -127,13 +133,13 @@ def facts(out: Path) -> int:
         "modules": [m for m in ("pytest", "xdist", "pytest_timeout", "hypothesis", "triton") if importable(m)],
         "cores": len(os.sched_getaffinity(0)), "cpu": cpu[1] if cpu else "unknown", "system": os.uname().release,
     }  # fmt: skip
-    replace(out / "facts.json", json.dumps(told, indent=1))  # before anything that can fail
+    replace(path, json.dumps(told, indent=1))  # before anything that can fail
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
         told["gpu"] = {"name": p.name, "count": torch.cuda.device_count(), "capability": f"{p.major}.{p.minor}",
                        "multiprocessors": p.multi_processor_count, "gib": round(p.total_memory / 2**30, 1),
                        "l2_mib": p.L2_cache_size >> 20}  # fmt: skip
-        replace(out / "facts.json", json.dumps(told, indent=1))
+        replace(path, json.dumps(told, indent=1))
     from deepfast import build, ops
 
     told["library"] = str(ops.LIBRARY or ops.BUILD_ERROR)
@@ -142,11 +148,25 @@ def facts(out: Path) -> int:
         found = ops.cuda()
         wrong = wrong or (found if isinstance(found, str) else None)
         told["cuda_library"] = found if isinstance(found, str) else str(build.find(build.CUDA))
-    replace(out / "facts.json", json.dumps(told, indent=1))
+    replace(path, json.dumps(told, indent=1))
     print(json.dumps(told, indent=1))
+    if wrong and build.PREBUILT.is_dir():
+        print(f"{wrong}\nwhat was built ahead is put away, and compiled here")
+        build.PREBUILT.rename(build.PREBUILT.with_name("prebuilt.unfit"))
+        os.execv(PYTHON, [PYTHON, __file__, "--facts", str(path)])  # noqa: S606
     if wrong:
         print(wrong)
+    from deepfast import config  # noqa: F401 (the one that takes pydantic)
+
     return int(wrong is not None)
+
+
+def starts(program: Path) -> bool:
+    """Asked nothing, the programs end with exit code 2."""
+    with contextlib.suppress(OSError):
+        program.chmod(0o755)
+        return subprocess.run([program], capture_output=True, check=False, timeout=60).returncode == 2
+    return False
 
 
 def unpacked_wheels(into: Path) -> list[Path]:
@@ -194,14 +214,14 @@ def session(chosen: argparse.Namespace, scratch: Path, rehearsed: bool) -> int:
         env["DEEPFAST_CACHE_DIR"] = str(scratch / "cache")  # builds are cold, but for what was carried
     home, kind = (chosen.rehearse.resolve(), "") if rehearsed else (CARRIED, "gpu_")  # as tests/on_host.py names them
     programs = {name: home / f"{kind}{name}" / name for name in ("harness", "ranks")}
-    plan = stages(programs, chosen.out.resolve(), rehearsed)
+    plan = stages(programs, chosen.out.resolve(), scratch, rehearsed)
     names = [stage.name for stage in plan]
     only, skip = (list(filter(None, listed.split(","))) for listed in (chosen.only, chosen.skip))
     if unknown := [name for name in (*only, *skip) if name not in names]:
         print(f"make gpu: no stage {unknown[0]!r}; there are: {', '.join(names)}", file=sys.stderr)
         return 2
     chosen_stages = [s for s in plan if s.name not in skip and (not only or s.name in only)]
-    session = Session(chosen.out, chosen.budget, env, ROOT, {"commit": commit, "rehearsed": rehearsed})
+    session = Session(chosen.out, scratch, chosen.budget, env, ROOT, {"commit": commit, "rehearsed": rehearsed})
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if rehearsed:
@@ -211,7 +231,7 @@ def session(chosen: argparse.Namespace, scratch: Path, rehearsed: bool) -> int:
         elif not only:
             session.begin_behind("cold build", PYTHON, "-c", BUILD,
                                  env={"MAX_JOBS": "2", "DEEPFAST_CACHE_DIR": str(scratch / "cold")})  # fmt: skip
-        if not rehearsed and not programs["harness"].is_file():
+        if not rehearsed and not all(map(starts, programs.values())):
             session.run(Stage("programs", 200, [[PYTHON, TOOLS / "gpu_carry.py", "--programs"]]))
         for stage in chosen_stages:
             session.run(stage)

@@ -38,6 +38,7 @@ def run(*command: object, **env: str) -> None:
 def programs(architectures: tuple[str, ...]) -> None:
     import on_host
 
+    shutil.rmtree(CARRIED, ignore_errors=True)
     for name in on_host.PROGRAMS:
         made = on_host.gpu_program(CARRIED, name, architectures)
         for other in made.parent.iterdir():
@@ -80,8 +81,7 @@ def main() -> int:
               file=sys.stderr)  # fmt: skip
         return 2
     os.environ["TORCH_CUDA_ARCH_LIST"] = chosen.architectures
-    shutil.rmtree(CARRIED, ignore_errors=True)
-    CARRIED.mkdir()
+    os.environ["ATEN_CPU_CAPABILITY"] = "avx2"  # the programs' own kernels: that machine may have no more
     libraries(chosen.architectures)
     programs(build.architectures())
     wheels()

@@ -27,31 +27,36 @@ RESERVE = 3.0  # seconds of the budget for the last words
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """commands: they run at once. again: what has died (not: failed) is run again if it got further, see ``each``."""
+    """commands: they run at once. says: what each must say to have passed; a checker that has checked nothing has not.
+    again: what has died (not: failed) is run again if it got further, see ``each``."""
 
     name: str
     limit: float  # seconds
     commands: Sequence[Sequence[object]]
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    says: str = ""
     again: bool = False
 
 
 class Session:
-    """Args: out: folder of the results. budget: seconds for everything. about: what the JSON says of itself."""
+    """Args: out: folder of the results. scratch: of what nobody wants afterwards. budget: seconds for everything.
+    about: what the JSON says of itself."""
 
     def __init__(
-        self, out: Path, budget: float, env: Mapping[str, str], root: Path, about: Mapping[str, object]
+        self, out: Path, scratch: Path, budget: float, env: Mapping[str, str], root: Path, about: Mapping[str, object]
     ) -> None:
-        self.out, self.root, self.about = out.resolve(), root, dict(about)
+        self.out, self.scratch, self.root, self.about = out.resolve(), scratch, root, dict(about)
         self.out.mkdir(parents=True, exist_ok=True)
-        for old in ("log.txt", "behind.txt", "figures.jsonl", "facts.json", "begun.txt"):
+        for old in ("log.txt", "figures.jsonl"):
             (self.out / old).unlink(missing_ok=True)
+        self.begun, self.facts = scratch / "begun.txt", scratch / "facts.json"
         self.env = {
             **os.environ,
             **env,
             "PYTHONUNBUFFERED": "1",
             "PYTHONFAULTHANDLER": "1",
             "SESSION_OUT": str(self.out),
+            "SESSION_BEGUN": str(self.begun),
         }
         self.start, self.budget = time.monotonic(), budget
         self.stages: dict[str, dict[str, object]] = {}
@@ -81,12 +86,15 @@ class Session:
         with log.open("ab", buffering=0) as file:
             file.write(f"\n== {stage.name}, {self.passed():.0f} s after the start\n".encode())
             at = file.tell()
-            (self.out / "begun.txt").unlink(missing_ok=True)
+            self.begun.unlink(missing_ok=True)
             verdicts = self._run_all(stage, file, until)
             while stage.again and self._died_further(verdicts) and time.monotonic() < until:
                 more = self._run_all(stage, file, until)
                 verdicts = [f"{old}; then {new}" for old, new in zip(verdicts, more, strict=True)]
         said = log.read_bytes()[at:].decode(errors="replace").splitlines()
+        silent = len(stage.commands) - sum(stage.says in line for line in said) if stage.says else 0
+        if set(verdicts) == {"passed"} and silent > 0:
+            verdicts = [f'{silent} of {len(stage.commands)} have not said "{stage.says}"']
         fine = set(verdicts) == {"passed"}
         self.stages[stage.name] = {
             "verdict": "passed" if fine else ", ".join(dict.fromkeys(v for v in verdicts if v != "passed")),
@@ -98,8 +106,7 @@ class Session:
         print("\n".join([*lines, f"{stage.name}: {self.stages[stage.name]['verdict']}"]), flush=True)
 
     def _run_all(self, stage: Stage, log: object, until: float) -> list[str]:
-        begun = self.out / "begun.txt"
-        self._before = begun.stat().st_size if begun.is_file() else 0
+        self._before = self.begun.stat().st_size if self.begun.is_file() else 0
         running = [self._start(command, stage.env, log) for command in stage.commands]
         verdicts: dict[int, str] = {}
         try:
@@ -133,13 +140,34 @@ class Session:
             return f"could not be run: {error}"
 
     def _died_further(self, verdicts: list[str]) -> bool:
-        begun = self.out / "begun.txt"
+        died = verdicts[0].rpartition("; then ")[2] not in ("passed", "exit code 1")
+        return died and self.begun.is_file() and self.begun.stat().st_size > self._before
+
+    def _start(self, command: Sequence[object], env: Mapping[str, str], log: object) -> subprocess.Popen[bytes] | str:
+        """The process, or why there is none."""
+        try:
+            return subprocess.Popen(
+                [str(c) for c in command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self.root,
+                env={**self.env, **env},
+                start_new_session=True,
+                preexec_fn=die_with_parent,  # noqa: PLW1509 (this process has one thread)
+            )
+        except OSError as error:
+            return f"could not be run: {error}"
+
+    def _died_further(self, verdicts: list[str]) -> bool:
         last = verdicts[0].rpartition("; then ")[2]
-        return last not in ("passed", "exit code 1") and begun.is_file() and begun.stat().st_size > self._before
+        return (
+            last not in ("passed", "exit code 1") and self.begun.is_file() and self.begun.stat().st_size > self._before
+        )
 
     def begin_behind(self, name: str, *command: object, env: Mapping[str, str] | None = None) -> None:
         """Beside the stages, at low priority; it has until the end."""
-        with (self.out / "behind.txt").open("ab") as log:
+        with (self.scratch / "behind.txt").open("ab") as log:
             process = self._start(["nice", "-n", "10", *command], env or {}, log)
         if isinstance(process, str):
             self.stages[name] = {"verdict": process}
@@ -155,7 +183,7 @@ class Session:
             except subprocess.TimeoutExpired:
                 verdict = "had not ended"
             end_whole(process)
-            said = (self.out / "behind.txt").read_text(errors="replace").splitlines()
+            said = (self.scratch / "behind.txt").read_text(errors="replace").splitlines()
             self.stages[name] = {"verdict": verdict, "seconds": round(time.monotonic() - begin, 1), "said": said[-10:]}
         self.keep()
         bad = [name for name, stage in self.stages.items() if stage["verdict"] != "passed"]
@@ -179,11 +207,10 @@ class Session:
         return list(whole_lines(self.out / "figures.jsonl"))
 
     def keep(self) -> None:
-        facts = self.out / "facts.json"
         known = {
             **self.about,
             "seconds": round(self.passed(), 1),
-            "machine": json.loads(facts.read_text()) if facts.is_file() else {},
+            "machine": json.loads(self.facts.read_text()) if self.facts.is_file() else {},
             "stages": self.stages,
             "figures": self._rows(),
         }
@@ -238,7 +265,8 @@ def end_whole(process: subprocess.Popen[bytes] | str) -> None:
         return
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10)  # a driver may not let go of it
 
 
 # For what a stage runs.
@@ -256,7 +284,7 @@ def report(row: Mapping[str, object]) -> None:
 def each(cases: Mapping[str, Callable[[], object]]) -> int:
     """Runs them in order and returns an exit code. After a CUDA error, nothing works in its process any more: it ends,
     and when it is started again, goes on behind the case that was to blame."""
-    begun = Path(os.environ["SESSION_OUT"], "begun.txt") if "SESSION_OUT" in os.environ else None
+    begun = Path(os.environ["SESSION_BEGUN"]) if "SESSION_BEGUN" in os.environ else None
     done = begun.read_text().splitlines() if begun and begun.is_file() else []
     failed = False
     for name, case in cases.items():
@@ -271,6 +299,18 @@ def each(cases: Mapping[str, Callable[[], object]]) -> int:
             failed = True
             traceback.print_exc(file=sys.stdout)
             print(f"{name}: {error}", flush=True)
-            if "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError":
-                os._exit(3)  # taking down a broken context may hang
+            if context_is_broken():
+                os._exit(3)  # taking it down may hang
     return int(failed)
+
+
+def context_is_broken() -> bool:
+    """Whether the GPU's errors stay with this process."""
+    torch = sys.modules.get("torch")
+    try:
+        if torch and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(error, flush=True)
+        return True
+    return False
