@@ -90,9 +90,7 @@ def stages(programs: Mapping[str, Path], out: Path, scratch: Path, rehearsed: bo
         return f"--junitxml={out}/{name}.xml"
 
     ncu = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
-    sections = [
-        word for name in ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy") for word in ("--section", name)
-    ]
+    sections = [f"--section={name}" for name in ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy")]
     as_they_are = ["--clock-control", "none", "--pipeline-boost-state", "dynamic"]
     profiler = [] if rehearsed else [ncu, *as_they_are, "--kernel-name", KERNELS, *sections]
     few = "-k", "cuda and SGD" if rehearsed else "cuda or triton"
@@ -161,6 +159,12 @@ def facts(path: Path) -> int:
     return int(wrong is not None)
 
 
+def sees_a_gpu() -> bool:
+    """Asked in a process of its own: this one keeps no context on it."""
+    code = "import torch; raise SystemExit(not torch.cuda.is_available())"
+    return subprocess.run([PYTHON, "-c", code], capture_output=True, check=False).returncode == 0
+
+
 def starts(program: Path) -> bool:
     """Asked nothing, the programs end with exit code 2."""
     with contextlib.suppress(OSError):
@@ -192,14 +196,7 @@ def main() -> int:
     if chosen.facts:
         return facts(chosen.facts)
     rehearsed = chosen.rehearse is not None
-    if (
-        not rehearsed
-        and subprocess.run(
-            [PYTHON, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"],
-            capture_output=True,
-            check=False,
-        ).returncode
-    ):
+    if not rehearsed and not sees_a_gpu():
         print("make gpu: torch sees no GPU here (--rehearse DIR needs none)", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as scratch:
