@@ -143,28 +143,6 @@ class Session:
         died = verdicts[0].rpartition("; then ")[2] not in ("passed", "exit code 1")
         return died and self.begun.is_file() and self.begun.stat().st_size > self._before
 
-    def _start(self, command: Sequence[object], env: Mapping[str, str], log: object) -> subprocess.Popen[bytes] | str:
-        """The process, or why there is none."""
-        try:
-            return subprocess.Popen(
-                [str(c) for c in command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=self.root,
-                env={**self.env, **env},
-                start_new_session=True,
-                preexec_fn=die_with_parent,  # noqa: PLW1509 (this process has one thread)
-            )
-        except OSError as error:
-            return f"could not be run: {error}"
-
-    def _died_further(self, verdicts: list[str]) -> bool:
-        last = verdicts[0].rpartition("; then ")[2]
-        return (
-            last not in ("passed", "exit code 1") and self.begun.is_file() and self.begun.stat().st_size > self._before
-        )
-
     def begin_behind(self, name: str, *command: object, env: Mapping[str, str] | None = None) -> None:
         """Beside the stages, at low priority; it has until the end."""
         with (self.scratch / "behind.txt").open("ab") as log:
