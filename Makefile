@@ -74,4 +74,4 @@ readme: $(VENV)/.dev
 	$(BIN)/python tools/readme.py
 
 clean:
-	rm -rf $(VENV) .venv-gpu .gpu deepfast/prebuilt build output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-gpu .gpu deepfast/prebuilt* build output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

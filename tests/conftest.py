@@ -53,7 +53,7 @@ def host_builds(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def cuda_on_host(host_builds) -> SimpleNamespace:
     """The CUDA backend, its kernels run on the host, for CPU tensors."""
-    library = on_host.library(host_builds)
+    library = on_host.backend(host_builds)
     return SimpleNamespace(library=library, **vars(played_cuda(library)))
 
 

@@ -2,7 +2,7 @@
 
 tests/cuda_on_host says how. The programs run on a GPU as well: :func:`gpu_program` compiles the same files with nvcc.
 Nothing here needs pytest: whoever rehearses without a GPU compiles them, too. What a function has made in a folder it
-finds there the next time, so a folder serves one state of the sources, and any number of processes at once.
+finds there the next time, unless a source has changed since; any number of processes may share a folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PROGRAMS = {
 }
 
 
-def library(folder: Path) -> Path:
+def backend(folder: Path) -> Path:
     """The CUDA backend for CPU tensors, to be loaded by :func:`played_cuda`."""
     cxx, root = _cxx(), Path(torch.__file__).parent
     sources = [*(build.CSRC / name for name in build.CUDA.kernels), SHIM / "threads.cpp"]
@@ -39,11 +39,11 @@ def library(folder: Path) -> Path:
     binding = SHIM / "ops.cpp"
     commands[_object(binding)] = [*cxx, "-O1", "-fPIC", *FLAGS, binding, "-isystem", root / "include"]
     link = [*cxx, "-shared", "-fopenmp"]
-    return _made(folder / "library" / "on_host.so", commands, link, [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"])
+    return _made(folder / "backend" / "on_host.so", commands, link, [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"])
 
 
 def played_cuda(made: Path) -> SimpleNamespace:
-    """The backend in a :func:`library`."""
+    """The backend that :func:`backend` has made."""
     torch.ops.load_library(made)
     names = ("statistics", "decide_", "step_", "accumulate_", "scaler_update_", "collective_", "peer_layout",
              "launches", "capture")  # fmt: skip
@@ -100,11 +100,16 @@ def _made(out: Path, commands: Mapping[str, Sequence], link: Sequence, libraries
     folder = out.parent
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if not out.exists():
+        if not out.exists() or out.stat().st_mtime < _last_change():
             with ThreadPoolExecutor(build.max_jobs()) as pool:
                 list(pool.map(_run, [[*command, "-o", folder / name] for name, command in commands.items()]))
             _run([*link, *(folder / name for name in commands), *libraries, "-o", out])
     return out
+
+
+def _last_change() -> float:
+    sources = *build.CSRC.rglob("*.*"), *SHIM.iterdir(), *TESTS.glob("*.cu"), *TESTS.glob("*.h")
+    return max(path.stat().st_mtime for path in sources)
 
 
 def _run(command: Sequence) -> None:

@@ -8,6 +8,7 @@ an atomic arrival (csrc/cuda/table.cuh, last_to_arrive).
 from __future__ import annotations
 
 import shutil
+import time
 
 import on_host
 import pytest
@@ -53,6 +54,15 @@ def test_a_device_that_fails_ends_the_program(request, program):
     assert done.stdout == ""
     assert done.returncode == 3 or program != "harness"
     assert done.returncode != 0
+
+
+def test_what_was_made_of_other_sources_is_made_again(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(on_host, "_run", lambda command: (made.append(command), command[-1].touch()))
+    for changed, count in ((0.0, 1), (0.0, 1), (time.time() + 1, 2)):
+        monkeypatch.setattr(on_host, "_last_change", lambda changed=changed: changed)
+        on_host._made(tmp_path / "program", {}, ["link"])
+        assert len(made) == count
 
 
 def test_unknown_scenarios_are_refused(harness):

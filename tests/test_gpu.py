@@ -353,6 +353,6 @@ def test_the_engine_trains_in_half_precision(device):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_collectives_between_two_processes(backend, tmp_path):
     """Both on the first GPU: sums, a graph's replays, and the death of one of them."""
-    where = ("cuda", f"{PLAYED}/library/on_host.so") if PLAYED else ("gpu", backend)
+    where = ("cuda", f"{PLAYED}/backend/on_host.so") if PLAYED else ("gpu", backend)
     said = heard_of_pair(tmp_path, "peers_ranks.py", *where)
     assert [failures(said, check) for check in PEERS if failures(said, check)] == []

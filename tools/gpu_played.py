@@ -19,7 +19,7 @@ def prepared(folder: Path) -> dict[str, str]:
     import on_host
 
     folder.mkdir(parents=True, exist_ok=True)
-    on_host.library(folder)
+    on_host.backend(folder)
     for name in ("harness", "ranks"):
         on_host.program(folder, name)
     return {"DEEPFAST_PLAYED": str(folder)}
@@ -59,7 +59,7 @@ def play() -> None:
 
     from deepfast import ops
 
-    cuda, named = on_host.played_cuda(on_host.library(PLAYED)), ops._named
+    cuda, named = on_host.played_cuda(on_host.backend(PLAYED)), ops._named
 
     def played(name: str, on: torch.device) -> object:
         if name == "triton":
