@@ -31,7 +31,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -187,8 +187,7 @@ def architectures() -> tuple[str, ...]:
     if not listed:
         if not torch.cuda.is_available():
             raise BuildError('no GPU to compile for: set TORCH_CUDA_ARCH_LIST ("8.0;9.0")', passing=True)
-        seen = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        return tuple(f"sm_{major}{minor}" for major, minor in sorted(seen))
+        return tuple(f"sm_{gpu}" for gpu in sorted(set(gpus())))
     names = []
     for entry in re.split(r"[;,\s]+", listed.strip()):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
@@ -199,21 +198,30 @@ def architectures() -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def gpus() -> list[int]:
+    """The compute capabilities of the GPUs that torch sees, 90 for 9.0."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [10 * major + minor for major, minor in map(torch.cuda.get_device_capability, range(count))]
+
+
+def covered(names: Iterable[str], gpu: int) -> bool:
+    """Whether code for ``names`` (sm_90, sm_90a, compute_90) runs on a GPU of compute capability ``gpu``."""
+    for name in names:
+        kind, _, number = name.partition("_")
+        wanted = int(re.sub(r"\D", "", number))
+        exact = number[-1:].isalpha()
+        if wanted == gpu or (not exact and wanted < gpu and (kind == "compute" or wanted // 10 == gpu // 10)):
+            return True
+    return False
+
+
 def check_covered(names: tuple[str, ...]) -> None:
     """Raises BuildError if torch sees a GPU that code for ``names`` does not run on."""
-    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        major, minor = torch.cuda.get_device_capability(i)
-        for name in names:
-            kind, _, number = name.partition("_")
-            wanted = int(re.sub(r"\D", "", number))
-            exact = number[-1:].isalpha()
-            here = 10 * major + minor
-            if wanted == here or (not exact and wanted < here and (kind == "compute" or wanted // 10 == major)):
-                break
-        else:
+    for gpu in gpus():
+        if not covered(names, gpu):
             raise BuildError(
                 f"TORCH_CUDA_ARCH_LIST={os.environ.get('TORCH_CUDA_ARCH_LIST')!r} leaves out the GPU that is here "
-                f"({major}.{minor}): add it, or unset the variable",
+                f"({gpu // 10}.{gpu % 10}): add it, or unset the variable",
                 passing=True,
             )
 
@@ -345,8 +353,11 @@ def _fits(library: Library, path: Path) -> bool:
     """Whether the library, which was compiled elsewhere, holds code for what is wanted here."""
     if library != CUDA:
         return True
+    names = [word for word in path.parent.name.split("-") if word.startswith(("sm_", "compute_"))]
+    if here := gpus():
+        return all(covered(names, gpu) for gpu in here)
     try:
-        return set(architectures()) <= set(path.parent.name.split("-"))
+        return set(architectures()) <= set(names)
     except BuildError:
         return False
 
@@ -398,13 +409,16 @@ def _compile(library: Library, compilers: list[Compiler], folder: Path, log: lis
         list(pool.map(lambda command: _run(command, log), whole))
     cxx, *cuda = compilers
     # torch's libgomp and the system's carry the same soname: whichever is loaded first serves both, with one pool.
-    link = [*cxx.command, "-shared", "-fopenmp"]
+    # Some compilers link their own C++ library in. What comes out of an archive is kept from the other libraries of the
+    # process: ours and torch's would else share a few symbols, and messages lose their numbers or end the process.
+    link = [*cxx.command, "-shared", "-fopenmp", "-Wl,--exclude-libs,ALL"]
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
     if library == COMM:
         libraries.append("-ltorch_python")
     if cuda:
         # The CUDA runtime is linked in: it shares the driver's context and streams with torch's, whatever its version.
         link = [*cuda[0].command, "-ccbin", cxx.program, "-shared", "-cudart", "static", "-Xcompiler", "-fopenmp"]
+        link += ["-Xlinker", "--exclude-libs=ALL"]
         libraries.append("-ltorch_cuda")
     _run([*link, *map(str, objects), *libraries, "-o", str(folder / library.file)], log)
     for obj in objects:

@@ -318,3 +318,14 @@ def test_doctor(tmp_path):
     assert done.returncode == 0
     assert "unknown backend 'tpu'" in done.stdout
     assert "step_in_backward is not built yet" in python("import deepfast; deepfast.step_in_backward").stderr
+
+
+def test_a_compiler_that_links_its_own_cxx_library_in(tmp_path):
+    """Messages keep their numbers, though torch's C++ library is another one."""
+    code = (
+        "import torch, deepfast.ops as ops; none = torch.tensor([], dtype=torch.int32)\n"
+        "ops.native.Plan('sgd', [], [], [], [], none).gather([None, None], False)"
+    )
+    done = python(code, env={"DEEPFAST_CACHE_DIR": str(tmp_path), "CXX": "g++ -static-libstdc++"})
+    assert "compiled in" in done.stderr
+    assert "0 tensors of gradients expected, got 2" in done.stderr

@@ -221,3 +221,12 @@ def test_a_list_that_leaves_out_the_gpu_is_noticed(monkeypatch, listed, here, co
     else:
         with pytest.raises(build.BuildError, match="leaves out the GPU that is here"):
             build.check_covered(build.architectures())
+
+
+@pytest.mark.parametrize(("made_for", "here", "fits"), [("sm_90", (9, 0), True), ("sm_80", (9, 0), False)])
+def test_a_prebuilt_library_serves_the_gpu_that_is_here_whatever_would_be_compiled(monkeypatch, made_for, here, fits):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: here)
+    assert build._fits(build.CUDA, Path(f"nvcc-0123-{made_for}/{build.CUDA.file}")) == fits
