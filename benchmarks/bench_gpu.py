@@ -1,6 +1,6 @@
 """On a GPU: how long each kernel takes, beside a copy of as many bytes, torch's fused optimizers and torch's recipe.
 
-    python benchmarks/bench_gpu.py cuda|triton [--waves | --probe]        (make gpu)
+    python benchmarks/bench_gpu.py cuda|triton [--probe]        (make gpu)
 
 Times are the device's: before each call the device sleeps until the host has issued it, and one wait ends a round in
 which all contenders had their turn. What the host needs is a figure of its own. Beside each share of the copy's speed
@@ -13,7 +13,6 @@ import argparse
 import functools
 import gc
 import json
-import os
 import statistics
 import sys
 import time
@@ -34,7 +33,6 @@ EXPECTED = json.loads(Path(__file__).with_name("gpu_expected.json").read_text())
 DEVICE = gpu_played.device()
 M = 1 << (8 if gpu_played.PLAYED else 20)
 ROUNDS = 1 if gpu_played.PLAYED else 15
-WAVES = f", {os.environ['DEEPFAST_WAVES']} waves" if "DEEPFAST_WAVES" in os.environ else ""
 CYCLES = 2e9  # a second, at most
 
 # Bytes that one step moves per fp32 parameter: gradient, parameter and moments read, parameter and moments written.
@@ -96,7 +94,7 @@ def figure(title: str, cases: Cases, moved: int = 0) -> None:
         more = {"tb_per_s": round(moved / took[ours] / 1e9, 3), "share_of_copy": round(took["copy"] / took[ours], 3),
                 "expected": EXPECTED.get(title)}  # fmt: skip
     peers = {name: round(ms / took[ours], 2) for name, ms in took.items() if name not in (ours, "copy")}
-    report({"title": title + WAVES, **rows, **more, **({"times_as_fast_as": peers} if peers else {})})
+    report({"title": title, **rows, **more, **({"times_as_fast_as": peers} if peers else {})})
 
 
 def parameters(numel: int, dtype: torch.dtype, tensors: int = 16) -> list[nn.Parameter]:
@@ -197,16 +195,6 @@ def cases_of(backend: str) -> dict[str, Callable[[], object]]:
     return cases
 
 
-def cases_of_waves(backend: str) -> dict[str, Callable[[], object]]:
-    """What $DEEPFAST_WAVES may change."""
-    return {
-        **{f"AdamW {n}": functools.partial(step, backend, "AdamW", n, False) for n in (64 * M, 256 * M)},
-        "LAMB": functools.partial(step, backend, "LAMB", 64 * M, False),
-        "statistics": functools.partial(gradient_statistics, backend, torch.float16, 64 * M),
-        "GPT-2": functools.partial(many_tensors, backend, 148, 840_000, False),
-    }
-
-
 def probe(backend: str) -> None:
     """Two steps of each kind, to be watched by a profiler."""
     full = {"max_grad_norm": 1.0, "reset_grad": True}
@@ -234,10 +222,8 @@ def tidied(case: Callable[[], object]) -> Callable[[], object]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("backend", choices=["cuda", "triton"])
-    parser.add_argument("--waves", action="store_true", help="only what $DEEPFAST_WAVES may change")
     parser.add_argument("--probe", action="store_true", help="a few steps, untimed, for a profiler")
     chosen = parser.parse_args()
     if chosen.probe:
         raise SystemExit(probe(chosen.backend))
-    made = cases_of_waves(chosen.backend) if chosen.waves else cases_of(chosen.backend)
-    raise SystemExit(each({name: tidied(case) for name, case in made.items()}))
+    raise SystemExit(each({name: tidied(case) for name, case in cases_of(chosen.backend).items()}))

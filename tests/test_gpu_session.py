@@ -73,7 +73,6 @@ PLANTED = {
     "tools/gpu_bits.py": [("reset_grad", "resets_grad")],
     "benchmarks/bench_gpu.py": [
         ("launch.decide", "launch.decides"),  # bandwidth
-        ('step, backend, "LAMB"', 'steps, backend, "LAMB"'),  # waves
         ("full = {", "fulls = {"),  # profile
     ],
     "tests/test_gpu.py": [("def test_any_layout(backend, device):", "def test_any_layout(backend, device, layout):")],

@@ -105,8 +105,6 @@ def stages(programs: Mapping[str, Path], out: Path, scratch: Path, rehearsed: bo
         Stage("collectives", 80, [[*tests, "-m", "gpu", "tests/test_gpu.py", junit("collectives"), "-k",
                                    "two_processes and cuda" if rehearsed else "two_processes"]],
               {"GLOO_SOCKET_IFNAME": "lo"}),
-        *(Stage(f"waves {waves}", 40, [[*bench, "cuda", "--waves"]], {"DEEPFAST_WAVES": str(waves)}, again=True)
-          for waves in (1, 2, 4, 8)),
         sanitizer("memcheck"),
         sanitizer("racecheck", "--racecheck-num-workers", 2),
         sanitizer("synccheck"),

@@ -45,8 +45,7 @@ Needs accumulate_needs(const Job& job) { return {0, 0, table_bytes(job)}; }
 void accumulate(const Job& job, const Workspace& workspace, float weight, bool overwrite, Stream stream) {
   Packed packed;
   pack(packed, job, kStepBlock, workspace, stream);
-  launch(accumulate_kernel, persistent_grid(accumulate_kernel, packed.blocks), kThreads, stream, packed, weight,
-         overwrite);
+  launch(accumulate_kernel, elementwise_grid(packed.blocks), kThreads, stream, packed, weight, overwrite);
 }
 
 }  // namespace deepfast::cuda

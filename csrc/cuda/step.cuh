@@ -8,6 +8,8 @@
 
 namespace deepfast::cuda {
 
+constexpr int kStepResident = 3;  // thread blocks a multiprocessor holds at least: 4 would spill on some
+
 enum class Weight { kWide, kMaster, kHalf };  // fp32; 16 bits and an fp32 master; 16 bits alone
 
 // A span's streams, with their types: what is read before an update, and written after it.
@@ -170,7 +172,7 @@ inline __device__ void count_steps(const Table& table) {
 // One thread finds the rule out for all: its fp64 arithmetic is slow on most GPUs. The step counts are moved on by the
 // last thread block to finish, when nobody will read them any more.
 template <class Rule>
-__global__ void __launch_bounds__(kThreads, kResident)
+__global__ void __launch_bounds__(kThreads, kStepResident)
     step_kernel(const __grid_constant__ Packed packed, const StepRecord* record_at, const Norms* norms, bool reset_grad,
                 uint32_t* counter) {
   const Table table(packed);
@@ -206,8 +208,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
 template <class Rule>
 void launch_step(const Packed& packed, const Workspace& workspace, const StepRecord* record, const Norms* norms,
                  bool reset_grad, Stream stream) {
-  launch(step_kernel<Rule>, persistent_grid(step_kernel<Rule>, packed.blocks), kThreads, stream, packed, record, norms,
-         reset_grad, workspace.counters);
+  launch(step_kernel<Rule>, elementwise_grid(packed.blocks), kThreads, stream, packed, record, norms, reset_grad,
+         workspace.counters);
 }
 
 }  // namespace deepfast::cuda

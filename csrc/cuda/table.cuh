@@ -9,7 +9,6 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -134,13 +133,6 @@ inline int resident(const void* kernel, int device) {
   return std::max(at->second, 1);
 }
 
-// To be tried on a GPU: with several waves, multiprocessors that are ahead take more of the work; but every thread
-// block has to find its spans and their rules first. (benchmarks/bench_gpu.py runs it with 1, 2, 4 and 8.)
-inline int64_t waves() {
-  static const char* const asked = std::getenv("DEEPFAST_WAVES");
-  return std::max<int64_t>(asked ? std::atoi(asked) : 1, 1);
-}
-
 // As many thread blocks as the device holds at once, but no more than there are blocks of elements.
 template <class... Parameters>
 int64_t persistent_grid(void (*kernel)(Parameters...), int64_t blocks) {
@@ -148,7 +140,14 @@ int64_t persistent_grid(void (*kernel)(Parameters...), int64_t blocks) {
   check(cudaGetDevice(&device), "no current device");
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "the device does not answer");
   const int each = resident(reinterpret_cast<const void*>(kernel), device);
-  return std::clamp<int64_t>(blocks, 1, processors * each * waves());
+  return std::clamp<int64_t>(blocks, 1, processors * each);
+}
+
+// Where nothing is added up, a thread block takes a few blocks of elements, and a multiprocessor that is ahead of the
+// others takes more thread blocks: on an H200, a step gets from 0.90 or 0.92 of a copy's speed to 0.91 or 0.96.
+inline int64_t elementwise_grid(int64_t blocks) {
+  constexpr int64_t kEach = 8;
+  return std::max<int64_t>((blocks + kEach - 1) / kEach, 1);
 }
 
 inline int64_t blocks_of(const Span& span, int64_t block) { return (span.numel + block - 1) / block; }
