@@ -8,7 +8,9 @@
 
 namespace deepfast::cuda {
 
-constexpr int kStepResident = 3;  // thread blocks a multiprocessor holds at least: 4 would spill on some
+// Thread blocks of a step that a multiprocessor holds at least: as many as there are registers for without spilling.
+template <class Rule>
+constexpr int kStepResident = Rule::kMoments > 2 ? 2 : 3;
 
 enum class Weight { kWide, kMaster, kHalf };  // fp32; 16 bits and an fp32 master; 16 bits alone
 
@@ -172,7 +174,7 @@ inline __device__ void count_steps(const Table& table) {
 // One thread finds the rule out for all: its fp64 arithmetic is slow on most GPUs. The step counts are moved on by the
 // last thread block to finish, when nobody will read them any more.
 template <class Rule>
-__global__ void __launch_bounds__(kThreads, kStepResident)
+__global__ void __launch_bounds__(kThreads, kStepResident<Rule>)
     step_kernel(const __grid_constant__ Packed packed, const StepRecord* record_at, const Norms* norms, bool reset_grad,
                 uint32_t* counter) {
   const Table table(packed);
