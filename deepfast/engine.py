@@ -23,6 +23,7 @@ from deepfast import config as configuration
 from deepfast.buckets import GradientStatistics
 from deepfast.config import Config
 from deepfast.errors import ConfigError
+from deepfast.optim import lost
 from deepfast.optim.base import HALF, Optimizer
 from deepfast.precision import Precision
 from deepfast.ranks import init_distributed
@@ -112,6 +113,7 @@ class Engine(nn.Module):
             optimizer.max_grad_norm = clip or optimizer.max_grad_norm
         elif self.dtype in HALF:
             log.warning("%s keeps no fp32 master: it updates 16-bit weights directly", type(optimizer).__name__)
+            lost.watch(optimizer, "a deepfast optimizer adds them up in an fp32 master")
         return optimizer
 
     def _make_scaler(self) -> LossScaler:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from deepfast import memory, ops, reference
+from deepfast.optim import lost
 from deepfast.optim.launch import Launch, mark
 from deepfast.optim.shards import Shards, copy_into, is_flat_shard, is_sharded, local, refuse_flat_shards
 from deepfast.optim.shared import Shared, Verdict, check_seen
@@ -94,6 +95,8 @@ class Optimizer(torch.optim.Optimizer):
         self._check(defaults)
         super().__init__(params, defaults)
         self.state = States()
+        if master == "none":
+            lost.watch(self, "without master='none' they add up in an fp32 master")
 
     # What a subclass says of itself.
 
