@@ -36,7 +36,7 @@ class LossScaler:
 
     A deepfast optimizer unscales, checks and skips inside its step, without a host sync. It does not write the
     gradients: after ``step`` they are still multiplied by the scale (``optimizer.grad_norm`` is not), unless
-    ``unscale_`` came first. For any other optimizer the gradients are unscaled in a pass of their own, as GradScaler
+    ``unscale_`` came first. It is called for a skipped step, too, which ``found_inf`` tells. For any other optimizer the gradients are unscaled in a pass of their own, as GradScaler
     does it, and the host waits once for the verdict.
 
     Args:

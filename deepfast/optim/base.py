@@ -39,8 +39,10 @@ class Optimizer(torch.optim.Optimizer):
 
     Args:
         master: where a 16-bit parameter's fp32 value is kept. "auto" and "fp32": as an fp32 tensor in the state;
-            "none": nowhere, the parameter itself is updated and rounded to nearest even, as in torch.
-        max_grad_norm: clip the gradients to this global L2 norm (over all groups) inside the step.
+            "none": nowhere, the parameter itself is updated and rounded to nearest even, as in torch; a warning says
+            once if most updates are lost to that.
+        max_grad_norm: clip the gradients to this global L2 norm (over all groups) inside the step. FSDP1's flat shards
+            do not show it: an error.
         reset_grad: zero the gradients in the step's own pass, skipped steps included.
         backend: "auto", "cpu" or "reference"; "auto" follows ``$DEEPFAST_BACKEND``.
         state_dtype, rounding: only "fp32" and "nearest" so far.
