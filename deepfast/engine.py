@@ -109,6 +109,10 @@ class Engine(nn.Module):
         elif type(optimizer) in _REPLACED and not optimizer.state:
             optimizer = _replacement(optimizer)
         if isinstance(optimizer, Optimizer):
+            if "param_groups" not in vars(optimizer):  # what is set here would stay on a wrapper that has its class
+                raise ConfigError(
+                    f"initialize() needs the optimizer itself, not a wrapper ({type(optimizer).__name__})"
+                )
             optimizer._measure_norm = True
             optimizer.max_grad_norm = clip or optimizer.max_grad_norm
         elif self.dtype in HALF:

@@ -34,10 +34,10 @@ class LossScaler:
     Hysteresis counts down first: with ``hysteresis=1`` the first overflow backs off, with 2 the second, and once it
     is used up every further one. A static scale (``dynamic=False``) stays what it is, and any positive value is legal.
 
-    A deepfast optimizer unscales, checks and skips inside its step, without a host sync. It does not write the
-    gradients: after ``step`` they are still multiplied by the scale (``optimizer.grad_norm`` is not), unless
-    ``unscale_`` came first. It is called for a skipped step, too, which ``found_inf`` tells. For any other optimizer the gradients are unscaled in a pass of their own, as GradScaler
-    does it, and the host waits once for the verdict.
+    A deepfast optimizer unscales, checks and skips inside its step, without a host sync; the step is called for an
+    overflow, too, and ``found_inf`` tells. It does not write the gradients: after ``step`` they are still multiplied by
+    the scale (``optimizer.grad_norm`` is not), unless ``unscale_`` came first. For any other optimizer the gradients
+    are unscaled in a pass of their own, as GradScaler does it, and the host waits once for the verdict.
 
     Args:
         device: where the state lies; None: where the first loss or optimizer is.

@@ -11,13 +11,14 @@ from cases import NAMES, OURS, TYPICAL
 from torch import nn
 
 import deepfast
+from deepfast.errors import ConfigError
 
 SCALERS = {
     "torch's": lambda: torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2),
     "ours": lambda: deepfast.LossScaler(init_scale=1024.0, growth_interval=2),
 }
 KINDS = {"fp32": {}, "fused": {"fused": True}, "fp16": {}}
-pytestmark = pytest.mark.parametrize("scaler", SCALERS)
+with_scalers = pytest.mark.parametrize("scaler", SCALERS)
 
 
 class OfItsClass:
@@ -95,6 +96,7 @@ def steps(scaler, p, optimizer, gradients=(0.5, float("inf"), 0.25, -0.5)):
     return trace
 
 
+@with_scalers
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("name", NAMES)
@@ -114,6 +116,7 @@ def test_a_wrapper_steps_as_its_optimizer(name, wrapper, kind, scaler):
         assert scale == same
 
 
+@with_scalers
 @pytest.mark.parametrize("wrapper", ["its class", "its class and attributes", "twice", "forwarding"])
 def test_what_a_step_has_found_is_read_through_a_wrapper(wrapper, scaler):
     p, inner = make("AdamW", "fp32", max_grad_norm=1.0)
@@ -124,6 +127,7 @@ def test_what_a_step_has_found_is_read_through_a_wrapper(wrapper, scaler):
     assert wrapped.grad_norm == pytest.approx(2.0 * 50**0.5)
 
 
+@with_scalers
 def test_a_wrapper_and_its_optimizer_are_one(scaler):
     p, inner = make("SGD", "fp32", lr=0.25, momentum=0.0)
     wrapped, scaler = OfItsClass(inner), SCALERS[scaler]()
@@ -139,6 +143,7 @@ def test_a_wrapper_and_its_optimizer_are_one(scaler):
     assert not hasattr(inner, "found_inf")
 
 
+@with_scalers
 @pytest.mark.parametrize("kind", ["fused", "fp16"])
 def test_a_step_that_did_not_see_the_scale_is_noticed(kind, scaler):
     class Own(deepfast.SGD):
@@ -154,6 +159,7 @@ def test_a_step_that_did_not_see_the_scale_is_noticed(kind, scaler):
         steps(SCALERS[scaler](), p, optimizer, (1.0,))
 
 
+@with_scalers
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])  # noqa: S301
 @pytest.mark.parametrize("name", NAMES)
 def test_a_copy_has_what_the_optimizer_has_and_shares_nothing(name, twin, scaler):
@@ -169,3 +175,11 @@ def test_a_copy_has_what_the_optimizer_has_and_shares_nothing(name, twin, scaler
     steps(SCALERS[scaler](), q, other, (3.0,))
     assert optimizer.grad_norm is norm
     assert other.grad_norm == pytest.approx(3.0 * 50**0.5)
+
+
+def test_the_engine_takes_no_wrapper():
+    """It would clip nothing: what it sets stays on the wrapper."""
+    net = nn.Linear(3, 2)
+    wrapped = OfItsClass(deepfast.SGD(net.parameters(), lr=0.1))
+    with pytest.raises(ConfigError, match="the optimizer itself, not a wrapper"):
+        deepfast.initialize(model=net, optimizer=wrapped, config={"train_batch_size": 1, "gradient_clipping": 0.1})
