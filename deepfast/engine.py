@@ -23,6 +23,7 @@ from deepfast import config as configuration
 from deepfast.buckets import GradientStatistics
 from deepfast.config import Config
 from deepfast.errors import ConfigError
+from deepfast.optim import lost
 from deepfast.optim.base import HALF, Optimizer
 from deepfast.precision import Precision
 from deepfast.ranks import init_distributed
@@ -108,10 +109,15 @@ class Engine(nn.Module):
         elif type(optimizer) in _REPLACED and not optimizer.state:
             optimizer = _replacement(optimizer)
         if isinstance(optimizer, Optimizer):
+            if "param_groups" not in vars(optimizer):  # what is set here would stay on a wrapper that has its class
+                raise ConfigError(
+                    f"initialize() needs the optimizer itself, not a wrapper ({type(optimizer).__name__})"
+                )
             optimizer._measure_norm = True
             optimizer.max_grad_norm = clip or optimizer.max_grad_norm
         elif self.dtype in HALF:
             log.warning("%s keeps no fp32 master: it updates 16-bit weights directly", type(optimizer).__name__)
+            lost.watch(optimizer, "a deepfast optimizer adds them up in an fp32 master")
         return optimizer
 
     def _make_scaler(self) -> LossScaler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from deepfast import ops
-from deepfast.optim.base import HALF, Optimizer
+from deepfast.optim.base import Optimizer
+from deepfast.optim.shards import is_flat_shard, refuse_flat_shards
 
 
 class LossScaler:
@@ -32,17 +34,19 @@ class LossScaler:
     Hysteresis counts down first: with ``hysteresis=1`` the first overflow backs off, with 2 the second, and once it
     is used up every further one. A static scale (``dynamic=False``) stays what it is, and any positive value is legal.
 
-    A deepfast optimizer unscales, checks and skips inside its step, without a host sync. For any other optimizer the
-    gradients are unscaled in a pass of their own and the host waits once for the verdict.
+    A deepfast optimizer unscales, checks and skips inside its step, without a host sync; the step is called for an
+    overflow, too, and ``found_inf`` tells. It does not write the gradients: after ``step`` they are still multiplied by
+    the scale (``optimizer.grad_norm`` is not), unless ``unscale_`` came first. For any other optimizer the gradients
+    are unscaled in a pass of their own, as GradScaler does it, and the host waits once for the verdict.
 
     Args:
         device: where the state lies; None: where the first loss or optimizer is.
-        init_scale, growth_factor, backoff_factor, growth_interval: as in torch.
+        init_scale, growth_factor, backoff_factor, growth_interval, enabled: as in torch. Where "cuda" is asked for and
+            not available the scaler is disabled, with a warning.
         hysteresis: overflows until the scale backs off.
         consecutive_hysteresis: every clean step refills the hysteresis.
-        min_scale, max_scale: bounds of a dynamic scale.
+        min_scale, max_scale: bounds of a dynamic scale; max_scale None: 2^24, or a larger init_scale.
         dynamic: False for a constant scale.
-        enabled: False makes every method pass through.
 
     Raises:
         ValueError: for factors, bounds or counts that make no sense.
@@ -53,20 +57,22 @@ class LossScaler:
     def __init__(
         self,
         device: torch.device | str | None = None,
-        *,
         init_scale: float = 2.0**16,
         growth_factor: float = 2.0,
         backoff_factor: float = 0.5,
         growth_interval: int = 2000,
+        enabled: bool = True,
+        *,
         hysteresis: int = 1,
         consecutive_hysteresis: bool = False,
         min_scale: float = 1.0,
-        max_scale: float = 2.0**24,
+        max_scale: float | None = None,
         dynamic: bool = True,
-        enabled: bool = True,
     ) -> None:
         if not 0.0 < init_scale < float("inf"):
             raise ValueError(f"init_scale must be positive and finite, got {init_scale}")
+        if max_scale is None:
+            max_scale = max(2.0**24, init_scale)
         if dynamic:
             if not growth_factor > 1.0:
                 raise ValueError(f"growth_factor must be above 1, got {growth_factor}")
@@ -81,6 +87,9 @@ class LossScaler:
             raise ValueError(
                 f"growth_interval {growth_interval} and hysteresis {hysteresis} must lie between 1 and 2^24"
             )
+        if enabled and device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            warnings.warn("deepfast.LossScaler is enabled, but CUDA is not available. Disabling.", stacklevel=2)
+            enabled = False
         self._enabled = enabled
         self._init_scale = float(init_scale)
         self._growth_factor = float(growth_factor)
@@ -95,9 +104,9 @@ class LossScaler:
         self._values = [self._init_scale, 0.0, float(hysteresis), 0.0]
         self._state: Tensor | None = None
         self._used: Tensor | None = None  # the scale that the last backward used
-        self._unscaled: dict[int, Tensor] = {}  # id(optimizer) -> found_inf, since the last update
+        self._unscaled: dict[int, Tensor] = {}  # _key(optimizer) -> found_inf, since the last update
         self._stepped: dict[int, Tensor] = {}  # likewise, of optimizers that have stepped
-        if device is not None:
+        if enabled and device is not None:
             self._place(torch.device(device))
 
     def _place(self, device: torch.device) -> Tensor:
@@ -132,21 +141,23 @@ class LossScaler:
         """Divides the gradients of ``optimizer`` by the scale in place, to look at them or change them before ``step``.
 
         Raises:
-            RuntimeError: called twice or after ``step``, and for 16-bit gradients, which would underflow.
+            RuntimeError: called twice or after ``step``; for fp16 gradients, which would underflow; for FSDP1's shards.
         """
         if not self._enabled:
             return
-        if id(optimizer) in self._stepped:
+        if _key(optimizer) in self._stepped:
             raise RuntimeError("unscale_() is being called after step().")
-        if id(optimizer) in self._unscaled:
+        if _key(optimizer) in self._unscaled:
             raise RuntimeError("unscale_() has already been called on this optimizer since the last update().")
         grads = _grads_of(optimizer)
-        if any(g.dtype in HALF for g in grads):
+        if any(g.dtype == torch.float16 for g in grads):
             raise RuntimeError(
-                "unscaling 16-bit gradients in place would let them underflow: use a deepfast optimizer, which "
-                "unscales inside its step and clips there, too (max_grad_norm=)"
+                "unscaling fp16 gradients in place would let them underflow: step() with a deepfast optimizer itself, "
+                "without unscale_(), unscales inside its step, and clips there, too (max_grad_norm=)"
             )
-        self._unscaled[id(optimizer)] = self._unscale(grads)
+        if any(is_flat_shard(p) for group in optimizer.param_groups for p in group["params"]):
+            refuse_flat_shards("overflow")
+        self._unscaled[_key(optimizer)] = self._unscale(grads)
 
     def _unscale(self, grads: list[Tensor]) -> Tensor:
         """Divides ``grads`` in place; returns found_inf."""
@@ -167,42 +178,43 @@ class LossScaler:
         """``optimizer.step(*args, **kwargs)`` on unscaled gradients, or nothing but the gradient reset on overflow.
 
         Raises:
-            RuntimeError: called twice since the last ``update``, or with a closure.
+            RuntimeError: called twice since the last ``update``; with a closure; with a wrapper of a deepfast optimizer
+                whose step does not reach it; for FSDP1's shards.
         """
         if not self._enabled:
             return optimizer.step(*args, **kwargs)
-        if args or "closure" in kwargs:
+        if any(closure is not None for closure in (*args, kwargs.get("closure"))):
             raise RuntimeError("a closure cannot be used while loss scaling is enabled")
-        if id(optimizer) in self._stepped:
+        if _key(optimizer) in self._stepped:
             raise RuntimeError("step() has already been called since the last update().")
         if not _grads_of(optimizer):
             raise RuntimeError("No inf checks were recorded for this optimizer: none of its parameters has a gradient.")
         if isinstance(optimizer, Optimizer):
-            result, found = self._step_inside(optimizer, self._unscaled.get(id(optimizer)), **kwargs)
+            result, found = self._step_inside(optimizer, self._unscaled.get(_key(optimizer)), *args, **kwargs)
         else:
-            if id(optimizer) not in self._unscaled:
+            if _key(optimizer) not in self._unscaled:
                 self.unscale_(optimizer)
-            found = self._unscaled[id(optimizer)]
-            result = None if found.item() else optimizer.step(**kwargs)
+            found = self._unscaled[_key(optimizer)]
+            result = None if found.item() else optimizer.step(*args, **kwargs)
         # Only now: after an exception in the optimizer's step, the same step can be tried again.
-        self._unscaled.pop(id(optimizer), None)
-        self._stepped[id(optimizer)] = found
+        self._unscaled.pop(_key(optimizer), None)
+        self._stepped[_key(optimizer)] = found
         return result
 
-    def _step_inside(self, optimizer: Optimizer, unscaled: Tensor | None, **kwargs: Any) -> tuple[Any, Tensor]:
+    def _step_inside(self, optimizer: Optimizer, unscaled: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         """The optimizer unscales, checks and skips in its own pass. Returns what it returned, and found_inf."""
         home = _grads_of(optimizer)[0].device
         scale = getattr(optimizer, "grad_scale", None)  # the engine's, or the user's as with GradScaler
         if unscaled is None:
             scale = self._scale_used(home) if scale is None else self._scale_used(home) * scale
         with optimizer._scaled(scale, found_inf=unscaled, check_finite=unscaled is None):
-            result = optimizer.step(**kwargs)
+            result = optimizer.step(*args, **kwargs)
         decided = optimizer._found_inf
         return result, torch.zeros((), dtype=torch.float32, device=home) if decided is None else decided
 
     def found_inf(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
         """> 0 if the step of ``optimizer`` since the last update was skipped; None if there was none."""
-        return self._stepped.get(id(optimizer))
+        return self._stepped.get(_key(optimizer))
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """Moves the scale on after all optimizers have stepped, or sets it to ``new_scale``.
@@ -310,6 +322,11 @@ class LossScaler:
         if self._unscaled or self._stepped:
             raise RuntimeError("A LossScaler can only be pickled at the beginning of an iteration or after update().")
         return {**self.__dict__, "_values": self._read(), "_state": None, "_used": None}
+
+
+def _key(optimizer: torch.optim.Optimizer) -> int:
+    """The same for a deepfast optimizer and for a wrapper that has its class."""
+    return id(getattr(optimizer, "_shared", optimizer))
 
 
 def _grads_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

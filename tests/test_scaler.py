@@ -351,7 +351,7 @@ def test_grad_scalers_state_loads():
         {"init_scale": -1.0, "dynamic": False},
         {"init_scale": INF, "dynamic": False},
         {"init_scale": 0.5},
-        {"init_scale": 2.0**30},
+        {"init_scale": 2.0**30, "max_scale": 2.0**24},
         {"growth_factor": 1.0},
         {"backoff_factor": 1.0},
         {"backoff_factor": 0.0},

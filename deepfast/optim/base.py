@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -13,8 +14,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from deepfast import memory, ops, reference
+from deepfast.optim import lost
 from deepfast.optim.launch import Launch, mark
-from deepfast.optim.shards import Shards, copy_into, is_sharded, local
+from deepfast.optim.shards import Shards, copy_into, is_flat_shard, is_sharded, local, refuse_flat_shards
+from deepfast.optim.shared import Shared, Verdict, check_seen
 from deepfast.optim.state import ParameterState, States, changes
 
 Value = float | Tensor
@@ -36,8 +39,10 @@ class Optimizer(torch.optim.Optimizer):
 
     Args:
         master: where a 16-bit parameter's fp32 value is kept. "auto" and "fp32": as an fp32 tensor in the state;
-            "none": nowhere, the parameter itself is updated and rounded to nearest even, as in torch.
-        max_grad_norm: clip the gradients to this global L2 norm (over all groups) inside the step.
+            "none": nowhere, the parameter itself is updated and rounded to nearest even, as in torch; a warning says
+            once if most updates are lost to that.
+        max_grad_norm: clip the gradients to this global L2 norm (over all groups) inside the step. FSDP1's flat shards
+            do not show it: an error.
         reset_grad: zero the gradients in the step's own pass, skipped steps included.
         backend: "auto", "cpu" or "reference"; "auto" follows ``$DEEPFAST_BACKEND``.
         state_dtype, rounding: only "fp32" and "nearest" so far.
@@ -49,15 +54,15 @@ class Optimizer(torch.optim.Optimizer):
         found_inf: a tensor that is > 0 where the step is to be skipped (set likewise), or None.
     """
 
-    _step_supports_amp_scaling = True
-
-    grad_norm: Tensor | None = None
-    grad_scale: Tensor | None  # there only while a scaler has set them
-    found_inf: Tensor | None
+    # In common with a wrapper of the optimizer (shared.py): what a scaler or the engine hands over, what came of it.
+    grad_norm: Any = Shared(None)
+    grad_scale: Any = Shared()
+    found_inf: Any = Verdict()
+    _check_finite: Any = Shared(False)  # see _scaled
+    _statistics: Any = Shared(None)  # of this step's gradients, all of them, where the engine knows them already
+    _found_inf: Any = Shared(None)  # what the last step decided
+    _has_stepped: Any = Shared(False)  # a step has seen what was handed over
     _measure_norm = False  # set by deepfast.Engine: fill grad_norm even where nothing clips
-    _check_finite = False  # see _scaled
-    _statistics: Tensor | None = None  # of this step's gradients, all of them, where the engine knows them already
-    _found_inf: Tensor | None = None  # what the last step decided
 
     def __init__(
         self,
@@ -81,6 +86,7 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(f"deepfast: {name}={value!r} {verdict}: choose one of {', '.join(known)}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"deepfast: max_grad_norm must be positive, got {max_grad_norm}")
+        self._shared: dict[str, Any] = {}
         self.master = master
         self.max_grad_norm = max_grad_norm
         self.reset_grad = reset_grad
@@ -91,6 +97,8 @@ class Optimizer(torch.optim.Optimizer):
         self._check(defaults)
         super().__init__(params, defaults)
         self.state = States()
+        if master == "none":
+            lost.watch(self, "without master='none' they add up in an fp32 master")
 
     # What a subclass says of itself.
 
@@ -125,6 +133,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._shared = {}
         self.state = States(self.state)
 
     # State.
@@ -317,16 +326,36 @@ class Optimizer(torch.optim.Optimizer):
 
         check_finite: it also looks for non-finite gradients itself, and is skipped where it finds one. The first two
         are the attributes by which torch's GradScaler says the same.
+
+        Raises:
+            RuntimeError: after a block without a step.
         """
-        outer = self.__dict__.copy()
-        self.__dict__.update(grad_scale=grad_scale, found_inf=found_inf, _check_finite=check_finite)
+        shared, given = self._shared, {"grad_scale": grad_scale, "found_inf": found_inf, "_check_finite": check_finite}
+        outer = {name: shared[name] for name in given if name in shared}
+        shared.update(given, _has_stepped=False)
         try:
             yield
         finally:
-            for name in ("grad_scale", "found_inf", "_check_finite"):
-                self.__dict__.pop(name, None)
-                if name in outer:
-                    self.__dict__[name] = outer[name]
+            for name in given:
+                shared.pop(name, None)
+            shared.update(outer)
+        check_seen(self)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether the step unscales and skips by itself; else torch's GradScaler does it before. Frameworks ask, too.
+
+        As with torch's own where fused=True was asked for, and for fp16 gradients, which GradScaler refuses. Not for
+        FSDP1's shards, whose ranks have to agree. Nor if a stranger's ``__getattr__`` asks for it: what a scaler
+        sets on that object does not come here.
+        """
+        if sys._getframe(1).f_code.co_name in ("__getattr__", "__getattribute__"):
+            return False
+        params = list(self._params())
+        if any(map(is_flat_shard, params)):
+            return False
+        dtypes = {t.dtype for p in params for t in (p, p.grad) if t is not None}
+        return torch.float16 in dtypes or any(group.get("fused") for group in self.param_groups)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -335,6 +364,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: for sparse gradients, and for a backend that was asked for and is not to be had.
         """
+        self._has_stepped = True
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -469,6 +499,8 @@ class Optimizer(torch.optim.Optimizer):
         asked = self.max_grad_norm is not None or self._check_finite or self._measure_norm
         if not asked and grad_scale is None and found_inf is None:
             return {launch.device: _as_they_are(launch.device) for launch in launches}
+        if asked and any(launch.flat for launch in launches):
+            refuse_flat_shards("overflow" if self._check_finite else "norm")
         record = torch.empty(3, dtype=torch.float32, device=home)
         question = _on(grad_scale, home), _on(found_inf, home), self.max_grad_norm or 0.0, self._check_finite
         if asked and self._statistics is None and len(launches) == 1 and launches[0].shards is None:

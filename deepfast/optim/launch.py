@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepfast import reference
-from deepfast.optim.shards import Shards, is_sharded, local
+from deepfast.optim.shards import Shards, is_flat_shard, is_sharded, local, refuse_flat_shards
 
 STALE = reference.Plan.STALE
 
@@ -38,6 +38,7 @@ class Launch:
     groups: list[int] = dataclasses.field(default_factory=list)
     waiting: list[Tensor] = dataclasses.field(default_factory=list)  # neither state nor gradient so far
     gradients: int = 0  # found for this step
+    flat: bool = False  # FSDP1's: what is asked of all ranks' gradients has no answer here
     _copied: list[Tensor] = dataclasses.field(default_factory=list)  # gradients that lie differently
 
     def build(self, state: Any) -> None:
@@ -53,6 +54,9 @@ class Launch:
             [s["step"] for s in states] if self.counts_steps else [],
             torch.tensor(self.groups, dtype=torch.int32, device="cpu"),
         )
+        self.flat = any(map(is_flat_shard, self.params))
+        if self.flat and self._plan.needs_norms():
+            refuse_flat_shards("layer")
 
     def gather(self, reset_grad: bool) -> bool:
         """Finds the gradients of this step. False: the plan is stale."""

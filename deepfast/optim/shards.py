@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,26 @@ def local(t: Any) -> Tensor:
     """
     shard = getattr(t, "_local_tensor", t)
     return shard.wait() if hasattr(shard, "wait") else shard  # gradients may still be on their way
+
+
+def is_flat_shard(p: Any) -> bool:
+    """Whether ``p`` is a part of what FSDP1 has flattened and cut: a plain tensor, whatever the other ranks hold."""
+    return getattr(p, "_fsdp_flattened", False) and not is_sharded(p) and dist.get_world_size() > 1
+
+
+_OF_ALL_RANKS = {
+    "norm": ("the global gradient norm", "clip with the FSDP module's clip_grad_norm_()"),
+    "overflow": ("the overflow of another rank", "scale with ShardedGradScaler of torch.distributed.fsdp"),
+    "layer": ("the norm of a layer, which LAMB needs", "take another optimizer"),
+}
+
+
+def refuse_flat_shards(needed: str) -> NoReturn:
+    what, instead = _OF_ALL_RANKS[needed]
+    raise RuntimeError(
+        f"deepfast: a rank cannot see {what} in the flat shards of FullyShardedDataParallel: {instead}, or shard with "
+        "fully_shard (FSDP2)"
+    )
 
 
 class Shards(NamedTuple):
