@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, python, run
+from conftest import ROOT, TESTS, python, run
 
 pytestmark = pytest.mark.xdist_group("build")  # they share a cache, and compile: one after the other
 
@@ -36,7 +36,7 @@ def start(cache: Path, **env: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=ROOT,
+        cwd=TESTS,
         start_new_session=True,
     )
 
@@ -190,7 +190,7 @@ def test_file_systems_without_locks(tmp_path):
     for _ in range(2):
         processes.append(
             subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "DEEPFAST_CACHE_DIR": str(tmp_path)},
-                             stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+                             stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=TESTS)
         )  # fmt: skip
         time.sleep(3)
     for p in processes:

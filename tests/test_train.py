@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, python, run
+from conftest import ROOT, TRAIN, python, run
 
 SEED = json.loads((ROOT / "examples" / "config.json").read_text())
-TRAIN = ROOT / "ds_train.py"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 # Small enough that most of a run is starting it.
 SMALL = {
@@ -53,7 +52,7 @@ def configure(place: Path, **changes) -> None:
 
 
 def train(place: Path, *options: object, launch: tuple = (sys.executable,), **env: str):
-    env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
+    env = {"OMP_NUM_THREADS": "1", **env}
     return run(*launch, TRAIN, "--config", "config.json", *options, cwd=place, env=env)
 
 
@@ -166,7 +165,7 @@ def start(place: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(TRAIN), "--config", "config.json", *options],
         cwd=place,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -408,7 +407,7 @@ def test_a_full_disk_is_one_line(place):
         "c.write_json = full\n"
         "sys.exit(t.main(['--config', 'config.json', '--set', 'num_train_steps=3']))"
     )
-    done = run(sys.executable, "-c", code, cwd=place, env={"PYTHONPATH": str(ROOT)})
+    done = run(sys.executable, "-c", code, cwd=place)
     assert done.returncode == 2
     assert "step3: cannot be written: No space left on device" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -437,7 +436,7 @@ def test_a_missing_extra_is_named(place):
         "u.find_spec = lambda name, *a: None if name == 'tokenizers' else find(name, *a)\n"
         "from deepfast.train import main; sys.exit(main(['--config', 'config.json']))"
     )
-    done = run(sys.executable, "-c", code, cwd=place, env={"PYTHONPATH": str(ROOT)})
+    done = run(sys.executable, "-c", code, cwd=place)
     assert says_one_line(done) == "ds_train.py: tokenizers not installed: pip install 'deepfast[train]'"
 
 
