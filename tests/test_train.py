@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TRAIN, python, run
+
+from deepfast import run as run_files
 
 SEED = json.loads((ROOT / "examples" / "config.json").read_text())
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -95,7 +100,9 @@ def test_what_a_run_leaves(place):
     assert "--- a sample ---" in done.stdout
     assert "tensorboard --logdir output/tensorboard" in done.stdout
     assert "output/loss.png" in done.stdout
-    assert "loss scale 65536" in done.stderr, "the progress bar"
+    first, last = done.stderr.splitlines()  # far fewer than steps, and nothing else: no library warns
+    assert re.match(r"step 1/8 \[.*, loss \d.*loss scale 65536\]$", first)
+    assert re.match(r"step 8/8 \[.*<00:00, .*step.*loss scale 65536\]$", last)
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((output / "tensorboard").glob("events.*"))
     assert (output / "checkpoints" / "latest").read_text().strip() == "step8"
@@ -132,6 +139,25 @@ def test_what_a_run_leaves(place):
     done = train(place)
     assert done.returncode == 0, done.stderr
     assert losses(place)[0] < first[2]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_fills_a_line_of_a_terminal_and_a_few_of_a_file(monkeypatch, terminal):
+    clock, written = itertools.count(0, 0.25), io.StringIO()
+    monkeypatch.setattr(written, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", written)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    progress = run_files.Progress(100, 1100)
+    for step in range(100, 1100):
+        progress.step(f"loss {step}")
+    progress.close()
+    if terminal:
+        assert "\r" in written.getvalue()
+        assert "1100/1100" in written.getvalue()
+        return
+    lines = written.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == [f"{n}/1100" for n in (*range(101, 1101, 40), 1100)]
+    assert lines[-1] == "step 1100/1100 [04:10<00:00,  4.00step/s, loss 1099]"
 
 
 @pytest.mark.parametrize("changes", [{}, {"fp16": False, "bf16": True, "train_micro_batch_size": 4}])
