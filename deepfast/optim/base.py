@@ -328,6 +328,8 @@ class Optimizer(torch.optim.Optimizer):
                 if name in outer:
                     self.__dict__[name] = outer[name]
 
+    # Not torch.compiler.disable: that imports the compiler with this module, this one where it is first called.
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates all parameters that have a gradient. Returns what ``closure`` returned, if one was given.
