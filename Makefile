@@ -15,7 +15,7 @@ BIN    := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CXX_FILES := $(shell git ls-files "*.h" "*.cpp" "*.cu" "*.cuh")
 
-.PHONY: help train test lint format gpu gpu-carry bench readme clean
+.PHONY: help train test wheel lint format gpu gpu-carry bench readme clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -38,9 +38,15 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py
 train: $(VENV)/.train
 	$(BIN)/python ds_train.py --config examples/quickstart.json
 
-test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m triton tests/test_triton.py
+# Not `python -m pytest`: that would find the clone before the wheel.
+test: lint wheel
+	PYTHONPATH=$(CURDIR)/build/site $(BIN)/pytest -n 2 --dist loadgroup
+	PYTHONPATH=$(CURDIR)/build/site TRITON_INTERPRET=1 $(BIN)/pytest -n 2 -m triton tests/test_triton.py
+
+# What is tested: the package as it is installed, from the sources as they are now.
+wheel: $(VENV)/.dev
+	@rm -rf build
+	$(BIN)/python -m pip install --quiet --no-deps --no-index --no-build-isolation --target build/site .
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -71,7 +77,7 @@ bench: $(VENV)/.dev
 	DEEPFAST_RESULTS=$(RESULTS) $(BIN)/python -m pytest benchmarks -s -q -p no:xdist
 
 readme: $(VENV)/.dev
-	$(BIN)/python tools/readme.py
+	PYTHONPATH=. $(BIN)/python tools/readme.py
 
 clean:
 	rm -rf $(VENV) .venv-gpu .gpu deepfast/prebuilt* build output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

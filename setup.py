@@ -3,9 +3,9 @@
 The packages are found, so that none is forgotten: deepfast and all below it (in the clone, deepfast/kernels is a link
 to kernels/), and the folders of csrc/, which hold no modules but what an installed package compiles itself from.
 
-DEEPFAST_PREBUILD=1 compiles the kernels into the package:
+DEEPFAST_PREBUILD=1 compiles the kernels into the package (-v: and shows what could not be, and why):
 
-    DEEPFAST_PREBUILD=1 pip install --no-build-isolation .
+    DEEPFAST_PREBUILD=1 pip install -v --no-build-isolation .
 
 The sources, flags and names are those of the first import (deepfast/build.py), so the two cannot drift apart.
 """
@@ -29,13 +29,13 @@ class BuildWithKernels(build_py):
         if os.environ.get("DEEPFAST_PREBUILD", "0") in ("", "0"):
             return
         sys.path.insert(0, str(ROOT))
-        import torch
-
         from deepfast import build
 
-        build.build(prebuilt)
-        if torch.version.cuda and not isinstance(build.nvcc(), str):
-            build.build(prebuilt, build.CUDA)  # for $TORCH_CUDA_ARCH_LIST, or the GPUs here
+        made = build.build_all(prebuilt)
+        for lock in prebuilt.glob("*.lock"):
+            lock.unlink()
+        if isinstance(made[build.CPU], build.BuildError):
+            raise SystemExit(f"DEEPFAST_PREBUILD={os.environ['DEEPFAST_PREBUILD']}: {made[build.CPU]}")
 
 
 def packages() -> list[str]:

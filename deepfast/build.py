@@ -523,6 +523,23 @@ def _build_into(folder: Path, target: Path, library: Library, compilers: list[Co
     say(f"compiled in {time.perf_counter() - start:.1f} s")
 
 
+def build_all(root: Path | None = None) -> dict[Library, Path | BuildError]:
+    """Compiles, into ``root`` (the cache), what can be compiled here; says what is left out, and why.
+
+    For each library where it is, or what kept it from being made. What failed before is tried again. Without a GPU, the
+    CUDA kernels are compiled for ``$TORCH_CUDA_ARCH_LIST``; a torch without CUDA leaves nothing out.
+    """
+    made: dict[Library, Path | BuildError] = {}
+    for library in (CPU, COMM, *([CUDA] if torch.version.cuda else [])):
+        try:
+            found = find(library) if root is None else None
+            made[library] = found or build(root, library, retry=True)
+        except BuildError as error:
+            say(f"without the {library.kind} kernels: {error}")
+            made[library] = error
+    return made
+
+
 def locate(library: Library = CPU) -> Path:
     """Finds or builds ``library``.
 

@@ -154,16 +154,18 @@ def sample(model: GPT2LMHeadModel, tokens: torch.Tensor, length: int, seed: int)
     """``length`` tokens after ``tokens`` [n], drawn from the 40 likeliest each time."""
     import copy
 
+    from transformers import DynamicCache
+
     wide = copy.deepcopy(model).float().eval()  # on a CPU, fp16 matrices are slow
     length = min(length, wide.config.n_positions - len(tokens))
     # A generator of our own: sampling must not move the one that training resumes from.
     generator = torch.Generator(device=tokens.device).manual_seed(seed)
     out = tokens[None]
-    past = None
+    # The forward's second argument, which some versions of transformers call past_key_values and others cache.
+    cache = DynamicCache()
     with torch.no_grad():
         for _ in range(length):
-            result = wide(out if past is None else out[:, -1:], past_key_values=past, use_cache=True)
-            past = result.past_key_values
+            result = wide(out[:, cache.get_seq_length() :], cache, use_cache=True)
             best, index = result.logits[0, -1].float().topk(min(40, wide.config.vocab_size))
             if not best.isfinite().all():
                 break  # a run that has diverged has nothing to say

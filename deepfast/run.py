@@ -7,7 +7,9 @@ import json
 import logging
 import math
 import os
+import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -65,19 +67,49 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
+class Progress:
+    """How far the run is, on stderr: a bar on a terminal; in a file a line now and then, and for the last step."""
+
+    PAUSE = 10.0  # seconds from one line to the next
+
+    def __init__(self, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        self.first, self.done, self.total = done, done, total
+        self.began, self.next = time.monotonic(), -math.inf
+        self.bar = tqdm(
+            total=total, initial=done, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty(), file=sys.stderr
+        )
+
+    def step(self, said: str) -> None:
+        self.done += 1
+        self.bar.set_postfix_str(said)
+        self.bar.update()
+        now = time.monotonic()
+        if self.bar.disable and (now >= self.next or self.done == self.total):
+            self.next = now + self.PAUSE
+            line = self.bar.format_meter(
+                self.done, self.total, now - self.began, unit="step", initial=self.first, postfix=said,
+                bar_format="step {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+            )  # fmt: skip
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
 class Reporter:
-    """metrics.jsonl, TensorBoard, the progress bar, and in the end loss.png."""
+    """metrics.jsonl, TensorBoard, the progress, and in the end loss.png."""
 
     def __init__(self, run: Run, engine: Any, total: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
-        from tqdm import tqdm
 
         self.run, self.engine = run, engine
         self.rows = run.read_metrics(engine.global_steps)
         checkpoint.write_atomically(run.metrics, "".join(json.dumps(row) + "\n" for row in self.rows))
         self.file = run.metrics.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(run.events), purge_step=engine.global_steps + 1)
-        self.bar = tqdm(total=total, initial=engine.global_steps, unit="step", dynamic_ncols=True)
+        self.progress = Progress(engine.global_steps, total)
 
     def step(self, loss: float, lr: float, rate: float) -> None:
         """Notes the step that the engine has just made: its mean loss, its learning rate, its tokens a second."""
@@ -97,15 +129,14 @@ class Reporter:
         for key in ("loss", "lr", "loss_scale", "grad_norm", "tokens_per_s", "skipped"):
             if row[key] is not None:
                 self.board.add_scalar(key, row[key], row["step"])
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s, loss scale {row['loss_scale']:g}")
-        self.bar.update()
+        self.progress.step(f"loss {loss:.3f}, {rate:,.0f} tokens/s, loss scale {row['loss_scale']:g}")
 
     def flush(self) -> None:
         os.fsync(self.file.fileno())
         self.board.flush()
 
     def close(self) -> None:
-        self.bar.close()
+        self.progress.close()
         self.file.close()
         self.board.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -13,6 +14,24 @@ import pytest
 from on_host import played_cuda
 
 ROOT = Path(__file__).resolve().parent.parent
+TESTS = ROOT / "tests"
+# What is tested is the deepfast that is found here: the clone's, or that of an installed wheel (`make test`). All that
+# the tests start finds the same one, and so nothing starts where Python would find the clone by itself.
+SITE = Path(importlib.util.find_spec("deepfast").origin).resolve().parents[1]
+TRAIN = (ROOT if SITE == ROOT else SITE / "bin") / "ds_train.py"
+_NAMED = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+for _folder in _NAMED:
+    if Path(_folder, "deepfast").is_dir():
+        if Path(_folder).resolve() != SITE:
+            raise pytest.UsageError(
+                f"PYTHONPATH names {_folder}, but {SITE} was found first: run pytest, not python -m"
+            )
+        break
+os.environ["PYTHONPATH"] = os.pathsep.join([str(SITE), *_NAMED])
+
+
+def pytest_report_header() -> str:
+    return f"deepfast: {SITE}"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,7 +47,7 @@ def run(*command: object, env: dict[str, str] | None = None, **options) -> subpr
     merged = {**os.environ, **(env or {})}
     merged = {k: v for k, v in merged.items() if v != ""}
     options.setdefault("timeout", 240)
-    options.setdefault("cwd", ROOT)
+    options.setdefault("cwd", TESTS)
     return subprocess.run([str(c) for c in command], env=merged, capture_output=True, text=True, check=False, **options)
 
 

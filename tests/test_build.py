@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, python, run
+from conftest import ROOT, TESTS, python, run
+
+from deepfast import build
 
 pytestmark = pytest.mark.xdist_group("build")  # they share a cache, and compile: one after the other
 
@@ -36,9 +40,16 @@ def start(cache: Path, **env: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=ROOT,
+        cwd=TESTS,
         start_new_session=True,
     )
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> dict[str, str]:
+    """With this, a build whose sources and flags another one had takes a second: see compiled_before.py."""
+    command = [sys.executable, TESTS / "compiled_before.py", tmp_path_factory.mktemp("objects")]
+    return {"CXX": shlex.join([*map(str, command), *build.compiler().command])}
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +70,8 @@ def test_four_processes_at_once_compile_once(built):
     assert libraries(built)
 
 
-def test_two_lines_on_stderr_and_none_from_the_cache(tmp_path, built):
-    done = python(USE, env={"DEEPFAST_CACHE_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": "avx2"})
+def test_two_lines_on_stderr_and_none_from_the_cache(tmp_path, built, quick):
+    done = python(USE, env={**quick, "DEEPFAST_CACHE_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": "avx2"})
     lines = done.stderr.splitlines()
     assert len(lines) == 2, done.stderr
     assert lines[0].startswith("deepfast: compiling the CPU kernels")
@@ -97,8 +108,9 @@ def as_mere_mortal() -> None:
 
 
 @pytest.mark.parametrize("filled", [True, False])
-def test_read_only_cache(tmp_path, built, filled):
+def test_read_only_cache(tmp_path, built, quick, filled):
     cache, tmp = tmp_path / "cache", tmp_path / "tmp"
+    env = {"DEEPFAST_CACHE_DIR": str(cache), "TMPDIR": str(tmp), **({} if filled else quick)}
     tmp.mkdir()
     if filled:
         shutil.copytree(built, cache)
@@ -107,7 +119,7 @@ def test_read_only_cache(tmp_path, built, filled):
     for folder in (cache, *(p for p in cache.rglob("*") if p.is_dir())):
         folder.chmod(0o555)
     try:
-        done = python(USE, env={"DEEPFAST_CACHE_DIR": str(cache), "TMPDIR": str(tmp)}, preexec_fn=as_mere_mortal)
+        done = python(USE, env=env, preexec_fn=as_mere_mortal)
     finally:
         cache.chmod(0o755)
         for folder in cache.rglob("*"):
@@ -154,11 +166,11 @@ def clone(tmp_path) -> Path:
     return tmp_path / "clone"
 
 
-def test_a_source_error_is_shown_and_remembered(tmp_path, clone):
+def test_a_source_error_is_shown_and_remembered(tmp_path, clone, quick):
     source = clone / "csrc" / "cpu" / "accumulate.cpp"
     source.write_text(source.read_text().replace("float weight", "flot weight"))
     cache = tmp_path / "cache"
-    env = {"DEEPFAST_CACHE_DIR": str(cache), "PYTHONPATH": str(clone)}
+    env = {**quick, "DEEPFAST_CACHE_DIR": str(cache), "PYTHONPATH": str(clone)}
     first = python(STEP, env=env, cwd=clone)
     assert first.returncode == 0, first.stderr  # the reference runs
     assert "accumulate.cpp:" in first.stderr
@@ -179,7 +191,7 @@ def test_a_source_error_is_shown_and_remembered(tmp_path, clone):
     assert "Traceback" not in again.stderr
 
 
-def test_file_systems_without_locks(tmp_path):
+def test_file_systems_without_locks(tmp_path, quick):
     """Two builds at once may then do the same work twice, but must not touch each other's."""
     code = (
         "import errno, time, filelock\n"
@@ -189,8 +201,8 @@ def test_file_systems_without_locks(tmp_path):
     processes = []
     for _ in range(2):
         processes.append(
-            subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "DEEPFAST_CACHE_DIR": str(tmp_path)},
-                             stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+            subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                             env={**os.environ, **quick, "DEEPFAST_CACHE_DIR": str(tmp_path)}, cwd=TESTS)
         )  # fmt: skip
         time.sleep(3)
     for p in processes:
@@ -219,10 +231,10 @@ def test_a_killed_compiler_or_a_full_disk_is_not_remembered(tmp_path, body, says
     assert not list((tmp_path / "cache").glob("*.failed"))
 
 
-def test_two_instruction_sets_in_one_cache(tmp_path):
+def test_two_instruction_sets_in_one_cache(tmp_path, quick):
     """ANCHORS 3.13: on a shared home, each machine must find its own."""
     for capability in ("avx2", "default"):
-        env = {"DEEPFAST_CACHE_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": capability}
+        env = {**quick, "DEEPFAST_CACHE_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": capability}
         done = python(STEP, env=env)
         assert float(done.stdout) == pytest.approx(0.899), done.stderr
     names = {p.parent.parent.name for p in libraries(tmp_path)}
@@ -246,13 +258,13 @@ def test_jit_can_be_forbidden(tmp_path, built):
     assert str(built) in done.stdout
 
 
-def test_prebuilt_and_installed(tmp_path, clone):
+def test_prebuilt_and_installed(tmp_path, clone, quick):
     """An installed package compiles itself, or comes with its kernels; then it needs no compiler and no cache."""
     target = tmp_path / "site"
     done = run(
         sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index",
         "--target", target, clone,
-        env={"DEEPFAST_PREBUILD": "1", "DEEPFAST_CACHE_DIR": str(tmp_path / "cache")},
+        env={**quick, "DEEPFAST_PREBUILD": "1", "DEEPFAST_CACHE_DIR": str(tmp_path / "cache")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (target / "deepfast" / "csrc" / "span.h").is_file()
@@ -260,15 +272,63 @@ def test_prebuilt_and_installed(tmp_path, clone):
     env = {"PYTHONPATH": str(target), "PATH": str(tmp_path), "DEEPFAST_CACHE_DIR": str(tmp_path / "empty")}
     done = python(USE, env=env, cwd=tmp_path)
     assert str(target / "deepfast" / "prebuilt") in done.stdout, done.stderr
+    done = python("from deepfast import build; build.load_comm(); print(build.find(build.COMM))", env=env, cwd=tmp_path)
+    assert str(target / "deepfast" / "prebuilt") in done.stdout, done.stderr
     shutil.rmtree(target / "deepfast" / "prebuilt")
-    done = python(USE, env={**env, "PATH": os.environ["PATH"]}, cwd=tmp_path)
+    done = python(USE, env={**env, **quick, "PATH": os.environ["PATH"]}, cwd=tmp_path)
     assert str(tmp_path / "empty") in done.stdout, done.stderr
+
+
+MAKES_ALL = 'while [ $# -gt 1 ]; do [ "$1" = -o ] && echo made > "$2"; shift; done'
+FAILS_AT = 'case "$*" in *{}*) echo "{}:1: fatal error: Python.h: No such file"; exit 1;; esac; ' + MAKES_ALL
+CUDA_TORCH = """
+import sys, torch
+torch.version.cuda, torch.cuda.is_available = "13.0", lambda: False
+"""
+AHEAD = {
+    "python -m deepfast build": "from deepfast.__main__ import build_kernels; sys.exit(build_kernels())",
+    "DEEPFAST_PREBUILD": "from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])",
+}
+NO_GPU = "without the CUDA kernels: no GPU to compile for: set TORCH_CUDA_ARCH_LIST"
+NO_HEADER = "without the Comm kernels: could not compile the Comm kernels: comm.cpp:1: fatal error: Python.h"
+
+
+@pytest.mark.parametrize("way", AHEAD)
+@pytest.mark.parametrize(
+    ("body", "gpus", "there", "said", "codes"),
+    [
+        (MAKES_ALL, "", {"cpu", "comm"}, NO_GPU, (0, 0)),
+        (MAKES_ALL, "9.0", {"cpu", "comm", "cuda"}, "", (0, 0)),
+        (FAILS_AT.format("comm.cpp", "comm.cpp"), "9.0", {"cpu", "cuda"}, NO_HEADER, (1, 0)),
+        (FAILS_AT.format("cpu/step.cpp", "step.cpp"), "9.0", {"comm", "cuda"}, "could not compile the CPU", (1, 1)),
+    ],
+    ids=["no GPU", "GPUs named", "no headers of Python", "broken"],
+)
+def test_ahead_is_compiled_what_can_be(tmp_path, clone, way, body, gpus, there, said, codes):
+    """By a torch with CUDA, where there is no GPU. The compilers only pretend."""
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f'#!/bin/sh\ncase "$*" in --version) echo "release 13.0,";; *) {MAKES_ALL};; esac\n')
+    nvcc.chmod(0o755)
+    (tmp_path / "wheel").mkdir()
+    env = {"CXX": compiler_that(tmp_path, body), "CUDA_HOME": str(tmp_path / "cuda"), "TORCH_CUDA_ARCH_LIST": gpus,
+           "DEEPFAST_PREBUILD": "1", "DEEPFAST_CACHE_DIR": str(tmp_path / "cache")}  # fmt: skip
+    done = run(sys.executable, "-c", CUDA_TORCH + AHEAD[way], tmp_path / "wheel", env=env, cwd=clone)
+    assert done.returncode == codes[list(AHEAD).index(way)], done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    if not said:
+        assert "without the" not in done.stderr
+    wheels = list((tmp_path / "wheel").glob("*.whl"))
+    names = zipfile.ZipFile(wheels[0]).namelist() if wheels else map(str, (tmp_path / "cache").rglob("*"))
+    made = [Path(name).name for name in names if "/build-" not in name]
+    if wheels or way != "DEEPFAST_PREBUILD":
+        assert {name[12:-3] for name in made if name.endswith(".so")} == there
+    assert not wheels or not any(name.endswith(".lock") for name in made)
 
 
 def test_the_key_holds_all_that_matters(monkeypatch):
     import torch
-
-    from deepfast import build
 
     def key() -> str:
         build.interface_key.cache_clear()
@@ -277,7 +337,7 @@ def test_the_key_holds_all_that_matters(monkeypatch):
     keys = [key()]
     monkeypatch.setattr(torch, "__version__", "9.9.9")
     keys.append(key())
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.version, "cuda", "99.9")
     keys.append(key())
     monkeypatch.setattr(build, "KERNEL_FLAGS", (*build.KERNEL_FLAGS, "-DX"))
     keys.append(key())

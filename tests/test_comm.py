@@ -9,7 +9,7 @@ import torch
 from checks import failures, heard, heard_of_pair, heard_of_ranks, torchrun
 from comm_faults import CHECKS as FAULTS
 from comm_ranks import wanted
-from conftest import ROOT, python, run
+from conftest import python, run
 from peers_ranks import CHECKS as PEERS
 
 from deepfast.comm.device import Watch
@@ -65,7 +65,7 @@ def test_the_engine_without_a_compiler(tmp_path, compiled):
     """Gradients are then reduced by torch.distributed, after a warning, to the same result."""
     (tmp_path / "engine.py").write_text(ENGINE)
     env = {} if compiled else {"DEEPFAST_DISABLE_JIT": "1", "DEEPFAST_CACHE_DIR": str(tmp_path)}
-    done = run(*torchrun(2), tmp_path / "engine.py", env={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env})
+    done = run(*torchrun(2), tmp_path / "engine.py", env={"OMP_NUM_THREADS": "1", **env})
     assert done.returncode == 0, done.stderr[-3000:]
     assert ("gradients are reduced by torch.distributed" in done.stderr) != compiled
 

@@ -262,3 +262,18 @@ def test_sampling_leaves_training_alone():
     assert torch.equal(torch.get_rng_state(), state)
     assert module.dtype == torch.float16
     assert len(gpt2.sample(module, torch.tensor([1, 2, 3]), 10_000, seed=0)) == module.config.n_positions
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_sample_remembers_all_that_came_before():
+    """Whatever the version of transformers calls its cache: none of its warnings, and what comes out without one."""
+    torch.manual_seed(0)
+    module = gpt2.model(gpt2.configuration("gpt2-tiny", 64)[0], None)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.mul_(5)  # far from uniform
+    generator, ids = torch.Generator().manual_seed(7), torch.tensor([[1, 2, 3]])
+    for _ in range(20):
+        best, index = module(ids, use_cache=False).logits[0, -1].topk(40)
+        ids = torch.cat([ids, index[torch.multinomial(best.softmax(-1), 1, generator=generator)][None]], dim=1)
+    assert gpt2.sample(module, torch.tensor([1, 2, 3]), 20, seed=7) == ids[0].tolist()

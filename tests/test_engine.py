@@ -9,7 +9,7 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import run
 from torch import nn
 
 import deepfast
@@ -698,7 +698,7 @@ def test_two_ranks_train_as_one(tmp_path, kind):
         config = {**CONFIG, "gradient_accumulation_steps": accumulation}
         if kind == "fp16":
             config["fp16"] = {"enabled": True, "loss_scale": 8.0}
-        done = run(*launch, script, json.dumps(config), env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+        done = run(*launch, script, json.dumps(config), env={"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
         results.append(json.loads(done.stdout))
     one, two = results

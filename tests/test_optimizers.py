@@ -376,6 +376,10 @@ def test_closure_scheduler_hooks_and_late_groups(name):
             scheduler.step()
             if i == 1:
                 optimizer.add_param_group({"params": params[3:], "lr": 0.5})
+                if cls is torch.optim.Adagrad:  # in torch 2.10 and 2.11 it forgets a late group's state
+                    for p in params[3:]:
+                        optimizer.state[p].setdefault("step", torch.zeros(()))
+                        optimizer.state[p].setdefault("sum", torch.full_like(p, 0.1))
     assert len(seen) == 10
     assert results == [0.0, 2.0, 4.0, 6.0, 8.0] * 2
     assert difference(ours, theirs) < 1e-6

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,10 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, python, run
+from conftest import ROOT, TRAIN, python, run
+
+from deepfast import run as run_files
 
 SEED = json.loads((ROOT / "examples" / "config.json").read_text())
-TRAIN = ROOT / "ds_train.py"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 # Small enough that most of a run is starting it.
 SMALL = {
@@ -53,7 +57,7 @@ def configure(place: Path, **changes) -> None:
 
 
 def train(place: Path, *options: object, launch: tuple = (sys.executable,), **env: str):
-    env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
+    env = {"OMP_NUM_THREADS": "1", **env}
     return run(*launch, TRAIN, "--config", "config.json", *options, cwd=place, env=env)
 
 
@@ -96,7 +100,9 @@ def test_what_a_run_leaves(place):
     assert "--- a sample ---" in done.stdout
     assert "tensorboard --logdir output/tensorboard" in done.stdout
     assert "output/loss.png" in done.stdout
-    assert "loss scale 65536" in done.stderr, "the progress bar"
+    first, last = done.stderr.splitlines()  # far fewer than steps, and nothing else: no library warns
+    assert re.match(r"step 1/8 \[.*, loss \d.*loss scale 65536\]$", first)
+    assert re.match(r"step 8/8 \[.*<00:00, .*step.*loss scale 65536\]$", last)
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((output / "tensorboard").glob("events.*"))
     assert (output / "checkpoints" / "latest").read_text().strip() == "step8"
@@ -135,6 +141,25 @@ def test_what_a_run_leaves(place):
     assert losses(place)[0] < first[2]
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_fills_a_line_of_a_terminal_and_a_few_of_a_file(monkeypatch, terminal):
+    clock, written = itertools.count(0, 0.25), io.StringIO()
+    monkeypatch.setattr(written, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", written)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    progress = run_files.Progress(100, 1100)
+    for step in range(100, 1100):
+        progress.step(f"loss {step}")
+    progress.close()
+    if terminal:
+        assert "\r" in written.getvalue()
+        assert "1100/1100" in written.getvalue()
+        return
+    lines = written.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == [f"{n}/1100" for n in (*range(101, 1101, 40), 1100)]
+    assert lines[-1] == "step 1100/1100 [04:10<00:00,  4.00step/s, loss 1099]"
+
+
 @pytest.mark.parametrize("changes", [{}, {"fp16": False, "bf16": True, "train_micro_batch_size": 4}])
 def test_resuming_gives_the_very_same_losses(place, changes):
     """Dropout, accumulation, mid-epoch and over an epoch's end."""
@@ -166,7 +191,7 @@ def start(place: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(TRAIN), "--config", "config.json", *options],
         cwd=place,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -408,7 +433,7 @@ def test_a_full_disk_is_one_line(place):
         "c.write_json = full\n"
         "sys.exit(t.main(['--config', 'config.json', '--set', 'num_train_steps=3']))"
     )
-    done = run(sys.executable, "-c", code, cwd=place, env={"PYTHONPATH": str(ROOT)})
+    done = run(sys.executable, "-c", code, cwd=place)
     assert done.returncode == 2
     assert "step3: cannot be written: No space left on device" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -437,7 +462,7 @@ def test_a_missing_extra_is_named(place):
         "u.find_spec = lambda name, *a: None if name == 'tokenizers' else find(name, *a)\n"
         "from deepfast.train import main; sys.exit(main(['--config', 'config.json']))"
     )
-    done = run(sys.executable, "-c", code, cwd=place, env={"PYTHONPATH": str(ROOT)})
+    done = run(sys.executable, "-c", code, cwd=place)
     assert says_one_line(done) == "ds_train.py: tokenizers not installed: pip install 'deepfast[train]'"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from checks import SETTINGS, torchrun
-from conftest import ROOT, run
+from conftest import ROOT, SITE, TRAIN, python, run
 
 pytestmark = pytest.mark.xdist_group("wheel")  # they share one build
 
@@ -57,6 +58,8 @@ def test_the_wheel_holds_what_the_clone_does(built):
     clone = {f"deepfast/{name}" for name in files_of(ROOT / "deepfast")}
     clone |= {f"deepfast/csrc/{name}" for name in files_of(ROOT / "csrc")}
     assert {"deepfast/comm/communicator.py", "deepfast/kernels/step.py", "deepfast/csrc/cuda/step.cu"} <= clone
+    direct, by_way_of_the_sdist = ({m.filename: m.CRC for m in zipfile.ZipFile(w).infolist()} for w in built.wheels)
+    assert direct == by_way_of_the_sdist
     for wheel in built.wheels:
         names = zipfile.ZipFile(wheel).namelist()
         assert len(names) == len(set(names))
@@ -85,12 +88,12 @@ import importlib, pkgutil
 import torch
 import deepfast
 site = sys.argv[1]
-for name in deepfast.__all__:
-    assert getattr(deepfast, name).__name__
 found = [m.name for m in pkgutil.walk_packages(deepfast.__path__, "deepfast.") if m.name != "deepfast.__main__"]
 assert "deepfast.comm.communicator" in found and "deepfast.kernels.step" in found, found
-for name in found:
-    importlib.import_module(name)
+for name in ["deepfast", *found]:
+    module = importlib.import_module(name)
+    for public in getattr(module, "__all__", ()):
+        assert getattr(module, public) is not None
 p = torch.nn.Parameter(torch.ones(10))
 optimizer = deepfast.AdamW([p], lr=0.1, backend="cpu")
 for _ in range(2):
@@ -115,21 +118,44 @@ def test_every_name_can_be_imported_and_trains(built):
 
 
 RANKS = f"""{OWN}
-import torch, torch.distributed as dist
-from deepfast.comm import Communicator
-dist.init_process_group("gloo")
-t = torch.full((5000,), dist.get_rank() + 1.0)
-Communicator().all_reduce_(t)
-assert (t == 3).all(), t
+import torch, torch.distributed as dist, deepfast
+net = torch.nn.Linear(4, 2, bias=False)
+torch.nn.init.ones_(net.weight)
+config = {{"train_batch_size": 2, "optimizer": {{"type": "SGD", "params": {{"lr": 1.0}}}}}}
+engine, *_ = deepfast.initialize(model=net, config=config)
+for _ in range(2):
+    engine.backward(engine(torch.full((1, 4), dist.get_rank() + 1.0)).sum())
+    engine.step()
+assert (net.weight == 1.0 - 2 * 1.5).all(), net.weight
+assert "deepfast.comm.communicator" in sys.modules
 check_own(sys.argv[1])
-dist.destroy_process_group()
 """
 
 
-def test_two_ranks_sum(built):
-    script = built.tmp / "ranks" / "sum_up.py"
+def test_two_ranks_train_with_the_engine(built):
+    script = built.tmp / "ranks" / "train.py"
     script.parent.mkdir()
     script.write_text(RANKS)
     env = {**SETTINGS["env"], "PYTHONPATH": str(built.site)}
     done = run(*torchrun(2), script, built.site, cwd=script.parent, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_doctor_finds_all_it_needs(built):
+    done = run(sys.executable, "-m", "deepfast", "doctor", cwd=built.tmp, env={"PYTHONPATH": str(built.site)})
+    assert done.returncode == 0, done.stderr
+    assert f"({built.site / 'deepfast'})" in done.stdout
+    assert "on a CPU       compiled kernels" in done.stdout
+    assert "none: " not in next(line for line in done.stdout.splitlines() if line.startswith("communication"))
+
+
+def test_all_processes_test_the_same_package(tmp_path):
+    """`make test` means the wheel: a process that found the clone would test something else."""
+    import deepfast
+
+    of_this = str(SITE / "deepfast" / "__init__.py")
+    assert deepfast.__file__ == of_this
+    code = "import deepfast; print(deepfast.__file__)"
+    assert python(code).stdout.strip() == python(code, cwd=tmp_path).stdout.strip() == of_this
+    loaded = run(sys.executable, "-v", TRAIN).stderr
+    assert set(re.findall(r"(?:matches|code object from) '?(.*/deepfast/__init__\.py)", loaded)) == {of_this}

@@ -357,6 +357,8 @@ class Optimizer(torch.optim.Optimizer):
         dtypes = {t.dtype for p in params for t in (p, p.grad) if t is not None}
         return torch.float16 in dtypes or any(group.get("fused") for group in self.param_groups)
 
+    # Not torch.compiler.disable: that imports the compiler with this module, this one where it is first called.
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates all parameters that have a gradient. Returns what ``closure`` returned, if one was given.
