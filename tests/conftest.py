@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,15 @@ def shared_folder(tmp_path_factory, name: str) -> Path:
     """The same folder for all workers of this run."""
     base = tmp_path_factory.getbasetemp()
     return (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / name
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory) -> dict[str, str]:
+    """With this, a build whose sources and flags another one had takes a second: see compiled_before.py."""
+    from deepfast import build
+
+    command = [sys.executable, TESTS / "compiled_before.py", shared_folder(tmp_path_factory, "objects")]
+    return {"CXX": shlex.join([*map(str, command), *build.compiler().command])}
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -43,13 +42,6 @@ def start(cache: Path, **env: str) -> subprocess.Popen[str]:
         cwd=TESTS,
         start_new_session=True,
     )
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory) -> dict[str, str]:
-    """With this, a build whose sources and flags another one had takes a second: see compiled_before.py."""
-    command = [sys.executable, TESTS / "compiled_before.py", tmp_path_factory.mktemp("objects")]
-    return {"CXX": shlex.join([*map(str, command), *build.compiler().command])}
 
 
 @pytest.fixture(scope="module")
