@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checks import run_checks
+from conftest import HANGS
 from torch import nn
 
 import deepfast
@@ -698,7 +699,7 @@ if __name__ == "__main__":
     place, kernels, *library = sys.argv[1:]
     torch.set_num_threads(1)
     deepfast.comm.register_backend()
-    dist.init_process_group("deepfast", timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("deepfast", timeout=datetime.timedelta(seconds=HANGS / 3))
     GLOO = dist.new_group(backend="gloo")
     EXACT = True
     if kernels != "cpu":

@@ -16,6 +16,7 @@ from on_host import played_cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
+HANGS = 900  # seconds: what takes so long, even on a machine ten times slower than another, will not end
 # What is tested is the deepfast that is found here: the clone's, or that of an installed wheel (`make test`). All that
 # the tests start finds the same one, and so nothing starts where Python would find the clone by itself.
 SITE = Path(importlib.util.find_spec("deepfast").origin).resolve().parents[1]
@@ -47,7 +48,7 @@ def run(*command: object, env: dict[str, str] | None = None, **options) -> subpr
     """Runs a command and returns it with its output, whatever its exit code. An env value of "" unsets a variable."""
     merged = {**os.environ, **(env or {})}
     merged = {k: v for k, v in merged.items() if v != ""}
-    options.setdefault("timeout", 240)
+    options.setdefault("timeout", HANGS)
     options.setdefault("cwd", TESTS)
     return subprocess.run([str(c) for c in command], env=merged, capture_output=True, text=True, check=False, **options)
 

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TRAIN, python, run
+from conftest import HANGS, ROOT, TRAIN, python, run
 
 from deepfast import run as run_files
 
@@ -178,7 +178,7 @@ def test_resuming_gives_the_very_same_losses(place, changes):
     process = start(place)
     wait_for_step(place, 25, process)
     os.kill(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=HANGS)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     reached = len(metrics(place))
@@ -205,7 +205,7 @@ def start(place: Path, *options: str) -> subprocess.Popen[str]:
 
 def wait_for_step(place: Path, step: int, process: subprocess.Popen[str]) -> None:
     path = place / "output" / "metrics.jsonl"
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + HANGS
     while not path.exists() or path.read_text().count("\n") < step:
         if process.poll() is not None or time.monotonic() > deadline:
             pytest.fail(f"it never got to step {step}: {process.communicate()}")
@@ -224,7 +224,7 @@ def test_kill_9_at_any_moment(place):
         process.kill()
         process.wait()
         process = start(place, "--resume")
-    _, err = process.communicate(timeout=180)
+    _, err = process.communicate(timeout=HANGS)
     assert process.returncode == 0, err
     assert losses(place) == losses(place, "whole")
 
@@ -257,7 +257,7 @@ def test_sigterm_saves_and_a_second_signal_is_final(place):
     process = start(place)
     wait_for_step(place, 3, process)
     process.terminate()
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=HANGS)
     assert process.returncode == 143
     assert "Traceback" not in err
     assert "stopping after this step, with a checkpoint" in err
@@ -266,14 +266,14 @@ def test_sigterm_saves_and_a_second_signal_is_final(place):
     # Steps long enough for a second signal to come within one.
     configure(place, num_train_steps=10, train_batch_size=20_000, train_micro_batch_size=20)
     process = start(place)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANGS
     while not (place / "output" / "metrics.jsonl").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.terminate()
     time.sleep(0.3)
     process.terminate()
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=HANGS)
     assert process.returncode == 1
     assert "stopped at once by a second signal" in err.splitlines()[-1]
     assert "Traceback" not in err
