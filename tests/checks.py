@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from conftest import ROOT, run
+from conftest import HANGS, ROOT, run
 
-SETTINGS = {"env": {"OMP_NUM_THREADS": "1"}, "timeout": 400}
+SETTINGS = {"env": {"OMP_NUM_THREADS": "1"}, "timeout": HANGS}
 
 
 def run_checks(checks: Mapping[str, Callable[[], object]], out: Path, after: Callable[[], object] = bool) -> None:

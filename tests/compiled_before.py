@@ -30,6 +30,7 @@ def main(folder: Path, command: list[str]) -> int:
         return subprocess.run(command, check=False).returncode
     at = command.index("-o")
     out, compile_it = command[at + 1], [*command[:at], *command[at + 2 :]]
+    folder.mkdir(exist_ok=True)
     kept = folder / key(compile_it, Path(compile_it[compile_it.index("-c") + 1]))
     with FileLock(f"{kept}.lock"):
         if not kept.exists():

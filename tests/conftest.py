@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from on_host import played_cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
+HANGS = 900  # seconds: what takes so long, even on a machine ten times slower than another, will not end
 # What is tested is the deepfast that is found here: the clone's, or that of an installed wheel (`make test`). All that
 # the tests start finds the same one, and so nothing starts where Python would find the clone by itself.
 SITE = Path(importlib.util.find_spec("deepfast").origin).resolve().parents[1]
@@ -46,7 +48,7 @@ def run(*command: object, env: dict[str, str] | None = None, **options) -> subpr
     """Runs a command and returns it with its output, whatever its exit code. An env value of "" unsets a variable."""
     merged = {**os.environ, **(env or {})}
     merged = {k: v for k, v in merged.items() if v != ""}
-    options.setdefault("timeout", 240)
+    options.setdefault("timeout", HANGS)
     options.setdefault("cwd", TESTS)
     return subprocess.run([str(c) for c in command], env=merged, capture_output=True, text=True, check=False, **options)
 
@@ -59,6 +61,15 @@ def shared_folder(tmp_path_factory, name: str) -> Path:
     """The same folder for all workers of this run."""
     base = tmp_path_factory.getbasetemp()
     return (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / name
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory) -> dict[str, str]:
+    """With this, a build whose sources and flags another one had takes a second: see compiled_before.py."""
+    from deepfast import build
+
+    command = [sys.executable, TESTS / "compiled_before.py", shared_folder(tmp_path_factory, "objects")]
+    return {"CXX": shlex.join([*map(str, command), *build.compiler().command])}
 
 
 @pytest.fixture(scope="session")

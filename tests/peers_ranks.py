@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checks import run_checks
+from conftest import HANGS
 from played import Played, play
 
 from deepfast import ops, reference
@@ -107,7 +108,7 @@ if __name__ == "__main__":
     out, kernels, *library = sys.argv[1:]
     torch.set_num_threads(1)
     DEVICE = torch.device("cuda", 0) if kernels == "gpu" else torch.device("cpu")
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=HANGS / 3))
     SIZE, RANK = dist.get_world_size(), dist.get_rank()
     play(kernels, *library)
     if kernels != "gpu":

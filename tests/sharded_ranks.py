@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from cases import NAMES, OURS, PEERS, TYPICAL
 from checks import run_checks
+from conftest import HANGS
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -294,7 +295,7 @@ CHECKS = {
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=HANGS / 3))
     RANK = dist.get_rank()
     MESHES = meshes()
     run_checks(CHECKS, Path(sys.argv[1], f"{RANK}.json"), dist.barrier)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -14,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TESTS, python, run
+from conftest import HANGS, ROOT, TESTS, python, run
 
 from deepfast import build
 
@@ -46,18 +45,11 @@ def start(cache: Path, **env: str) -> subprocess.Popen[str]:
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory) -> dict[str, str]:
-    """With this, a build whose sources and flags another one had takes a second: see compiled_before.py."""
-    command = [sys.executable, TESTS / "compiled_before.py", tmp_path_factory.mktemp("objects")]
-    return {"CXX": shlex.join([*map(str, command), *build.compiler().command])}
-
-
-@pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     """A cache filled by four processes at once: one compiles, three wait, all load."""
     cache = tmp_path_factory.mktemp("cache")
     processes = [start(cache) for _ in range(4)]
-    results = [p.communicate(timeout=240) for p in processes]
+    results = [p.communicate(timeout=HANGS) for p in processes]
     assert [p.returncode for p in processes] == [0] * 4, results
     assert len({out for out, _ in results}) == 1
     assert sum("compiled in" in err for _, err in results) == 1, results
@@ -83,7 +75,7 @@ def test_two_lines_on_stderr_and_none_from_the_cache(tmp_path, built, quick):
 def test_kill_9_in_the_middle_of_a_build(tmp_path):
     """ANCHORS 3.13: a lock that outlives its process hangs the next one."""
     victim = start(tmp_path)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANGS
     while not list(tmp_path.glob("*.build-*")):
         assert time.monotonic() < deadline, "it never began"
         time.sleep(0.01)
@@ -92,7 +84,7 @@ def test_kill_9_in_the_middle_of_a_build(tmp_path):
     victim.wait()
     assert not libraries(tmp_path)
     assert list(tmp_path.glob("*.build-*"))
-    done = python(USE, env={"DEEPFAST_CACHE_DIR": str(tmp_path)}, timeout=120)
+    done = python(USE, env={"DEEPFAST_CACHE_DIR": str(tmp_path)})
     assert done.returncode == 0
     assert str(tmp_path) in done.stdout, done.stderr
     assert not list(tmp_path.glob("*.build-*")), "what the killed one left is gone"
@@ -180,11 +172,9 @@ def test_a_source_error_is_shown_and_remembered(tmp_path, clone, quick):
     assert str(log) in first.stderr
     assert "flot" in log.read_text()
     assert "python -m deepfast build" in first.stderr
-    began = time.monotonic()
     second = python(STEP, env=env, cwd=clone)
     assert "flot" in second.stderr
     assert "compiling" not in second.stderr, "it is known to fail"
-    assert time.monotonic() - began < 60
     again = run(sys.executable, "-m", "deepfast", "build", env=env, cwd=clone)
     assert again.returncode == 1
     assert "compiling" in again.stderr, "asked to, it tries again"
@@ -206,7 +196,7 @@ def test_file_systems_without_locks(tmp_path, quick):
         )  # fmt: skip
         time.sleep(3)
     for p in processes:
-        out, err = p.communicate(timeout=240)
+        out, err = p.communicate(timeout=HANGS)
         assert str(tmp_path) in out, err
     assert len(libraries(tmp_path)) == 1
 

@@ -152,7 +152,7 @@ print(build.find(build.CUDA), found.Plan)
 """
 
 
-def test_the_library_builds_and_loads_without_a_gpu(nvcc, tmp_path):
+def test_the_library_builds_and_loads_without_a_gpu(nvcc, tmp_path, quick):
     """With a stand-in for the one function that torch's CUDA build would give."""
     cxx = build.compiler()
     assert cxx is not None
@@ -160,7 +160,7 @@ def test_the_library_builds_and_loads_without_a_gpu(nvcc, tmp_path):
     stub = tmp_path / "libtorch_cuda.so"
     done = run(*cxx.command, "-shared", "-fPIC", tmp_path / "stub.cpp", "-o", stub)
     assert done.returncode == 0, done.stderr
-    env = {"LIBRARY_PATH": str(tmp_path), "LD_LIBRARY_PATH": str(tmp_path), "TORCH_CUDA_ARCH_LIST": "9.0",
+    env = {**quick, "LIBRARY_PATH": str(tmp_path), "LD_LIBRARY_PATH": str(tmp_path), "TORCH_CUDA_ARCH_LIST": "9.0",
            "DEEPFAST_CACHE_DIR": str(tmp_path / "cache")}  # fmt: skip
     code = BUILD % nvcc.version
     first = python(code, env=env)

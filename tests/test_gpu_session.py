@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from conftest import HANGS, ROOT, run
 
 pytestmark = pytest.mark.xdist_group("gpu_session")
 COPIED = ("benchmarks", "csrc", "deepfast", "kernels", "tests", "tools", "pyproject.toml")
@@ -21,7 +21,7 @@ COPIED = ("benchmarks", "csrc", "deepfast", "kernels", "tests", "tools", "pyproj
 
 def session(folder: Path, out: Path, *options: object, root: Path = ROOT, **more) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, root / "tools/gpu.py", "--rehearse", folder, "--out", out, *options]
-    return run(*command, timeout=1800, cwd=root, **more)
+    return run(*command, timeout=2 * HANGS, cwd=root, **more)
 
 
 def known(out: Path) -> dict:

@@ -146,9 +146,10 @@ def _exchange(
             connections[int(sender)] = connection, fds[0]
         files = [own, *(connections[r][1] for r in here[1:])]
         for r in here[1:]:
-            socket.send_fds(
-                connections[r][0], [b"."], [fd for other, fd in zip(here, files, strict=True) if other != r]
-            )
+            others = [fd for other, fd in zip(here, files, strict=True) if other != r]
+            # One that has died since it came here is named by the first operation, to everybody.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                socket.send_fds(connections[r][0], [b"."], others)
     return files
 
 
