@@ -13,6 +13,10 @@ enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16 };
 
 constexpr int kMaxMoments = 3;
 
+// What a step leaves of a gradient: what it was, zeros (skipped steps included), or what it was taken for, unscaled and
+// clipped (as torch.amp.GradScaler's users expect).
+enum class Afterwards : uint8_t { kKept, kReset, kWritten };
+
 struct Span {
   void* param;                 // [numel] param_dtype
   void* grad;                  // [numel] grad_dtype

@@ -60,7 +60,7 @@ class Library:
 
 CPU = Library(
     "CPU",
-    ("cpu/step.cpp", "cpu/statistics.cpp", "cpu/accumulate.cpp"),
+    ("cpu/step.cpp", "cpu/statistics.cpp", "cpu/accumulate.cpp", "cpu/refresh.cpp"),
     ("bindings/ops.cpp",),
     (".h", ".cpp"),
 )
@@ -71,6 +71,7 @@ CUDA = Library(
         "cuda/collectives.cu",
         "cuda/statistics.cu",
         "cuda/accumulate.cu",
+        "cuda/refresh.cu",
         "cuda/scaler.cu",
         "cuda/table.cu",
     ),

@@ -138,6 +138,6 @@ def select(backend: str, device: torch.device, *dtypes: torch.dtype) -> Any:
         if not isinstance(found, str):
             return found
         reasons.append(f"{name}: {found}")
-    if device.type != "cpu":  # of the CPU's, the import has warned
+    if device.type not in ("cpu", "meta"):  # of the CPU's, the import has warned; on meta nothing is slow
         _warn_reference(device.type, "; ".join(reasons) or "none are written")
     return reference

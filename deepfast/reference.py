@@ -8,8 +8,10 @@ None of them reads a value back to the host.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +29,11 @@ def _wide(t: Tensor) -> Tensor:
     """``t`` in the precision it is computed in: fp64 stays, everything narrower becomes fp32; complex as real pairs."""
     t = _real(t)
     return t if t.dtype == torch.float64 else t.float()
+
+
+def refresh(master: Tensor, weight: Tensor) -> None:
+    """Where a master rounds to another weight, it becomes the weight. The rest knows more than 16 bits, and stays."""
+    master.copy_(torch.where(round_master(master, weight.dtype) == weight, master, weight.float()))
 
 
 def round_master(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -166,8 +173,9 @@ def _lamb(p: Tensor, direction: Tensor, norms: Tensor, hyper: Tensor) -> Tensor:
 
 
 def mark(p: Tensor) -> tuple[int, int]:
-    """Version counter and address of ``p``, which tell whether somebody has written to it."""
-    return 0 if p.is_inference() else p._version, p.data_ptr() if p.device.type in ("cpu", "cuda") else 0
+    """Version counter and address of ``p``, which tell whether somebody has written to it or moved it."""
+    lies = p.device.type in ("cpu", "cuda") and type(p).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return 0 if p.is_inference() else p._version, p.data_ptr() if lies else 0
 
 
 class Rule(NamedTuple):
@@ -191,6 +199,48 @@ RULES: dict[str, Rule] = {
 }
 
 
+def _held(t: weakref.ref[Tensor]) -> Tensor:
+    """The state tensor, which the optimizer's state dictionary must still hold."""
+    held = t()
+    if held is None:
+        raise RuntimeError("deepfast: a tensor of the optimizer's state is gone")
+    return held
+
+
+KEPT, RESET, WRITTEN = range(3)
+"""What a step leaves of a gradient: what it was; zeros, skipped steps included; what it was taken for, unscaled and
+clipped. (``Afterwards`` in ``csrc/span.h``.)"""
+
+Range = tuple[int, int]
+"""Where a tensor begins in memory, and where it ends."""
+
+
+def check_distinct(gradients: Sequence[Range]) -> None:
+    """What is written to a gradient that another parameter has yet to read would change that one's update."""
+    found = sorted((begin, end) for begin, end in gradients if begin < end)
+    if any(end > begin for (_, end), (begin, _) in itertools.pairwise(found)):
+        raise RuntimeError(
+            "deepfast: two parameters share one gradient tensor, and the step would write to it (reset_grad, or a "
+            "GradScaler's unscaling) before both have read it"
+        )
+
+
+def detach(gradients: Sequence[Tensor]) -> None:
+    """One that was made with create_graph=True holds on to its graph; a zero has none, as after ``zero_grad``."""
+    for grad in gradients:
+        if grad.requires_grad and not grad._is_view():
+            grad.detach_()
+
+
+def leave(grad: Tensor, record: Tensor, after: int) -> None:
+    """What a step with ``record`` leaves of ``grad``."""
+    if after == RESET:
+        grad.zero_()
+    elif after == WRITTEN:
+        unscaled = _wide(grad) * record[0].to(_wide(grad).dtype)
+        _real(grad).copy_(torch.where(record[1] > 0, _real(grad), unscaled.to(_real(grad).dtype)))
+
+
 class Plan:
     """An optimizer's parameters and their state, as the kernels' ``Plan`` keeps them (``csrc/bindings/plan.h``).
 
@@ -200,7 +250,9 @@ class Plan:
         masters: n fp32 tensors, an empty one where there is none.
         moments: as many times n as the rule keeps, all first moments first.
         steps: n one-element tensors, or none where the rule does not count.
-        groups: int32 [n], each parameter's row of hyperparameters.
+        groups: int32 [n], or a list, each parameter's row of hyperparameters.
+
+    Like theirs it does not keep the state alive.
     """
 
     STALE = -1
@@ -212,39 +264,70 @@ class Plan:
         masters: Sequence[Tensor],
         moments: Sequence[Tensor],
         steps: Sequence[Tensor],
-        groups: Tensor,
+        groups: Tensor | Sequence[int],
     ) -> None:
         self._rule = RULES[rule]
-        self._params, self._masters, self._moments, self._steps = params, masters, moments, steps
-        self._groups = groups.tolist()
+        self._params = params
+        self._masters = [weakref.ref(t) if t.numel() else None for t in masters]
+        self._moments, self._steps = list(map(weakref.ref, moments)), list(map(weakref.ref, steps))
+        self._groups = [int(group) for group in groups]
         self._kinds = [(p.device, p.dtype) for p in params]
-        self._marks = [mark(p) for p in params]
+        self._addresses = [mark(p)[1] for p in params]
+        self._versions: list[int | None] = [None] * len(params)  # of parameters when their masters were last right
         self._grads: list[Tensor | None] = []
-        self._reset_grad = False
+        self._stepped: list[int] = []
+        self._after = KEPT
         self._directions: list[Tensor] = []
 
     def needs_norms(self) -> bool:
         return self._rule.adapt is not None
 
-    def marks(self) -> list[int]:
-        """Of each parameter after its last step: version counter and address."""
-        return [value for pair in self._marks for value in pair]
-
-    def gather(self, grads: Sequence[Tensor | None], reset_grad: bool) -> int:
+    def gather(self, grads: Sequence[Tensor | None], after: int) -> int:
         """Finds the gradients (each parameter's own, unless they are given) and returns how many there are.
 
-        ``STALE`` where a parameter has changed its type or was written to from outside, or a gradient is sparse.
+        ``STALE`` where a parameter has changed its type or its place, or a gradient is sparse. Masters of weights that
+        somebody else has written to take over what was written. after: what becomes of the gradients.
         """
         found = list(grads) or [p.grad for p in self._params]
-        marks = zip(self._masters, map(mark, self._params), self._marks, strict=True)
         if (
             self._kinds != [(p.device, p.dtype) for p in self._params]
-            or any(master.numel() and now != then for master, now, then in marks)
+            or self._addresses != [mark(p)[1] for p in self._params]
             or any(g is not None and g.layout != torch.strided for g in found)
         ):
             return self.STALE
-        self._grads, self._reset_grad = found, reset_grad
+        self._grads, self._after, self._stepped = found, after, []
+        if after != KEPT:
+            flat = iter(self.gradient_memory())
+            check_distinct(list(zip(flat, flat, strict=True)))
+        self._refresh(i for i, _ in self._active() if mark(self._params[i])[0] != self._versions[i])
         return sum(g is not None for g in found)
+
+    def gradient_memory(self) -> list[int]:
+        """Of what ``gather`` has found: where each gradient begins and ends."""
+        out = []
+        for _, grad in self._active():
+            begin = mark(grad)[1]
+            extent = 1 + sum((size - 1) * stride for size, stride in zip(grad.shape, grad.stride(), strict=True))
+            out += [begin, begin + extent * grad.itemsize if begin and grad.numel() else begin]
+        return out
+
+    def trust(self) -> None:
+        """The masters are as they are to be, whatever their weights are now."""
+        self._versions = [mark(p)[0] for p in self._params]
+
+    def refresh(self) -> None:
+        """Masters take over what has been written to their weights, by whoever."""
+        self._refresh(i for i, _ in self._active())
+
+    def _refresh(self, which: Iterable[int]) -> None:
+        for i in which:
+            if self._masters[i] is not None:
+                refresh(self._weight(i), self._params[i])
+
+    def settle(self) -> None:
+        """What has been written to the parameters so far is known to their masters."""
+        for i in self._stepped:
+            self._versions[i] = mark(self._params[i])[0]
 
     def _active(self) -> Iterator[tuple[int, Tensor]]:
         return ((i, g) for i, g in enumerate(self._grads) if g is not None)
@@ -266,16 +349,18 @@ class Plan:
         return row if lr is None else torch.cat([row[:1], lr.detach().reshape(1).to(row), row[2:]])
 
     def _weight(self, i: int) -> Tensor:
-        return self._masters[i] if self._masters[i].numel() else self._params[i]
+        master = self._masters[i]
+        return self._params[i] if master is None else _held(master)
 
     def _formula(self, i: int, grad: Tensor, row: Tensor, record: Tensor) -> Tensor:
         """Moves the moments of parameter ``i`` on, unless the step is skipped. Returns what the formula gives."""
         multiplier, found_inf, _ = record.unbind()
         p = _wide(self._weight(i))
-        moments = [_real(m) for m in self._moments[i :: len(self._kinds)][: self._rule.moments]]
+        moments = [_real(_held(m)) for m in self._moments[i :: len(self._kinds)][: self._rule.moments]]
         new_moments = [_wide(m).clone() for m in moments]
         g = _wide(grad.resolve_conj()).to(p.dtype) * (multiplier * row[0]).to(p.dtype)
-        t = (self._steps[i] + 1).double().reshape(()) if self._rule.counts_steps else torch.zeros((), device=p.device)
+        counts = self._rule.counts_steps
+        t = (_held(self._steps[i]) + 1).double().reshape(()) if counts else torch.zeros((), device=p.device)
         new = self._rule.formula(p, g, new_moments, t, row[1:])
         for old, updated in zip(moments, new_moments, strict=True):
             old.copy_(torch.where(found_inf > 0, old, updated.to(old.dtype)))
@@ -314,10 +399,13 @@ class Plan:
                 param.copy_(torch.where(skipped, param, round_master(new, param.dtype)))
             _real(weight).copy_(new)
             if self._rule.counts_steps:
-                self._steps[i].copy_(torch.where(skipped, self._steps[i], self._steps[i] + 1))
-            if self._reset_grad:
-                grad.zero_()
-        self._marks = [mark(p) for p in self._params]
+                count = _held(self._steps[i])
+                count.copy_(torch.where(skipped, count, count + 1))
+            leave(grad, record, self._after)
+        if self._after == RESET:
+            detach([grad for _, grad in self._active()])
+        self._stepped = [i for i, _ in self._active()]
+        self.settle()
         self._grads, self._directions = [], []
 
 
@@ -335,6 +423,7 @@ def step_(
 ) -> None:
     """One step of ``rule`` without keeping a plan; the arguments are those of :class:`Plan` and its ``step``."""
     plan = Plan(rule, params, masters, moments, steps, groups)
+    plan.trust()
     plan.gather(grads, reset_grad)
     plan.step(hyper, [], record, plan.norms(hyper, [], record) if plan.needs_norms() else None)
 

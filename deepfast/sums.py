@@ -34,7 +34,7 @@ class GradientSums:
         device = params[0].device
         self.buckets = Buckets(params, (25 if device.type == "cuda" else 4) << 20, self._reduce)
         order = [i for members in self.buckets.members for i in members]
-        self.flat, views = memory.zeros_like_each(
+        self.flat, views = memory.flat_like(
             [params[i] for i in order],
             torch.float32,
             device,

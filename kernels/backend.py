@@ -76,6 +76,7 @@ def step_(
 ) -> None:
     """One step of ``rule`` without keeping a plan."""
     plan = Plan(rule, params, masters, moments, steps, groups)
+    plan.trust()
     check_count(grads, len(params), "gradients")
     for grad in grads:
         check_dtype(grad, "a gradient")

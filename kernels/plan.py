@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepfast.reference import mark
+from deepfast.reference import KEPT, RESET, Range, check_distinct, detach, mark
 
-from . import statistics, step
+from . import refresh, statistics, step
 from .checks import (
     check_count,
     check_device,
@@ -36,7 +36,8 @@ class Entry:
     param: Tensor
     dtype: torch.dtype
     group: int
-    mark: tuple[int, int]
+    version: int | None  # of the parameter when its master was last right
+    address: int
     master: weakref.ref[Tensor] | None
     step: weakref.ref[Tensor] | None
     moments: list[weakref.ref[Tensor]]
@@ -94,7 +95,8 @@ class Plan:
                 param,
                 check_dtype(param, "a parameter"),
                 group,
-                mark(param),
+                None,
+                mark(param)[1],
                 weakref.ref(masters[i]) if masters[i].numel() else None,
                 weakref.ref(steps[i]) if steps else None,
                 [weakref.ref(moment) for moment in moments[i::count]],
@@ -102,9 +104,10 @@ class Plan:
             for i, (param, group) in enumerate(zip(params, groups.tolist(), strict=True))
         ]
         self._active: list[tuple[Entry, Tensor]] = []
+        self._stepped: list[Entry] = []  # in the last step
         self._spans: list[Span] = []
         self._order = ElementOrder(self._device)
-        self._reset_grad = False
+        self._after = KEPT
         self._table: Table | None = None  # of this step,
         self._last_table: Table | None = None  # and of the last one
         self._last_groups: tuple[list[int], Tensor] | None = None
@@ -113,24 +116,20 @@ class Plan:
     def needs_norms(self) -> bool:
         return self._rule.direct is not None
 
-    def marks(self) -> list[int]:
-        """Of each parameter after its last step: version counter and address."""
-        return [value for entry in self._entries for value in entry.mark]
-
-    def gather(self, grads: Sequence[Tensor | None], reset_grad: bool) -> int:
+    def gather(self, grads: Sequence[Tensor | None], after: int) -> int:
         """Finds the gradients (each parameter's own, unless they are given) and returns how many there are.
 
-        ``STALE`` where a parameter has changed its type or was written to from outside, or a gradient is none that the
-        kernels take.
+        ``STALE`` where a parameter has changed its type or its place, or a gradient is none that the kernels take.
         """
         self._release()
-        self._reset_grad = reset_grad
+        self._after, self._stepped = after, []
         stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
         if stream != self._stream:  # their memory may be given to others as soon as that stream has done with it
             self._stream, self._last_table, self._last_groups = stream, None, None
         if grads:
             check_count(grads, len(self._entries), "gradients")
         try:
+            written = []  # past their masters
             for i, entry in enumerate(self._entries):
                 grad = grads[i] if grads else entry.param.grad
                 if self._is_stale(entry, grad):
@@ -139,8 +138,12 @@ class Plan:
                 if grad is not None:
                     self._active.append((entry, grad))
                     self._spans.append(self._span(entry, grad))
-            if reset_grad:
-                self._check_distinct()
+                    if entry.master is not None and mark(entry.param)[0] != entry.version:
+                        written.append(self._spans[-1])
+            if after != KEPT:
+                check_distinct(self._ranges())
+            if written:
+                refresh.refresh(Table(written, self._device))
         except BaseException:
             self._release()
             raise
@@ -148,10 +151,10 @@ class Plan:
 
     def _is_stale(self, entry: Entry, grad: Tensor | None) -> bool:
         param = entry.param
-        if param.device != self._device or param.dtype != entry.dtype:
+        if param.device != self._device or param.dtype != entry.dtype or mark(param)[1] != entry.address:
             return True
-        if entry.master is not None and mark(param) != entry.mark:
-            return True
+        if grad is not None and entry.seen is not None and entry.seen[0][2] != param.stride():
+            return True  # its state is laid anew
         return grad is not None and not is_plain(grad, self._device)
 
     def _span(self, entry: Entry, grad: Tensor) -> Span:
@@ -162,7 +165,6 @@ class Plan:
             copies = self._order.copies
             entry.span = self._look(entry, grad, state)
             entry.seen = seen if self._order.copies == copies else None
-            entry.mark = entry.mark[0], mark(entry.param)[1]
         return entry.span
 
     def _look(self, entry: Entry, grad: Tensor, state: list[Tensor]) -> Span:
@@ -180,19 +182,33 @@ class Plan:
             what = "a master" if i == 0 and entry.master is not None else "a moment"
             require(t.dtype == torch.float32, f"{what} has dtype {type_name(t)}")
             addresses.append(order.write(t, what))
-        at_grad = order.write(grad, "a gradient") if self._reset_grad else order.read(grad, "a gradient")
+        at_grad = order.write(grad, "a gradient") if self._after != KEPT else order.read(grad, "a gradient")
         master = addresses.pop(0) if entry.master is not None else 0
         return span_of(
             (address, entry.dtype), (at_grad, grad.dtype), param.numel(), master, addresses, at_step, entry.group
         )
 
-    def _check_distinct(self) -> None:
-        """Zeroing a gradient that another parameter has yet to read would lose that one's update."""
-        grads = [span.grad for span in self._spans if span.numel]
-        require(
-            len(set(grads)) == len(grads),
-            "two parameters share one gradient tensor, and reset_grad would zero it before both have read it",
-        )
+    def gradient_memory(self) -> list[int]:
+        """Of what ``gather`` has found: where each gradient begins and ends."""
+        return [at for begin, end in self._ranges() for at in (begin, end)]
+
+    def _ranges(self) -> list[Range]:
+        return [(s.grad, s.grad + s.numel * s.kind.grad.itemsize) for s in self._spans]
+
+    def trust(self) -> None:
+        """The masters are as they are to be, whatever their weights are now."""
+        for entry in self._entries:
+            entry.version = mark(entry.param)[0]
+
+    def refresh(self) -> None:
+        """Masters take over what has been written to their weights, by whoever."""
+        if written := [span for span in self._spans if span.master]:
+            refresh.refresh(Table(written, self._device))
+
+    def settle(self) -> None:
+        """What has been written to the parameters so far is known to their masters."""
+        for entry in self._stepped:
+            entry.version = mark(entry.param)[0]
 
     def _release(self) -> None:
         self._active, self._spans = [], []
@@ -250,14 +266,15 @@ class Plan:
         else:
             norms = None
         groups = self._groups(hyper, lrs)
-        step.step(self._rule, self._on_device(), groups, record, norms, self._reset_grad)
+        step.step(self._rule, self._on_device(), groups, record, norms, self._after)
         self._order.write_back()
         written([entry.param for entry, _ in self._active])
-        if self._reset_grad:
+        if self._after != KEPT:
             written([grad for _, grad in self._active])
-        for entry, _ in self._active:
-            if entry.master is not None:
-                entry.mark = mark(entry.param)
+        if self._after == RESET:
+            detach([grad for _, grad in self._active])
+        self._stepped = [entry for entry, _ in self._active]
+        self.settle()
         self._release()
 
     def _check(self, hyper: Tensor, lrs: Sequence[Tensor | None], record: Tensor) -> None:

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepfast import reference
+
 from . import squares
 from .codec import encode, load, pointer
 from .formulas import Rule
@@ -29,6 +31,7 @@ from .table import (
 )
 
 BLOCK = tl.constexpr(STEP_BLOCK)
+RESET, WRITTEN = tl.constexpr(reference.RESET), tl.constexpr(reference.WRITTEN)
 CONSTANTS = tl.constexpr(8)  # a row of constants: the gradient's multiplier, and what a rule's prepare returns
 WARPS = 4
 
@@ -95,19 +98,20 @@ def load_each(at, mask, MOMENTS: tl.constexpr):
 
 @triton.jit
 def update(
-    row, constants, skipped, i, mask,
+    row, constants, record, i, mask,
     UPDATE: tl.constexpr, MOMENTS: tl.constexpr, COUNT: tl.constexpr,
     PARAM_TYPE: tl.constexpr, HAS_MASTER: tl.constexpr, GRAD_TYPE: tl.constexpr, PACK: tl.constexpr,
-    RESET: tl.constexpr,
+    AFTER: tl.constexpr,
 ):  # fmt: skip
     """The elements i of a span, where mask says so (None: all)."""
     grad_at = pointer(tl.load(row + GRAD), GRAD_TYPE, PACK) + i
-    if not skipped:
+    if not tl.load(record + 1) > 0:
         param_at = pointer(tl.load(row + PARAM), PARAM_TYPE, PACK) + i
         master_at = pointer(tl.load(row + MASTER), tl.float32, PACK) + i
         moments_at = moment_pointers(row, i, MOMENTS, PACK)
         p = load(master_at, mask, tl.float32) if HAS_MASTER else load(param_at, mask, PARAM_TYPE)
-        g = load(grad_at, mask, GRAD_TYPE) * tl.load(constants)
+        scaled = load(grad_at, mask, GRAD_TYPE)
+        g = scaled * tl.load(constants)
         moments = load_each(moments_at, mask, MOMENTS)
         new = UPDATE(values(constants + 1, COUNT), p, g, *moments)
         if HAS_MASTER:
@@ -115,7 +119,9 @@ def update(
         tl.store(param_at, encode(new[0], PARAM_TYPE, HAS_MASTER), mask)
         for k in tl.static_range(MOMENTS):
             tl.store(moments_at[k], new[1 + k], mask)
-    if RESET:
+        if AFTER == WRITTEN:
+            tl.store(grad_at, encode(scaled * tl.load(record), GRAD_TYPE, False), mask)
+    if AFTER == RESET:
         tl.store(grad_at, 0, mask)
 
 
@@ -133,7 +139,7 @@ def step_kernel(
     HAS_MASTER: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
     PACK: tl.constexpr,
-    RESET: tl.constexpr,
+    AFTER: tl.constexpr,
 ):
     """One program a block of BLOCK elements. Only a span's last block is masked: all others move 16 bytes at once."""
     block = first + tl.program_id(0)
@@ -142,13 +148,12 @@ def step_kernel(
     begin = (block - tl.load(row + FIRST)) * BLOCK
     numel = tl.load(row + NUMEL)
     i = begin + tl.arange(0, BLOCK)
-    skipped = tl.load(record + 1) > 0
     if begin + BLOCK <= numel:
-        update(row, constants + span * CONSTANTS, skipped, i, None, UPDATE, MOMENTS, COUNT, PARAM_TYPE, HAS_MASTER,
-               GRAD_TYPE, PACK, RESET)  # fmt: skip
+        update(row, constants + span * CONSTANTS, record, i, None, UPDATE, MOMENTS, COUNT, PARAM_TYPE, HAS_MASTER,
+               GRAD_TYPE, PACK, AFTER)  # fmt: skip
     else:
-        update(row, constants + span * CONSTANTS, skipped, i, i < numel, UPDATE, MOMENTS, COUNT, PARAM_TYPE,
-               HAS_MASTER, GRAD_TYPE, PACK, RESET)  # fmt: skip
+        update(row, constants + span * CONSTANTS, record, i, i < numel, UPDATE, MOMENTS, COUNT, PARAM_TYPE,
+               HAS_MASTER, GRAD_TYPE, PACK, AFTER)  # fmt: skip
 
 
 @triton.jit
@@ -279,19 +284,20 @@ def prepare(rule: Rule, table: Table, groups: Tensor, record: Tensor, norms: Ten
     return constants
 
 
-def step(rule: Rule, table: Table, groups: Tensor, record: Tensor, norms: Tensor | None, reset_grad: bool) -> None:
+def step(rule: Rule, table: Table, groups: Tensor, record: Tensor, norms: Tensor | None, after: int) -> None:
     """One step over all spans of ``table``; see :meth:`deepfast.reference.Plan.step`.
 
     Args:
         groups: int64 [groups, hyper + 2] on the device, see ``prepare_kernel``.
         record: fp32 [3] on the device.
         norms: fp64 [spans, 2] on the device, where the rule needs norms.
+        after: what becomes of the gradients.
     """
     constants = prepare(rule, table, groups, record, norms, advance=True)
     for kind, first, blocks, _, _ in table.launches:
         launch(step_kernel, blocks, table.device, table.rows, table.owners, first, constants, record,
                rule.update, rule.moments, rule.constants, DTYPES[kind.param], kind.master, DTYPES[kind.grad],
-               kind.pack, reset_grad, num_warps=WARPS)  # fmt: skip
+               kind.pack, int(after), num_warps=WARPS)  # fmt: skip
 
 
 def norms(rule: Rule, table: Table, groups: Tensor, record: Tensor) -> Tensor:

@@ -157,6 +157,28 @@ struct Memory {
 
 StepRecord any_record() { return {chance(30) ? 1.0f : std::fabs(uniform()) * 2, chance(15) ? 2.0f : 0.0f, 0.0f}; }
 
+// Some weights are written to by others, and their masters follow.
+void refresh_case(Twins& twins, const Taste& taste) {
+  std::vector<Span> on_cpu, on_cuda;
+  for (size_t s = 0; s < twins.on_cpu.size(); ++s) {
+    Span &a = twins.on_cpu[s], &b = twins.on_cuda[s];
+    if (!a.master) continue;
+    if (chance(50)) {
+      Buffer written(a.numel, a.param_dtype, below(4));
+      fill(written, a.param_dtype, taste);
+      twins.add(std::move(written), &Span::param, a, b, "a written weight");
+    }
+    on_cpu.push_back(a);
+    on_cuda.push_back(b);
+  }
+  cpu::refresh(on_cpu.data(), on_cpu.size());
+  const cuda::Job job = {on_cuda.data(), static_cast<int64_t>(on_cuda.size()), nullptr, 0};
+  const Memory memory(cuda::refresh_needs(job));
+  cuda::refresh(job, memory.workspace, nullptr);
+  finish("a refresh");
+  twins.compare("after a refresh");
+}
+
 // Steps in a row over one list of spans; from step to step the gradients move, as they do in life.
 void step_case(int rule, const std::vector<int64_t>& numels, int64_t groups) {
   doing = std::string(kRules[rule].name) + ", " + std::to_string(numels.size()) + " spans";
@@ -165,7 +187,7 @@ void step_case(int rule, const std::vector<int64_t>& numels, int64_t groups) {
   for (int64_t numel : numels) add_span(twins, rule, numel, taste, groups);
   const int64_t count = numels.size();
   const Hypers hypers(rule, groups);
-  const bool reset = chance(50);
+  const Afterwards after = static_cast<Afterwards>(below(3));
   cuda::Job job = {twins.on_cuda.data(), count, hypers.rows.data(), groups};
   const Memory steps(cuda::step_needs(job)), measures(cuda::norms_needs(job));
   for (int nth = 0; nth < 2; ++nth) {
@@ -177,6 +199,7 @@ void step_case(int rule, const std::vector<int64_t>& numels, int64_t groups) {
         twins.add(std::move(moved), &Span::grad, twins.on_cpu[s], twins.on_cuda[s], "a moved grad");
       }
     }
+    if (nth > 0) refresh_case(twins, taste);
     const Array<StepRecord> record(1, any_record());
     std::vector<Norms> expected(count);
     Array<Norms> got(count);
@@ -192,9 +215,9 @@ void step_case(int rule, const std::vector<int64_t>& numels, int64_t groups) {
       }
       twins.compare("after the first pass");
     }
-    cpu::step(rule, twins.on_cpu.data(), count, hypers.table.data(), hypers.stride, record[0], expected.data(), reset);
+    cpu::step(rule, twins.on_cpu.data(), count, hypers.table.data(), hypers.stride, record[0], expected.data(), after);
     const int64_t before = launches();
-    cuda::step(rule, job, steps.workspace, record.data(), got.data(), reset, nullptr);
+    cuda::step(rule, job, steps.workspace, record.data(), got.data(), after, nullptr);
     finish("a step");
     if (cuda::step_needs(job).table == 0) require_one_launch(before, "more than one launch");
     steps.check();
@@ -203,7 +226,7 @@ void step_case(int rule, const std::vector<int64_t>& numels, int64_t groups) {
   if (cuda::step_needs(job).table > 0 && steps.known) {  // nothing has changed: nothing is to be sent
     const Array<StepRecord> skip(1, StepRecord{1.0f, 1.0f, 0.0f});
     const int64_t before = launches();
-    cuda::step(rule, job, steps.workspace, skip.data(), nullptr, false, nullptr);
+    cuda::step(rule, job, steps.workspace, skip.data(), nullptr, Afterwards::kKept, nullptr);
     finish("a step that is skipped");
     require_one_launch(before, "an unchanged table was sent again");
   }

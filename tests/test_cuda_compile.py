@@ -99,10 +99,11 @@ def test_steps_move_16_bytes_at_a_time(compiled, rule, arch):
     counts = next(v for (a, k), v in compiled[1].items() if a == arch and f"step_kernelINS_{SPELLED[rule]}" in k)
     moments, reads_grad = reference.RULES[rule].moments, rule != "lamb"
     # Of the six combinations of weight (fp32; master; 16 bits) and gradient (fp32; 16 bits): the fp32 streams.
-    loads = sum(int(wide) + moments + (1 if g and reads_grad else 0) for wide in (1, 1, 0) for g in (1, 0))
-    stores = sum(int(wide) + (moments if reads_grad else 0) + g for wide in (1, 1, 0) for g in (1, 0))
+    # A gradient is read once more where it is written back, and stored there or where it is reset.
+    loads = sum(int(wide) + moments + (1 if g and reads_grad else 0) + g for wide in (1, 1, 0) for g in (1, 0))
+    stores = sum(int(wide) + (moments if reads_grad else 0) + 2 * g for wide in (1, 1, 0) for g in (1, 0))
     if moments == 0:  # no fp32 stream at all: eight halves at a time
-        loads, stores = loads + 2, stores + 2
+        loads, stores = loads + 3, stores + 3
     stores += 2  # where a step is skipped, the gradients are reset by themselves
     assert counts["LDG.E.128"] == loads
     assert counts["STG.E.128"] == stores
@@ -115,6 +116,7 @@ def test_steps_move_16_bytes_at_a_time(compiled, rule, arch):
         ("norms_kernel", 16, 12, 8),  # two rows of parameter, gradient and two moments
         ("statistics_kernel", 16, 0, 8),
         ("accumulate_kernel", 3, 2, 2),
+        ("refresh_kernel", 1, 1, 1),
         ("collective_kernelIffE", 32, 20, 8),
         ("collective_kernelIttE", 36, 24, 8),
         ("collective_kernelIddE", 24, 20, 8),

@@ -151,7 +151,7 @@ def test_a_full_half_precision_step_is_two_launches(cuda_on_host, backend):
         give_gradients(params, seed=step)
         before = cuda_on_host.launches()
         scaler.step(optimizer)
-        assert cuda_on_host.launches() - before == 2
+        assert cuda_on_host.launches() - before == 2 + (step == 0)  # a new plan looks at the masters once
         scaler.update()
 
 

@@ -112,10 +112,10 @@ def norms_of(optimizer, hyper: Tensor, p: nn.Parameter, state: dict[str, Tensor]
     if optimizer._rule(group) != "lamb":
         return None
     moments = [state[name].clone() for name in optimizer._moments(group)]  # a plan keeps no state alive
-    steps = [state["step"].clone()]
+    steps, params = [state["step"].clone()], [p.detach().clone()]  # nor a parameter
     plan = ops.native.Plan(
         "lamb",
-        [p.detach().clone()],
+        params,
         [torch.empty(0)],
         moments,
         steps,

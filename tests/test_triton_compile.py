@@ -14,7 +14,8 @@ from test_cuda_compile import ARCHITECTURES, cuobjdump
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deepfast.kernels import collectives, formulas, statistics, step
+from deepfast import reference
+from deepfast.kernels import collectives, formulas, refresh, statistics, step
 
 ARGUMENTS = {"rows": "*i64", "owners": "*i32", "constants": "*fp32", "record": "*fp32", "partial": "*fp64",
             "directions": "*fp64", "first": "i32", "end": "i32", "shared": ("i64",) * 8, "numel": "i64", "place": "i64",
@@ -58,11 +59,12 @@ def wide(accesses: Counter, access: str, bits: int = 128) -> int:
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("rule", formulas.RULES)
 def test_steps_move_16_bytes_at_a_time(rule, stored, arch, tmp_path):
+    after = reference.RESET if rule != "sgd" else reference.WRITTEN
     what, (param, master, grad) = formulas.RULES[rule], STORED[stored]
     fp32 = what.moments + (1 if master or param == tl.float32 else 0)
     pack = 4 if fp32 else 8
     constants = {"UPDATE": what.update, "MOMENTS": what.moments, "COUNT": what.constants, "PARAM_TYPE": param,
-                 "HAS_MASTER": master, "GRAD_TYPE": grad, "PACK": pack, "RESET": True}  # fmt: skip
+                 "HAS_MASTER": master, "GRAD_TYPE": grad, "PACK": pack, "AFTER": after}  # fmt: skip
     ptx, accesses, used = machine_code(step.step_kernel, constants, arch, tmp_path)
     assert "STACK:0" in used
     assert not any(name.startswith(("LDL", "STL")) for name in accesses)
@@ -89,6 +91,10 @@ def test_other_kernels_too(arch, tmp_path):
     _, accesses, used = machine_code(statistics.squares_kernel, {"GRAD_TYPE": tl.float32, "PACK": 4}, arch, tmp_path)
     assert "STACK:0" in used
     assert wide(accesses, "LDG") >= statistics.UNROLL.value
+    _, accesses, used = machine_code(refresh.refresh_kernel, {"PARAM_TYPE": tl.bfloat16, "PACK": 4}, arch, tmp_path)
+    assert "STACK:0" in used
+    assert wide(accesses, "LDG") >= 2
+    assert wide(accesses, "STG") >= 2
 
 
 # Kind, whether all is summed in one shot, types, whether the result is measured.

@@ -42,11 +42,13 @@ class Cpu {
   }
 
   void step(int rule, const Spans& spans, const Hypers& hypers, const Tensor& record, const double* norms,
-            bool reset_grad) {
+            Afterwards after) {
     const Tensor table = filled(hypers);
     cpu::step(rule, spans.data(), spans.size(), table.const_data_ptr<double>(), table.size(1), read(record),
-              reinterpret_cast<const Norms*>(norms), reset_grad);
+              reinterpret_cast<const Norms*>(norms), after);
   }
+
+  void refresh(const Spans& spans) { cpu::refresh(spans.data(), spans.size()); }
 
   void accumulate(const Spans& spans, float weight, bool overwrite) {
     cpu::accumulate(spans.data(), spans.size(), weight, overwrite);

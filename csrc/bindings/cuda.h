@@ -63,13 +63,20 @@ class CudaOn {
   }
 
   void step(int rule, const Spans& spans, const Hypers& hypers, const Tensor& record, const double* norms,
-            bool reset_grad) {
+            Afterwards after) {
     const c10::DeviceGuard guard(device_);
     const std::vector<cuda::Hyper> rows = rows_of(hypers);
     const cuda::Job job = job_of(spans, rows);
     Memory fresh;
     const cuda::Workspace workspace = workspace_in(step_, fresh, cuda::step_needs(job));
-    cuda::step(rule, job, workspace, decided(record), reinterpret_cast<const Norms*>(norms), reset_grad, stream());
+    cuda::step(rule, job, workspace, decided(record), reinterpret_cast<const Norms*>(norms), after, stream());
+  }
+
+  void refresh(const Spans& spans) {
+    const c10::DeviceGuard guard(device_);
+    const cuda::Job job = job_of(spans, {});
+    Memory fresh;
+    cuda::refresh(job, workspace_in(fresh, fresh, cuda::refresh_needs(job)), stream());
   }
 
   void accumulate(const Spans& spans, float weight, bool overwrite) {

@@ -50,13 +50,15 @@ struct Operators {
   static void step(const std::string& rule, TensorList params, TensorList grads, TensorList masters, TensorList moments,
                    TensorList steps, const Tensor& hyper, const Tensor& groups, const Tensor& record, bool reset_grad) {
     Plan<Backend> plan(rule, params, masters, moments, steps, groups);
+    plan.trust();
     check_count(grads.size(), params.size(), "gradients");
     OptionalTensors given;
     for (const Tensor& grad : grads) {
       dtype_of(grad, "a gradient");
       given.push_back(grad);
     }
-    TORCH_CHECK(plan.gather(given, reset_grad) != Plan<Backend>::kStale,
+    TORCH_CHECK(plan.gather(given, static_cast<int64_t>(reset_grad ? Afterwards::kReset : Afterwards::kKept)) !=
+                    Plan<Backend>::kStale,
                 "deepfast: parameters and gradients must be dense tensors on one device");
     const OptionalTensors no_lrs;
     std::optional<Tensor> norms;
@@ -117,7 +119,9 @@ struct Operators {
         .def("decide", &P::decide)
         .def("norms", &P::norms)
         .def("step", &P::step)
-        .def("marks", &P::marks);
+        .def("settle", &P::settle)
+        .def("refresh", &P::refresh)
+        .def("gradient_memory", &P::gradient_memory);
   }
 };
 

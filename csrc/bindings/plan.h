@@ -1,8 +1,8 @@
 // What an optimizer's steps have in common: its parameters and their state, looked at once and kept.
 //
 // Each step only the gradients are new. A plan finds them by itself, so that Python does nothing per parameter.
-// Python says when the state's tensors are others (deepfast/optim/state.py); what has become of the same tensors is
-// looked at here.
+// Python says when the parameters or the state's tensors are others (deepfast/optim/state.py); what has become of the
+// same tensors is looked at here.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +23,8 @@ class Plan : public torch::CustomClassHolder {
  public:
   // masters: [n], an empty tensor where there is none. moments: all first moments, then all second ones, …
   // steps: [n], or none where the rule does not count. groups: int32 [n], each parameter's row of hyperparameters.
-  // The plan does not keep the state alive: who moves it away wants its memory back.
+  // The plan keeps neither alive: who moves state away wants its memory back, and torch exchanges no parameter that
+  // somebody else refers to, too (torch.utils.swap_tensors). Who makes a plan holds the parameters' Python objects.
   Plan(const std::string& rule, TensorList params, TensorList masters, TensorList moments, TensorList steps,
        const Tensor& groups)
       : rule_(find_rule(rule.c_str())),
@@ -43,10 +44,12 @@ class Plan : public torch::CustomClassHolder {
         "deepfast: groups must be one int32 a parameter");
     for (size_t i = 0; i < count; ++i) {
       Entry& entry = entries_[i];
-      entry.param = params[i];
+      entry.param = params[i].unsafeGetTensorImpl();
+      entry.holder = holder(*entry.param);
+      if (!entry.holder) entry.kept = params[i];
       entry.dtype = dtype_of(params[i], "a parameter");
-      entry.mark = mark(params[i]);
       entry.group = groups.const_data_ptr<int32_t>()[i];
+      entry.place = place(*entry.param);
       if (masters[i].numel() > 0) entry.state[kMaster] = masters[i].getIntrusivePtr();
       if (info_.counts_steps) entry.state[kStep] = steps[i].getIntrusivePtr();
       for (int k = 0; k < info_.moments; ++k) entry.state[kMoment + k] = moments[k * count + i].getIntrusivePtr();
@@ -56,17 +59,49 @@ class Plan : public torch::CustomClassHolder {
   bool needs_norms() const { return info_.needs_norms; }
 
   // Finds the gradients (each parameter's own, unless they are given) and says how many there are; kStale where the
-  // plan does not fit any more: a parameter has changed its type or has been written to from outside, or a gradient is
-  // none that the kernels take.
+  // plan does not fit any more: a parameter has changed its type or has been exchanged, or a gradient is none that the
+  // kernels take. Masters of weights that somebody else has written to take over what was written.
+  // after: an Afterwards, what becomes of the gradients.
   static constexpr int64_t kStale = -1;
-  int64_t gather(const OptionalTensors& given, bool reset_grad) {
+  int64_t gather(const OptionalTensors& given, int64_t after) {
+    TORCH_CHECK(after >= 0 && after <= static_cast<int64_t>(Afterwards::kWritten), "deepfast: no way ", after,
+                " to leave a gradient");
     release();
+    after_ = static_cast<Afterwards>(after);
     if (given.empty()) {
-      return gather_each(reset_grad, [&](size_t i) { return &entries_[i].param.grad(); });
+      const Tensor none;
+      return gather_each([&](size_t i) {
+        const at::TensorImpl* param = there(entries_[i]);
+        return param ? &param->grad() : &none;
+      });
     }
     check_count(given.size(), entries_.size(), "gradients");
     for (const std::optional<Tensor>& grad : given) given_.push_back(grad.value_or(Tensor()));
-    return gather_each(reset_grad, [&](size_t i) { return &given_[i]; });
+    return gather_each([&](size_t i) { return &given_[i]; });
+  }
+
+  // Of what `gather` has found: where each gradient's memory begins and ends.
+  std::vector<int64_t> gradient_memory() const {
+    std::vector<int64_t> out;
+    for (const Span& span : spans_) {
+      const auto [begin, end] = range_of_grad(span);
+      out.insert(out.end(), {reinterpret_cast<int64_t>(begin), reinterpret_cast<int64_t>(end)});
+    }
+    return out;
+  }
+
+  // Masters that are as their weights' are to be, whatever those are now.
+  void trust() {
+    for (Entry& entry : entries_) entry.version = version(*entry.param);
+  }
+
+  // Takes over what has been written to any weight, by whoever: another step of the same memory, say.
+  void refresh() {
+    Spans written;
+    for (const Span& span : spans_) {
+      if (span.master) written.push_back(span);
+    }
+    if (!written.empty()) backend_.refresh(written);
   }
 
   Tensor statistics() { return backend_.statistics(spans_); }
@@ -95,61 +130,82 @@ class Plan : public torch::CustomClassHolder {
       TORCH_CHECK(norms, "deepfast: '", info_.name, "' needs norms");
       measured = fp64_values(*norms, 2 * static_cast<int64_t>(spans_.size()), "the norms", device_);
     }
-    backend_.step(rule_, spans_, {hyper, lrs}, record, measured, reset_grad_);
+    backend_.step(rule_, spans_, {hyper, lrs}, record, measured, after_);
     order_.write_back();
     const int64_t count = active_.size();
 #pragma omp parallel for if (count > kManyTensors)
     for (int64_t nth = 0; nth < count; ++nth) {
       const auto& [entry, grad] = active_[nth];
-      written(entry->param);
-      if (reset_grad_) written(*grad);
-      if (has(*entry, kMaster)) entry->mark = mark(entry->param);
+      written(*entry->param);
+      if (after_ != Afterwards::kKept) written(*grad->unsafeGetTensorImpl());
+      entry->stepped = true;
     }
+    if (after_ == Afterwards::kReset) {
+      for (const auto& [entry, grad] : active_) detach(*grad);
+    }
+    settle();
     release();
   }
 
-  // Of each parameter after its last step: version counter and address, which tell whether somebody has written to it.
-  std::vector<int64_t> marks() const {
-    std::vector<int64_t> out;
-    for (const Entry& entry : entries_) out.insert(out.end(), {entry.mark.version, entry.mark.address});
-    return out;
+  // What has been written to the parameters so far is known to their masters. `step` does this by itself; where other
+  // steps follow it, of views of the same memory, they have written, too: autograd counts for all of them together.
+  void settle() {
+    const int64_t count = entries_.size();
+#pragma omp parallel for if (count > kManyTensors)
+    for (int64_t i = 0; i < count; ++i) {
+      Entry& entry = entries_[i];
+      if (entry.stepped && has(entry, kMaster)) entry.version = version(*entry.param);
+    }
   }
 
  private:
   enum Slot { kMaster, kStep, kMoment, kSlots = kMoment + kMaxMoments };
   using Weak = c10::weak_intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl>;
 
-  struct Mark {
-    int64_t version, address;
-    bool operator==(const Mark&) const = default;
-  };
-
   struct Entry {
-    Tensor param;
+    at::TensorImpl* param;
+    const void* const* holder;  // where its Python object says that it is this one
+    Tensor kept;                // the parameter, if it has none
     DType dtype;
     int32_t group;
-    Mark mark;
     Weak state[kSlots] = {none(), none(), none(), none(), none()};
+    int64_t version = kUnknown;  // of the parameter when its master was last right
+    bool stepped = false;        // since the last `gather`
     // What `look` has found, valid as long as nothing has moved.
     bool looked = false;
     Span span;
     at::DimVector strides;
+    const void* place;
     const void* places[kSlots];
   };
   static_assert(kSlots == 5);
+  static constexpr int64_t kUnknown = -1;
 
   // Tensor objects lie anywhere, and a step's data pushes them out of the caches: several threads wait less than one.
   static constexpr int64_t kManyTensors = 500;
 
   static Weak none() { return Weak(Tensor().getIntrusivePtr()); }
 
-  static Mark mark(const Tensor& param) {
-    return {param.is_inference() ? 0 : static_cast<int64_t>(param._version()),
-            reinterpret_cast<int64_t>(place(*param.unsafeGetTensorImpl()))};
+  // Autograd's count of writes.
+  static int64_t version(at::TensorImpl& t) { return t.is_inference() ? 0 : t.version_counter().current_version(); }
+
+  // The word of its Python object that points to `t`: behind the object's head (two words), where exactly differs from
+  // torch to torch. (Even a weak reference would keep torch from exchanging what it points to.)
+  static const void* const* holder(const at::TensorImpl& t) {
+    const auto* words = reinterpret_cast<const void* const*>(t.pyobj_slot()->load_pyobj());
+    for (int word = 2; words && word < 5; ++word) {
+      if (words[word] == &t) return words + word;
+    }
+    return nullptr;
+  }
+
+  // The parameter, unless it has been exchanged for another.
+  static at::TensorImpl* there(const Entry& entry) {
+    return !entry.holder || *entry.holder == entry.param ? entry.param : nullptr;
   }
 
   bool plain(const Tensor& t) const {
-    return t.layout() == at::kStrided && t.device() == device_ && kernel_dtype(t) && !t.is_neg() &&
+    return t.layout() == at::kStrided && t.device() == device_ && kernel_dtype(t.scalar_type()) && !t.is_neg() &&
            !t.key_set().has(c10::DispatchKey::Python);
   }
 
@@ -157,26 +213,28 @@ class Plan : public torch::CustomClassHolder {
   // place.
   enum class Found : uint8_t { kNothing, kReady, kOther, kStale };
 
-  Found glance(const Entry& entry, const Tensor& grad, Span& span) const {
-    const Tensor& param = entry.param;
-    if (param.device() != device_ || kernel_dtype(param) != entry.dtype) return Found::kStale;
-    const Mark now = mark(param);
-    if (has(entry, kMaster) && now != entry.mark) return Found::kStale;
+  Found glance(Entry& entry, const Tensor& grad, Span& span) const {
+    entry.stepped = false;
+    const at::TensorImpl* param = there(entry);
+    if (!param || param->device() != device_ || place(*param) != entry.place ||
+        kernel_dtype(c10::typeMetaToScalarType(param->dtype())) != entry.dtype) {
+      return Found::kStale;
+    }
     if (!grad.defined()) return Found::kNothing;
     if (!plain(grad)) return Found::kStale;
-    if (!entry.looked || now.address != entry.mark.address || param.numel() != entry.span.numel ||
-        param.strides() != entry.strides || !same_order(*grad.unsafeGetTensorImpl(), param) || !unmoved(entry)) {
+    if (entry.looked && param->strides() != entry.strides) return Found::kStale;  // Python lays its state anew
+    if (!entry.looked || param->numel() != entry.span.numel || !same_order(*grad.unsafeGetTensorImpl(), *param) ||
+        !unmoved(entry, *param)) {
       return Found::kOther;
     }
     span = entry.span;
     span.grad = grad.data_ptr();
-    span.grad_dtype = *kernel_dtype(grad);
+    span.grad_dtype = *kernel_dtype(grad.scalar_type());
     return Found::kReady;
   }
 
   template <class GradientOf>
-  int64_t gather_each(bool reset_grad, const GradientOf& gradient_of) {
-    reset_grad_ = reset_grad;
+  int64_t gather_each(const GradientOf& gradient_of) {
     order_ = ElementOrder(device_);
     const int64_t count = entries_.size();
     spans_.resize(count);
@@ -185,17 +243,21 @@ class Plan : public torch::CustomClassHolder {
 #pragma omp parallel for if (count > kManyTensors)
     for (int64_t i = 0; i < count; ++i) found[i] = glance(entries_[i], *gradient_of(i), spans_[i]);
     try {
+      Spans written;  // past their masters
       int64_t kept = 0;
       for (int64_t i = 0; i < count; ++i) {
+        Entry& entry = entries_[i];
         if (found[i] == Found::kNothing) continue;
         if (found[i] == Found::kStale) return release(), kStale;
         const Tensor& grad = *gradient_of(i);
-        spans_[kept] = found[i] == Found::kReady ? spans_[i] : look(entries_[i], grad);
-        active_[kept++] = {&entries_[i], &grad};
+        spans_[kept] = found[i] == Found::kReady ? spans_[i] : look(entry, grad);
+        if (has(entry, kMaster) && version(*entry.param) != entry.version) written.push_back(spans_[kept]);
+        active_[kept++] = {&entry, &grad};
       }
       spans_.resize(kept);
       active_.resize(kept);
-      if (reset_grad) check_distinct();
+      if (after_ != Afterwards::kKept) check_distinct();
+      if (!written.empty()) backend_.refresh(written);
     } catch (...) {
       release();
       throw;
@@ -205,7 +267,7 @@ class Plan : public torch::CustomClassHolder {
 
   // Everything checked, and brought into one element order.
   Span look(Entry& entry, const Tensor& grad) {
-    const Tensor& param = entry.param;
+    const auto param = Tensor(c10::intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl>::reclaim_copy(entry.param));
     Span span = {};
     order_.follow(param);
     const size_t copies = order_.copies();
@@ -219,11 +281,10 @@ class Plan : public torch::CustomClassHolder {
     entry.looked = order_.copies() == copies;
     entry.span = span;
     entry.strides = param.strides();
-    entry.mark.address = mark(param).address;
     for (int slot = 0; slot < kSlots; ++slot) {
       if (has(entry, slot)) entry.places[slot] = place(*entry.state[slot]._unsafe_get_target());
     }
-    span.grad = reset_grad_ ? order_.write(grad, "a gradient") : order_.read(grad, "a gradient");
+    span.grad = after_ != Afterwards::kKept ? order_.write(grad, "a gradient") : order_.read(grad, "a gradient");
     span.grad_dtype = dtype_of(grad, "a gradient");
     return span;
   }
@@ -246,17 +307,17 @@ class Plan : public torch::CustomClassHolder {
   }
 
   // Whether the state is where `look` has found it. Somebody may have given it other memory (`.data =`, share_memory_).
-  static bool unmoved(const Entry& entry) {
+  static bool unmoved(const Entry& entry, const at::TensorImpl& param) {
     for (int slot = 0; slot < kSlots; ++slot) {
       if (!has(entry, slot)) continue;
       const at::TensorImpl& t = *entry.state[slot]._unsafe_get_target();  // its memory is there, if nothing else
       if (entry.state[slot].use_count() == 0 || place(t) != entry.places[slot]) return false;
-      if (slot != kStep && !same_order(t, entry.param)) return false;
+      if (slot != kStep && !same_order(t, param)) return false;
     }
     return true;
   }
 
-  static bool same_order(const at::TensorImpl& t, const Tensor& param) {
+  static bool same_order(const at::TensorImpl& t, const at::TensorImpl& param) {
     return t.sizes() == param.sizes() && t.strides() == param.strides();
   }
 
@@ -285,16 +346,28 @@ class Plan : public torch::CustomClassHolder {
     fp32_values(record, 3, "the record", device_);
   }
 
-  // Zeroing a gradient that another parameter has yet to read would lose that one's update.
+  static std::pair<const char*, const char*> range_of_grad(const Span& span) {
+    const auto* begin = static_cast<const char*>(span.grad);
+    return {begin, begin + span.numel * (span.grad_dtype == DType::kFloat32 ? 4 : 2)};
+  }
+
+  // What is written to a gradient that another parameter has yet to read would change that one's update.
   void check_distinct() const {
-    std::vector<const void*> grads;
+    std::vector<std::pair<const char*, const char*>> grads;
     for (const Span& span : spans_) {
-      if (span.numel > 0) grads.push_back(span.grad);
+      if (span.numel > 0) grads.push_back(range_of_grad(span));
     }
     std::sort(grads.begin(), grads.end());
-    TORCH_CHECK(
-        std::adjacent_find(grads.begin(), grads.end()) == grads.end(),
-        "deepfast: two parameters share one gradient tensor, and reset_grad would zero it before both have read it");
+    for (size_t i = 1; i < grads.size(); ++i) {
+      TORCH_CHECK(grads[i - 1].second <= grads[i].first,
+                  "deepfast: two parameters share one gradient tensor, and the step would write to it (reset_grad, or "
+                  "a GradScaler's unscaling) before both have read it");
+    }
+  }
+
+  // A gradient that was made with create_graph=True holds on to its graph; a zero has none, as after zero_grad().
+  static void detach(const Tensor& grad) {
+    if (grad.requires_grad() && !grad.is_view()) Tensor(grad).detach_();
   }
 
   void release() {
@@ -311,7 +384,7 @@ class Plan : public torch::CustomClassHolder {
   Backend backend_;
 
   // From `gather` to the end of `step`.
-  bool reset_grad_ = false;
+  Afterwards after_ = Afterwards::kKept;
   std::vector<Tensor> given_;
   Spans spans_;                                           // of the parameters that have a gradient,
   std::vector<std::pair<Entry*, const Tensor*>> active_;  // which one each is, and its gradient

@@ -16,8 +16,8 @@ using at::TensorList;
 using Spans = std::vector<Span>;
 using OptionalTensors = c10::List<std::optional<Tensor>>;
 
-inline std::optional<DType> kernel_dtype(const Tensor& t) {
-  switch (t.scalar_type()) {
+inline std::optional<DType> kernel_dtype(at::ScalarType type) {
+  switch (type) {
     case at::kFloat:
       return DType::kFloat32;
     case at::kHalf:
@@ -30,7 +30,7 @@ inline std::optional<DType> kernel_dtype(const Tensor& t) {
 }
 
 inline DType dtype_of(const Tensor& t, const char* what) {
-  const std::optional<DType> dtype = kernel_dtype(t);
+  const std::optional<DType> dtype = kernel_dtype(t.scalar_type());
   TORCH_CHECK(dtype, "deepfast: ", what, " has dtype ", t.scalar_type(), "; the kernels take float32, float16 and ",
               "bfloat16 (others run on backend=\"reference\")");
   return *dtype;
@@ -59,9 +59,10 @@ inline double* fp64_values(const Tensor& t, int64_t numel, const char* what, at:
 }
 
 // Autograd must know what was written behind its back: a graph that still needs the old values has to refuse.
-inline void written(const Tensor& t) {
-  if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+inline void written(at::TensorImpl& t) {
+  if (!t.is_inference()) t.bump_version();
 }
+inline void written(const Tensor& t) { written(*t.unsafeGetTensorImpl()); }
 
 // What `decide` is asked (csrc/math/record.h).
 struct Question {

@@ -21,10 +21,13 @@ void norms(int rule, const Span* spans, int64_t count, const double* hyper, int6
 
 // One step over the whole table, in one parallel region.
 // hyper: [groups, hyper_stride] fp64, a row being the gradient's sign (-1 to maximize) and what the rule's prepare()
-// takes. norms: [count], for a rule that needs them. reset_grad: zero the gradients in the same pass, skipped steps
-// included.
+// takes. norms: [count], for a rule that needs them.
 void step(int rule, const Span* spans, int64_t count, const double* hyper, int64_t hyper_stride,
-          const StepRecord& record, const Norms* norms, bool reset_grad);
+          const StepRecord& record, const Norms* norms, Afterwards after);
+
+// Where a master, rounded, is not its 16-bit weight, it becomes the weight: somebody else has written to that. What a
+// master knows beyond 16 bits stays elsewhere.
+void refresh(const Span* spans, int64_t count);
 
 // sums (span.param, fp32) = weight * grad, or += where `overwrite` is false.
 void accumulate(const Span* spans, int64_t count, float weight, bool overwrite);

@@ -50,6 +50,16 @@ void reset(const Span& span, int64_t offset, int64_t n) {
   std::memset(static_cast<char*>(span.grad) + offset * width, 0, n * width);
 }
 
+// The gradient as the step takes it. The sign of a step that ascends is not the gradient's.
+void write_unscaled(const Span& span, int64_t offset, int64_t n, float multiplier) {
+  alignas(64) float staged[kBlock];
+  const float* g = decode(span.grad, span.grad_dtype, offset, n, staged);
+  const bool wide = span.grad_dtype == DType::kFloat32;
+  float* out = wide ? static_cast<float*>(span.grad) + offset : staged;
+  for (int64_t i = 0; i < n; ++i) out[i] = g[i] * multiplier;
+  if (!wide) encode(staged, span.grad, span.grad_dtype, offset, n, false);
+}
+
 struct Table {
   const Span* spans;
   int64_t count;
@@ -72,11 +82,11 @@ struct Table {
 };
 
 template <class Rule>
-void step_with(const Table& table, const StepRecord& record, const Norms* norms, bool reset_grad) {
+void step_with(const Table& table, const StepRecord& record, const Norms* norms, Afterwards after) {
   const Span* spans = table.spans;
   const Blocks blocks(spans, table.count);
   if (record.skipped()) {
-    if (reset_grad) {
+    if (after == Afterwards::kReset) {
       blocks.parallel_for([&](int64_t s, int64_t offset, int64_t n, int64_t) { reset(spans[s], offset, n); });
     }
     return;
@@ -102,7 +112,8 @@ void step_with(const Table& table, const StepRecord& record, const Norms* norms,
     } else if (!wide) {
       encode(p, span.param, span.param_dtype, offset, n, span.master != nullptr);
     }
-    if (reset_grad) reset(span, offset, n);
+    if (after == Afterwards::kReset) reset(span, offset, n);
+    if (after == Afterwards::kWritten) write_unscaled(span, offset, n, record.multiplier);
   });
 }
 
@@ -155,8 +166,8 @@ void norms(int rule, const Span* spans, int64_t count, const double* hyper, int6
 }
 
 void step(int rule, const Span* spans, int64_t count, const double* hyper, int64_t hyper_stride,
-          const StepRecord& record, const Norms* norms, bool reset_grad) {
-  kEntries[rule].step({spans, count, hyper, hyper_stride}, record, norms, reset_grad);
+          const StepRecord& record, const Norms* norms, Afterwards after) {
+  kEntries[rule].step({spans, count, hyper, hyper_stride}, record, norms, after);
 }
 
 }  // namespace deepfast::cpu

@@ -53,6 +53,7 @@ Needs statistics_needs(const Job& job);
 Needs norms_needs(const Job& job);
 Needs step_needs(const Job& job);
 Needs accumulate_needs(const Job& job);
+Needs refresh_needs(const Job& job);
 
 // What `decide` (csrc/math/record.h) is asked; pointers may be null.
 struct Question {
@@ -74,10 +75,12 @@ void decide(StepRecord* record, const Statistics* statistics, const Question& qu
 // not empty. Those of a parameter that is cut over several ranks are to be added before `step`.
 void norms(int rule, const Job& job, const Workspace& workspace, const StepRecord* record, Norms* out, Stream stream);
 
-// One step over the whole list, one launch. norms: [count], for a rule that needs them. reset_grad: zero the gradients
-// in the same pass, skipped steps included.
+// One step over the whole list, one launch. norms: [count], for a rule that needs them.
 void step(int rule, const Job& job, const Workspace& workspace, const StepRecord* record, const Norms* norms,
-          bool reset_grad, Stream stream);
+          Afterwards after, Stream stream);
+
+// Where a master, rounded, is not its 16-bit weight, it becomes the weight.
+void refresh(const Job& job, const Workspace& workspace, Stream stream);
 
 // sums (span.param, fp32) = weight * grad, or += where `overwrite` is false.
 void accumulate(const Job& job, const Workspace& workspace, float weight, bool overwrite, Stream stream);

@@ -103,6 +103,13 @@ __device__ Half encode(float x, DType dtype) {
   return nearest_even_fp16(kMaster ? Fp16::saturate(x) : x);
 }
 
+// As torch rounds, or as it is.
+template <class T>
+__device__ T stored(float x, DType dtype) {
+  if constexpr (sizeof(T) == 2) return encode<false>(x, dtype);
+  return x;
+}
+
 // How many elements of T lie before the first multiple of kSize elements.
 template <int kSize, class T>
 __device__ int phase(const T* at) {

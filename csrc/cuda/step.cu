@@ -36,10 +36,10 @@ void norms(int rule, const Job& job, const Workspace& workspace, const StepRecor
 }
 
 void step(int rule, const Job& job, const Workspace& workspace, const StepRecord* record, const Norms* norms,
-          bool reset_grad, Stream stream) {
+          Afterwards after, Stream stream) {
   Packed packed;
   pack(packed, job, kStepBlock, workspace, stream);
-  kEntries[rule].step(packed, workspace, record, norms, reset_grad, stream);
+  kEntries[rule].step(packed, workspace, record, norms, after, stream);
 }
 
 }  // namespace deepfast::cuda

@@ -87,7 +87,8 @@ struct Loaded {
 };
 
 template <class Rule, Weight kWeight, class Grad>
-__device__ void update(const Rule& rule, const Span& span, int64_t begin, int64_t end, float multiplier, bool reset) {
+__device__ void update(const Rule& rule, const Span& span, int64_t begin, int64_t end, float multiplier,
+                       float unscaling, Afterwards after) {
   using S = Streams<Rule, kWeight, Grad>;
   const S streams(span);
   for_each<S::kPack>(begin, end, streams.phase(), [&](int64_t i, auto size) {
@@ -109,7 +110,16 @@ __device__ void update(const Rule& rule, const Span& span, int64_t begin, int64_
     }
     store<kSize>(streams.weight + i, weight);
     if constexpr (kWeight == Weight::kMaster) store<kSize>(streams.half + i, half);
-    if (reset) store<kSize>(streams.grad + i, Pack<Grad, kSize>{});
+    if (after == Afterwards::kReset) {
+      store<kSize>(streams.grad + i, Pack<Grad, kSize>{});
+    } else if (after == Afterwards::kWritten) {
+      auto grad = load<kSize>(streams.grad + i);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        grad[j] = stored<Grad>(decode(grad[j], streams.grad_dtype) * unscaling, streams.grad_dtype);
+      }
+      store<kSize>(streams.grad + i, grad);
+    }
   });
 }
 
@@ -175,12 +185,12 @@ inline __device__ void count_steps(const Table& table) {
 // last thread block to finish, when nobody will read them any more.
 template <class Rule>
 __global__ void __launch_bounds__(kThreads, kStepResident<Rule>)
-    step_kernel(const __grid_constant__ Packed packed, const StepRecord* record_at, const Norms* norms, bool reset_grad,
-                uint32_t* counter) {
+    step_kernel(const __grid_constant__ Packed packed, const StepRecord* record_at, const Norms* norms,
+                Afterwards after, uint32_t* counter) {
   const Table table(packed);
   const StepRecord record = *record_at;
   if (record.skipped()) {
-    if (!reset_grad) return;
+    if (after != Afterwards::kReset) return;
     for (Share share(table); share.more(); share.next()) {
       const Span& span = table.spans[share.span];
       reset_only(span, share.first() * kStepBlock, min(share.last() * kStepBlock, span.numel));
@@ -199,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, kStepResident<Rule>)
     const Rule rule = shared;
     const int64_t begin = share.first() * kStepBlock, end = min(share.last() * kStepBlock, span.numel);
     with_types(span, [&]<Weight kWeight, class Grad>() {
-      update<Rule, kWeight, Grad>(rule, span, begin, end, multiplier_of(record, table, span), reset_grad);
+      update<Rule, kWeight, Grad>(rule, span, begin, end, multiplier_of(record, table, span), record.multiplier, after);
     });
   }
   if constexpr (Rule::kCountsSteps) {
@@ -209,8 +219,8 @@ __global__ void __launch_bounds__(kThreads, kStepResident<Rule>)
 
 template <class Rule>
 void launch_step(const Packed& packed, const Workspace& workspace, const StepRecord* record, const Norms* norms,
-                 bool reset_grad, Stream stream) {
-  launch(step_kernel<Rule>, elementwise_grid(packed.blocks), kThreads, stream, packed, record, norms, reset_grad,
+                 Afterwards after, Stream stream) {
+  launch(step_kernel<Rule>, elementwise_grid(packed.blocks), kThreads, stream, packed, record, norms, after,
          workspace.counters);
 }
 

@@ -18,8 +18,7 @@ class Adagrad(Optimizer):
             ``eps``, and ``maximize``.
         lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize: as in torch. lr may be a one-element
             tensor.
-        foreach: accepted for compatibility; the step is always one fused pass.
-        fused: False runs the plain-torch reference.
+        foreach, fused: accepted for compatibility; the step is always one fused pass.
         differentiable: must be False.
         **options: see :class:`deepfast.optim.Optimizer`.
 
@@ -57,7 +56,7 @@ class Adagrad(Optimizer):
             "fused": fused,
         }
         super().__init__(params, defaults, **options)
-        self.init_state()
+        self._init_state((p, group) for group in self.param_groups for p in group["params"])
 
     def share_memory(self) -> None:
         """Moves the accumulated sums into memory that other processes may share."""

@@ -18,8 +18,7 @@ class Adam(Optimizer):
             ``maximize``.
         lr, betas, eps, weight_decay, amsgrad, maximize: as in torch. lr and betas may be one-element tensors.
         decoupled_weight_decay: True makes it AdamW.
-        foreach, capturable: accepted for compatibility; the step is always one fused pass.
-        fused: False runs the plain-torch reference.
+        foreach, fused, capturable: accepted for compatibility; the step is always one fused pass.
         differentiable: must be False.
         **options: see :class:`deepfast.optim.Optimizer`.
 
@@ -92,6 +91,8 @@ class AdamW(Adam):
     :class:`Adam` with decoupled weight decay: p -= lr · weight_decay · p, beside the step instead of through it.
     """
 
+    _not_loaded = (*Adam._not_loaded, "decoupled_weight_decay")  # torch's Adam says False in its checkpoints
+
     def __init__(
         self,
         params: ParamsT,
@@ -108,6 +109,8 @@ class AdamW(Adam):
         fused: bool | None = None,
         **options: Any,
     ) -> None:
+        if not options.pop("decoupled_weight_decay", True):  # ``defaults`` has it: type(o)(params, **o.defaults)
+            raise ValueError("deepfast: AdamW's weight decay is decoupled: use Adam")
         super().__init__(
             params,
             lr,

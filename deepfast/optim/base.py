@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from deepfast import memory, ops, reference
 from deepfast.optim import lost
-from deepfast.optim.launch import Launch, mark
+from deepfast.optim.launch import Launch
+from deepfast.optim.options import ALIVE, NAMES, Option, asked_for
 from deepfast.optim.shards import Shards, copy_into, is_flat_shard, is_sharded, local, refuse_flat_shards
 from deepfast.optim.shared import Shared, Verdict, check_seen
-from deepfast.optim.state import ParameterState, States, changes
+from deepfast.optim.state import States, look, unwatched
 
 Value = float | Tensor
 HALF = frozenset((torch.float16, torch.bfloat16))
-_OPTIONS = ("master", "max_grad_norm", "reset_grad", "backend", "_measure_norm")
 
 
 class _Identity(TorchFunctionMode):
@@ -44,7 +45,8 @@ class Optimizer(torch.optim.Optimizer):
         max_grad_norm: clip the gradients to this global L2 norm (over all groups) inside the step. FSDP1's flat shards
             do not show it: an error.
         reset_grad: zero the gradients in the step's own pass, skipped steps included.
-        backend: "auto", "cpu" or "reference"; "auto" follows ``$DEEPFAST_BACKEND``.
+        backend: "auto", "cpu", "cuda", "triton" or "reference" (plain torch, slow); "auto" follows
+            ``$DEEPFAST_BACKEND``.
         state_dtype, rounding: only "fp32" and "nearest" so far.
 
     Attributes:
@@ -61,43 +63,22 @@ class Optimizer(torch.optim.Optimizer):
     _check_finite: Any = Shared(False)  # see _scaled
     _statistics: Any = Shared(None)  # of this step's gradients, all of them, where the engine knows them already
     _found_inf: Any = Shared(None)  # what the last step decided
+    _leaves_gradients: Any = Shared(False)  # grad_scale or not: they are not written
     _has_stepped: Any = Shared(False)  # a step has seen what was handed over
     _measure_norm = False  # set by deepfast.Engine: fill grad_norm even where nothing clips
 
-    def __init__(
-        self,
-        params: Any,
-        defaults: dict[str, Any],
-        *,
-        master: str = "auto",
-        state_dtype: str = "fp32",
-        rounding: str = "nearest",
-        max_grad_norm: float | None = None,
-        reset_grad: bool = False,
-        backend: str = "auto",
-    ) -> None:
-        for name, value, known, later in (
-            ("master", master, ("auto", "fp32", "none"), ("split", "split8")),
-            ("state_dtype", state_dtype, ("fp32",), ("bf16", "param", "int8")),
-            ("rounding", rounding, ("nearest",), ("stochastic",)),
-        ):
-            if value not in known:
-                verdict = "is not built yet" if value in later else "is not known"
-                raise ValueError(f"deepfast: {name}={value!r} {verdict}: choose one of {', '.join(known)}")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"deepfast: max_grad_norm must be positive, got {max_grad_norm}")
+    master, max_grad_norm, reset_grad, backend = Option(), Option(), Option(), Option()
+
+    def __init__(self, params: Any, defaults: dict[str, Any], **options: Any) -> None:
+        defaults |= asked_for(params, options)
         self._shared: dict[str, Any] = {}
-        self.master = master
-        self.max_grad_norm = max_grad_norm
-        self.reset_grad = reset_grad
-        self.backend = ops.forced(backend)
-        self._marks: dict[Tensor, tuple[int, ...]] = {}  # of parameters with a master, when it was last right
         self._launches: list[Launch] = []
-        self._planned: tuple[Any, list[Tensor]] | None = None  # what the launches were made from
+        self._planned: tuple[Any, list[Tensor], list[Tensor]] | None = None  # what the launches were made from
         self._check(defaults)
         super().__init__(params, defaults)
         self.state = States()
-        if master == "none":
+        ALIVE.add(self)
+        if self.master == "none":
             lost.watch(self, "without master='none' they add up in an fp32 master")
 
     # What a subclass says of itself.
@@ -114,6 +95,11 @@ class Optimizer(torch.optim.Optimizer):
         """torch's names of the tensors that the rule keeps, in the kernels' order."""
         raise NotImplementedError
 
+    # What of a group is not a checkpoint's to say: how the step is done, and (of some) which rule the class is.
+    _not_loaded: tuple[str, ...] = ("foreach", "fused")
+    # The count of a state that has begun and has none.
+    _uncounted: float | None = None
+
     def _counts_steps(self, group: dict[str, Any]) -> bool:
         """Whether the rule needs to know how many steps a parameter has seen."""
         return True
@@ -127,22 +113,25 @@ class Optimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        """torch keeps only defaults, state and groups of an optimizer that is copied or pickled; we have options."""
-        options = {name: getattr(self, name) for name in _OPTIONS}
-        return {**super().__getstate__(), **options, "_marks": {}, "_launches": [], "_planned": None}
+        """torch keeps only defaults, state and groups of an optimizer that is copied or pickled."""
+        own = {"_measure_norm": self._measure_norm, "_launches": [], "_planned": None}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._shared = {}
         self.state = States(self.state)
+        ALIVE.add(self)
 
     # State.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        for name in _OPTIONS:
+        for name in NAMES:
             if name in param_group:
                 raise ValueError(f"deepfast: {name} is an option of the optimizer, not of a parameter group")
         super().add_param_group(param_group)
+        for name in NAMES:
+            param_group.pop(name, None)  # torch has put all of ``defaults`` there
         try:
             self._check(self.param_groups[-1])
             for shards in filter(None, map(Shards.of, self.param_groups[-1]["params"])):
@@ -154,18 +143,22 @@ class Optimizer(torch.optim.Optimizer):
             raise
 
     def init_state(self) -> None:
-        """Allocates the state of every parameter that has none yet, as its first step would, without stepping."""
-        self._init_state((p, group) for group in self.param_groups for p in group["params"])
+        """Allocates the state of every parameter that has none yet, as its first step would, without stepping.
+
+        Not of frozen ones, which have no step.
+        """
+        self._init_state((p, group) for group in self.param_groups for p in group["params"] if p.requires_grad)
 
     def _init_state(self, wanted: Iterable[tuple[Tensor, dict[str, Any]]]) -> None:
-        """What the given parameters' state lacks, one allocation per device, dtype and kind."""
+        """Allocates what the given parameters' state lacks."""
         missing: dict[Any, list[Tensor]] = defaultdict(list)
         for p, group in wanted:
             state = self.state.get(p, {})
             if not self._keeps_master(p):
                 state.pop("master", None)  # a model that was cast to fp32 is its own master
-            if "step" in state and not _is_count(state["step"], p.device):
-                state["step"] = torch.tensor(float(state["step"] or 0.0), dtype=torch.float32, device=p.device)
+            for name in (*self._moments(group), "master", "step"):
+                if (mended := _mended(name, state.get(name), p)) is not state.get(name):
+                    state[name] = mended
             for name, dtype, initial in self._absent(p, group):
                 missing[p.device, name, dtype, initial, _is_special(p) and name != "step"].append(p)
         if any(_capturing(device) for device, *_ in missing):
@@ -175,11 +168,10 @@ class Optimizer(torch.optim.Optimizer):
             )
         for (device, name, dtype, initial, alone), params in missing.items():
             like = [p.new_empty((), device="meta") if name == "step" else local(p).detach() for p in params]
-            views = [_zeros_like(t, dtype) for t in like] if alone else memory.zeros_like_each(like, dtype, device)[1]
+            views = [_zeros_like(t, dtype) for t in like] if alone else memory.zeros_like_each(like, dtype, device)
             for p, model, t in zip(params, like, views, strict=True):
                 if name == "master":
                     t.copy_(model)
-                    self._marks[p] = mark(p)
                 elif initial:
                     t.fill_(complex(initial, initial) if dtype.is_complex else initial)
                 shards = Shards.of(p) if alone else None
@@ -188,19 +180,23 @@ class Optimizer(torch.optim.Optimizer):
     def _absent(self, p: Tensor, group: dict[str, Any]) -> Iterator[tuple[str, torch.dtype, float]]:
         """What the state of ``p`` lacks: name, dtype, and the value it begins with."""
         state = self.state.get(p, {})
-        if self._keeps_master(p) and "master" not in state:
+        if self._keeps_master(p) and state.get("master") is None:
             yield "master", torch.float32, 0.0
         moments = [name for name in self._moments(group) if state.get(name) is None]
         for name in moments:
             yield name, _moment_dtype(p), self._initial(group)
         # Where no moment is left, the parameter begins anew.
-        if self._counts_steps(group) and ("step" not in state or len(moments) == len(self._moments(group))):
-            yield "step", torch.float32, 0.0
+        if self._counts_steps(group):
+            if len(moments) == len(self._moments(group)):
+                yield "step", _count_dtype(p), 0.0
+            elif state.get("step") is None:
+                yield "step", _count_dtype(p), float(self._steps_of(state, group))
 
     def _has_state(self, p: Tensor, group: dict[str, Any]) -> bool:
         state = self.state.get(p, {})
         whole = next(self._absent(p, group), None) is None and ("master" in state) == self._keeps_master(p)
-        return whole and ("step" not in state or _is_count(state["step"], p.device))
+        names = (*self._moments(group), "master", "step")
+        return whole and all(_mended(name, state.get(name), p) is state.get(name) for name in names)
 
     def _keeps_master(self, p: Tensor) -> bool:
         return p.dtype in HALF and self.master != "none"
@@ -209,26 +205,29 @@ class Optimizer(torch.optim.Optimizer):
     def refresh_master(self) -> None:
         """Takes over parameters that were written from outside.
 
-        In-place writes (``model.load_state_dict``, ``p.clamp_()``) are noticed at the next step by themselves; those
-        past autograd's eyes (``p.data``) are not.
+        The next step does so by itself, of those that were written in place (``model.load_state_dict``, ``p.clamp_()``)
+        or given other memory; what was written past autograd's eyes (``p.data``) it does not see.
         """
         for p in self._params():
             state = self.state.get(p, {})
             if "master" in state:
                 master, weight = local(state["master"]), local(p)
-                # Only where they differ: what the master knows beyond 16 bits stays.
-                master.copy_(torch.where(reference.round_master(master, p.dtype) == weight, master, weight.float()))
-                self._marks[p] = mark(p)
+                reference.refresh(master, weight)
 
     def _params(self) -> Iterator[Tensor]:
         return itertools.chain.from_iterable(group["params"] for group in self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's keys, and ``master``; a copy of the dictionaries, the tensors themselves."""
-        result = super().state_dict()
-        entries = result["state"].items()
-        result["state"] = {k: dict(v) if isinstance(v, ParameterState) else v for k, v in entries}
-        return result
+
+        def unwatch(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            state_dict["state"] = {k: dict(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
+
+        first = self.register_state_dict_post_hook(unwatch, prepend=True)  # the user's may make anything of it
+        try:
+            return super().state_dict()
+        finally:
+            first.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads our state_dict or torch's, in place and without loss.
@@ -236,12 +235,12 @@ class Optimizer(torch.optim.Optimizer):
         Moments stay fp32 whatever the parameter's dtype (torch would cast them to it), and where a master is missing
         the parameter is taken. Raises ValueError where groups or states do not fit.
         """
-        own, groups = self.state, list(self.param_groups)
+        own, groups = self.state, self.param_groups
         given: dict[str, Any] = {}
 
         def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             given.update(self._checked(state_dict))  # as the user's own hooks left it
-            return given
+            return {**given, "state": {}}  # torch would copy each tensor, and cast it to its parameter's dtype
 
         def restore(_: torch.optim.Optimizer) -> None:
             for kept, loaded in zip(groups, self.param_groups, strict=True):
@@ -258,17 +257,17 @@ class Optimizer(torch.optim.Optimizer):
             after.remove()
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """``state_dict`` with our options where its groups have none; raises before anything has changed."""
-        if len(state_dict["param_groups"]) != len(self.param_groups):
+        """``state_dict`` with its groups as they shall be here; raises before anything has changed."""
+        saved_groups = state_dict["param_groups"]
+        if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in self.param_groups]:
             return state_dict  # torch's own error is clear
-        groups = [
-            {**{k: v for k, v in own.items() if k != "params"}, **saved}
-            for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
-        ]
-        for group, own in zip(groups, self.param_groups, strict=True):
-            _check_flags(group)
-            for name, p in zip(group["params"], own["params"], strict=False):
-                self._check_state(state_dict["state"].get(name), p, group)
+        groups = []
+        for own, saved in zip(self.param_groups, saved_groups, strict=True):
+            ours = {k: v for k, v in own.items() if k != "params"}
+            groups.append({**ours, **saved, **{k: ours[k] for k in self._not_loaded if k in ours}})
+            _check_flags(groups[-1])
+            for name, p in zip(saved["params"], own["params"], strict=True):
+                self._check_state(state_dict["state"].get(name), p, groups[-1])
         return {**state_dict, "param_groups": groups}
 
     def _check_state(self, values: dict[str, Any] | None, p: Tensor, group: dict[str, Any]) -> None:
@@ -283,10 +282,22 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"deepfast: the loaded {name!r} has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}"
                 )
+        if values is not None and _begun(values) and self._counts_steps(group):
+            self._steps_of(values, group)
         for name, shape in (("master", p.shape), ("step", torch.Size())):
             value = (values or {}).get(name)
             if isinstance(value, Tensor) and value.shape != shape and (value.numel() != 1 or name == "master"):
                 raise ValueError(f"deepfast: the loaded {name!r} has shape {tuple(value.shape)}, not {tuple(shape)}")
+
+    def _steps_of(self, values: dict[str, Any], group: dict[str, Any]) -> Any:
+        """How many steps the moments in ``values`` have seen. (apex, and its like, count in the group.)"""
+        for count in (values.get("step"), group.get("step"), self._uncounted):
+            if count is not None:
+                return count
+        raise ValueError(
+            f"deepfast: a state of {type(self).__name__} has {', '.join(values)} but no 'step', nor has its group: put "
+            "there how many steps it has seen"
+        )
 
     @torch.no_grad()
     def _take_state(self, given: dict[str, Any]) -> None:
@@ -294,6 +305,9 @@ class Optimizer(torch.optim.Optimizer):
         params = [(p, group) for group in self.param_groups for p in group["params"]]
         saved = {p: given["state"].get(name) for name, (p, _) in zip(names, params, strict=True)}
         saved = {p: dict(values) for p, values in saved.items() if _begun(values)}
+        for p, group in params:
+            if p in saved and self._counts_steps(group):
+                saved[p]["step"] = torch.as_tensor(self._steps_of(saved[p], group)).reshape(())
         for p, _ in params:
             if p not in saved:
                 self.state.pop(p, None)
@@ -301,14 +315,11 @@ class Optimizer(torch.optim.Optimizer):
         others = given["state"].keys() - set(names)  # what somebody keeps beside the parameters' states
         self.state.update((key, given["state"][key]) for key in others)
         for p, values in saved.items():
-            if "step" in self.state[p]:
-                values.setdefault("step", 1.0)  # torch's SGD does not count, but what it has kept has begun
             # A master that is missing, or that a torch optimizer has carried along and cast to 16 bits: it knows
             # nothing of that one's steps. The parameter does.
             master = values.pop("master", None)
             if "master" in self.state[p]:
                 copy_into(self.state[p]["master"], p if master is None or master.dtype != torch.float32 else master)
-                self._marks[p] = mark(p)
             for key, value in values.items():
                 kept = self.state[p].get(key)
                 if isinstance(kept, Tensor):
@@ -330,7 +341,9 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: after a block without a step.
         """
-        shared, given = self._shared, {"grad_scale": grad_scale, "found_inf": found_inf, "_check_finite": check_finite}
+        shared = self._shared
+        given = {"grad_scale": grad_scale, "found_inf": found_inf, "_check_finite": check_finite}
+        given["_leaves_gradients"] = True
         outer = {name: shared[name] for name in given if name in shared}
         shared.update(given, _has_stepped=False)
         try:
@@ -381,10 +394,28 @@ class Optimizer(torch.optim.Optimizer):
         records = self._decide(launches)
         for launch in launches:
             launch.step(*self._hyper_table(launch.device), records[launch.device])
-        # A plan holds on to the parameters, which keeps torch from exchanging them where it has been told to.
-        if self._planned is None or torch.__future__.get_swap_module_params_on_conversion():
+        for launch in launches if len(launches) > 1 else ():
+            launch.settle()  # the others may have written to views of the same memory
+        if self._planned is None:
             self._forget_plan()
         return loss
+
+    @torch.compiler.disable
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        # Whoever has put other parameters into the groups wants the memory of the old ones back.
+        if self._planned is not None:
+            with _Identity():
+                same = self._planned[1] == list(self._params())
+            if not same:
+                self._forget_plan()
+
+    def _afterwards(self) -> int:
+        """What becomes of the gradients. torch's fused steps leave them unscaled where ``grad_scale`` is set."""
+        if self.reset_grad:
+            return reference.RESET
+        scaled = getattr(self, "grad_scale", None) is not None and not self._leaves_gradients
+        return reference.WRITTEN if scaled else reference.KEPT
 
     def _check_capture(self, device: torch.device) -> None:
         """A graph replays the numbers of its capture; those that change must be tensors, and those are read anew."""
@@ -403,64 +434,58 @@ class Optimizer(torch.optim.Optimizer):
         """The launches of this step; what does not change from step to step is looked at once."""
         params = list(self._params())
         if self._planned is not None:
-            seen, known = self._planned
+            seen, known, loose = self._planned
             with _Identity():
-                same = known == params
-            if not (same and seen == self._seen() and self._found_gradients()):
+                same = known == params and seen == self._seen(loose)
+            if not (same and self._found_gradients()):
                 self._forget_plan()
         if self._planned is None:
             self._plan()
             if not self._found_gradients():
                 raise RuntimeError("deepfast: the parameters changed while the step looked at them")
-            # The kernels' plans keep no state alive; the reference's do, and an unwatched state may change unseen.
-            watched = isinstance(self.state, States) and self.state.watched()
-            if watched and all(launch.backend is not reference for launch in self._launches):
-                self._planned = self._seen(), params
+            if not any(launch.passing for launch in self._launches):
+                loose = unwatched(self.state, params)
+                self._planned = self._seen(loose), params, loose
         # A rank without gradients of its own still takes part in the sums over the ranks.
         return [launch for launch in self._launches if launch.gradients or launch.shards]
 
-    def _seen(self) -> Any:
-        """All that a plan depends on, but for the parameters."""
-        groups = [
-            (self._rule(group), self._moments(group), group.get("fused") is False, len(group["params"]))
-            for group in self.param_groups
-        ]
-        return groups, self.master, self.backend, changes(), id(self.state)
+    def _seen(self, loose: list[Tensor]) -> Any:
+        """All that a plan depends on, but for the parameters. loose: those with state that nobody watches."""
+        groups = [(self._rule(group), self._moments(group), len(group["params"])) for group in self.param_groups]
+        return groups, self.master, self.backend, id(self.state), look(self.state, loose)
 
     def _forget_plan(self) -> None:
-        for launch in self._launches:
-            self._marks.update(launch.marks())
         self._launches, self._planned = [], None
 
     def _found_gradients(self) -> bool:
         """False: some launch's plan is stale. All are asked: another rank may be waiting for this one."""
-        found = [launch.gather(self.reset_grad) for launch in self._launches]
+        after = self._afterwards()
+        found = [launch.gather(after) for launch in self._launches]
+        if all(found) and after != reference.KEPT and len(self._launches) > 1:
+            reference.check_distinct([r for launch in self._launches for r in launch.gradient_memory()])
         return all(found)
 
     def _plan(self) -> None:
         """Deals the parameters out to launches, and makes their state where it is missing."""
         launches: dict[Any, Launch] = {}
-        fresh, written, seen = [], False, set()
+        fresh, seen, layers = [], set(), memory.layers(map(local, self._params()))
         for index, group in enumerate(self.param_groups):
-            rule, backend = self._rule(group), "reference" if group.get("fused") is False else self.backend
+            rule, backend = self._rule(group), self.backend
             for p in group["params"]:
                 if id(p) in seen:
                     raise RuntimeError(f"deepfast: a parameter of shape {tuple(p.shape)} is in the groups twice")
                 seen.add(id(p))
                 grad = p.grad
-                launch = self._launch_of(launches, p, grad, rule, backend, Shards.of(p), group)
+                layer = layers.get(id(local(p)))
+                launch = self._launch_of(launches, p, grad, rule, backend, Shards.of(p), group, layer)
                 if not self._has_state(p, group):
                     if grad is None:
                         launch.waiting.append(p)
                         continue
                     fresh.append((p, group))
-                elif "master" in self.state.get(p, ()) and self._marks.get(p) != mark(p):
-                    written = True  # from outside, since the master was last right
                 launch.params.append(p)
                 launch.groups.append(index)
         self._init_state(fresh)
-        if written:
-            self.refresh_master()
         self._launches = list(launches.values())
         for launch in self._launches:
             launch.build(self.state)
@@ -474,8 +499,9 @@ class Optimizer(torch.optim.Optimizer):
         backend_name: str,
         shards: Shards | None,
         group: dict[str, Any],
+        layer: int | None,
     ) -> Launch:
-        dtype = p.dtype
+        dtype, usual = p.dtype, backend_name
         if grad is not None:
             if grad.layout != torch.strided:
                 raise RuntimeError(
@@ -485,12 +511,19 @@ class Optimizer(torch.optim.Optimizer):
             dtype = grad.dtype
             if grad.is_neg() or _is_wrapper(local(grad)):  # a lazy view, whose memory holds the opposite
                 backend_name = "reference"
+            if p.is_meta and group.get("fused"):
+                raise RuntimeError(
+                    "`fused=True` requires all the params to be floating point Tensors of supported devices, "
+                    f"but a parameter of shape {tuple(p.shape)} lies on {p.device}: give it memory (to_empty) first"
+                )
         if _is_wrapper(local(p)):
-            backend_name = "reference"
+            backend_name = usual = "reference"
         backend = ops.select(backend_name, p.device, p.dtype, dtype)
-        key = (id(backend), p.device, rule, shards)
+        key = (id(backend), p.device, rule, shards, layer)  # what lies in one place is stepped one after the other
         if key not in launches:
             launches[key] = Launch(backend, p.device, rule, self._moments(group), self._counts_steps(group), shards)
+            launches[key].overlaps = layer is not None
+        launches[key].passing |= backend is reference and ops.select(usual, p.device, p.dtype) is not reference
         return launches[key]
 
     def _decide(self, launches: Sequence[Launch]) -> dict[torch.device, Tensor]:
@@ -543,11 +576,12 @@ def _as_they_are(device: torch.device) -> Tensor:
     """The record of a step that neither scales nor clips nor skips."""
     # Another stream would not wait until it is filled.
     key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    record = _RECORDS.get(key)
+    real = _get_current_dispatch_mode() is None  # else the record may be fake, or fake parameters take no real one
+    record = _RECORDS.get(key) if real else None
     if record is None:
         record = torch.zeros(3, dtype=torch.float32, device=device)
         record[:1].fill_(1.0)
-        if not _capturing(device):  # else it is filled when the graph runs
+        if real and not _capturing(device):  # else it is filled when the graph runs
             _RECORDS[key] = record
     return record
 
@@ -607,12 +641,28 @@ def _is_read_on(device: torch.device, lr: Tensor) -> bool:
     return lr.device == device and lr.dtype in (torch.float32, torch.float64)
 
 
-def _is_count(step: Any, device: torch.device) -> bool:
-    return isinstance(step, Tensor) and step.dtype == torch.float32 and step.numel() == 1 and step.device == device
+def _is_count(step: Any, p: Tensor) -> bool:
+    known = (torch.float32,) if p.dtype in ops.KERNEL_DTYPES else (torch.float32, torch.float64)
+    return isinstance(step, Tensor) and step.dtype in known and step.numel() == 1 and step.device == p.device
+
+
+def _mended(name: str, value: Any, p: Tensor) -> Any:
+    """A value of the state of ``p``, itself if ``p`` can use it; None if there is none."""
+    if value is None or (isinstance(value, Tensor) and value.is_meta and not p.is_meta):  # ``p`` has got memory since
+        return None
+    if name == "step":
+        return value if _is_count(value, p) else torch.tensor(float(value), dtype=_count_dtype(p), device=p.device)
+    return value if _is_special(p) or _capturing(p.device) else memory.in_order_of(value, p)
+
+
+def _count_dtype(p: Tensor) -> torch.dtype:
+    """torch's choice where no kernel reads it; the kernels', and torch's fused ones, are fp32."""
+    wide = p.dtype not in ops.KERNEL_DTYPES and torch.get_default_dtype() == torch.float64
+    return torch.float64 if wide else torch.float32
 
 
 def _zeros_like(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(t, dtype=dtype) if _is_wrapper(t) else memory.zeros_like_each([t], dtype, t.device)[1][0]
+    return torch.zeros_like(t, dtype=dtype) if _is_wrapper(t) else memory.zeros_like_each([t], dtype, t.device)[0]
 
 
 def _moment_dtype(p: Tensor) -> torch.dtype:

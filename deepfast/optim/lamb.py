@@ -23,8 +23,7 @@ class LAMB(Optimizer):
         weight_decay: added to the direction, before its norm is taken.
         phi: bounds of the paper's φ: a parameter's norm is taken as at least the first and at most the second.
         maximize: go uphill.
-        foreach, capturable: accepted for compatibility; the step is always two fused passes.
-        fused: False runs the plain-torch reference.
+        foreach, fused, capturable: accepted for compatibility; the step is always two fused passes.
         differentiable: must be False.
         **options: see :class:`deepfast.optim.Optimizer`.
 

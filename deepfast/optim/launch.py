@@ -9,16 +9,9 @@ import torch
 from torch import Tensor
 
 from deepfast import reference
-from deepfast.optim.shards import Shards, is_flat_shard, is_sharded, local, refuse_flat_shards
+from deepfast.optim.shards import Shards, is_flat_shard, local, refuse_flat_shards
 
 STALE = reference.Plan.STALE
-
-
-def mark(p: Tensor) -> tuple[int, ...]:
-    """Changes when somebody writes to ``p``, or gives it other memory."""
-    own = reference.mark(local(p))
-    # A DTensor counts for itself: what is written through it does not show in its shard's counter.
-    return (p._version, *own) if is_sharded(p) else own
 
 
 @dataclasses.dataclass
@@ -38,7 +31,10 @@ class Launch:
     groups: list[int] = dataclasses.field(default_factory=list)
     waiting: list[Tensor] = dataclasses.field(default_factory=list)  # neither state nor gradient so far
     gradients: int = 0  # found for this step
+    overlaps: bool = False  # some parameters lie where others of another launch do
+    _after: int = reference.KEPT
     flat: bool = False  # FSDP1's: what is asked of all ranks' gradients has no answer here
+    passing: bool = False  # in the reference because of a gradient: the next one may be the kernels' again
     _copied: list[Tensor] = dataclasses.field(default_factory=list)  # gradients that lie differently
 
     def build(self, state: Any) -> None:
@@ -52,31 +48,35 @@ class Launch:
             [local(s.get("master", empty)) for s in states],
             [local(s[name]) for name in self.moments for s in states],
             [s["step"] for s in states] if self.counts_steps else [],
-            torch.tensor(self.groups, dtype=torch.int32, device="cpu"),
+            # (Of a fake tensor the reference could not read them.)
+            self.groups if self.backend is reference else torch.tensor(self.groups, dtype=torch.int32, device="cpu"),
         )
         self.flat = any(map(is_flat_shard, self.params))
         if self.flat and self._plan.needs_norms():
             refuse_flat_shards("layer")
 
-    def gather(self, reset_grad: bool) -> bool:
-        """Finds the gradients of this step. False: the plan is stale."""
+    def gather(self, after: int) -> bool:
+        """Finds the gradients of this step. False: the plan is stale. after: what becomes of them."""
         if any(p.grad is not None for p in self.waiting):
             self.gradients = STALE
         elif self.shards is None:
-            self.gradients = self._plan.gather([], reset_grad)
+            self.gradients = self._plan.gather([], after)
         else:
-            self.gradients = self._gather_shards(self.shards, reset_grad)
+            self.gradients = self._gather_shards(self.shards, after)
         return self.gradients != STALE
 
-    def _gather_shards(self, shards: Shards, reset_grad: bool) -> int:
-        if self._versions != [p._version for p in self.params]:
-            return STALE
+    def _gather_shards(self, shards: Shards, after: int) -> int:
         if any(now is not then for now, then in zip(map(local, self.params), self._locals, strict=True)):
             return STALE
         own = [p.grad for p in self.params]
         grads = [None if grad is None else shards.local_grad(grad) for grad in own]
-        self._copied = [g for g in own if g is not None and not shards.fit(g)] if reset_grad else []
-        return self._plan.gather(grads, reset_grad) if grads else 0
+        written = after != reference.KEPT
+        self._copied = [g for g in own if g is not None and not shards.fit(g)] if written else []
+        self._after = after
+        found = self._plan.gather(grads, after) if grads else 0
+        if found > 0 and self._versions != [p._version for p in self.params]:
+            self._plan.refresh()  # a DTensor counts for itself: what is written through it is not its shard's count
+        return found
 
     def statistics(self) -> Tensor:
         """fp64 [2]: sum of squares and number of non-finite elements, over all ranks."""
@@ -90,6 +90,8 @@ class Launch:
         self._plan.decide(record, grad_scale, found_inf, max_norm, check)
 
     def step(self, hyper: Tensor, lrs: list[Tensor | None], record: Tensor) -> None:
+        if self.overlaps:
+            self._plan.refresh()
         norms = self._plan.norms(hyper, lrs, record) if self._plan.needs_norms() else None
         if norms is not None and self.shards is not None:
             self.shards.sum_(norms)
@@ -97,13 +99,15 @@ class Launch:
         if self.shards is not None:
             torch.autograd.graph.increment_version([p for p in self.params if p.grad is not None])
             for grad in self._copied:
-                grad.zero_()
-            self._versions = [p._version for p in self.params]
+                reference.leave(grad, record, self._after)
+            self.settle()
 
-    def marks(self) -> dict[Tensor, tuple[int, ...]]:
-        """Of each parameter, after its last step."""
-        flat = self._plan.marks()
-        own: list[tuple[int, ...]] = list(zip(flat[::2], flat[1::2], strict=True))
-        if self.shards is not None:
-            own = [(version, *rest) for version, rest in zip(self._versions, own, strict=True)]
-        return dict(zip(self.params, own, strict=True))
+    def settle(self) -> None:
+        """What has been written so far is known; see the plans."""
+        self._plan.settle()
+        self._versions = [p._version for p in self.params] if self.shards else []
+
+    def gradient_memory(self) -> list[reference.Range]:
+        """Where each gradient of this step begins and ends."""
+        flat = iter(self._plan.gradient_memory())
+        return list(zip(flat, flat, strict=True))

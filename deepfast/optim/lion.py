@@ -20,8 +20,7 @@ class Lion(Optimizer):
         betas: weights of the past in the step (first) and in the average that is kept (second).
         weight_decay: decoupled: p -= lr · weight_decay · p.
         maximize: go uphill.
-        foreach, capturable: accepted for compatibility; the step is always one fused pass.
-        fused: False runs the plain-torch reference.
+        foreach, fused, capturable: accepted for compatibility; the step is always one fused pass.
         differentiable: must be False.
         **options: see :class:`deepfast.optim.Optimizer`.
 

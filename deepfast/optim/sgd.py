@@ -17,8 +17,7 @@ class SGD(Optimizer):
         params: parameters or parameter groups, any floating dtype; groups may override every option below up to
             ``maximize``.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch. lr may be a one-element tensor.
-        foreach: accepted for compatibility; the step is always one fused pass.
-        fused: False runs the plain-torch reference.
+        foreach, fused: accepted for compatibility; the step is always one fused pass.
         differentiable: must be False.
         **options: see :class:`deepfast.optim.Optimizer`.
 
@@ -29,6 +28,8 @@ class SGD(Optimizer):
     Raises:
         ValueError: for a hyperparameter out of range.
     """
+
+    _uncounted = 1.0  # torch's does not count, but what it has kept has begun
 
     def __init__(
         self,

@@ -1,0 +1,85 @@
+"""Options beyond torch's: of an optimizer, not of its groups.
+
+Frameworks make an optimizer anew in two ways, ``type(o)(o.param_groups)`` and ``type(o)(params, **o.defaults)``, and no
+option may be lost on either. So ``defaults`` has those that are not the usual ones: where none is asked for it is
+torch's to the key. The groups have none, so that nothing stands in a state_dict that torch does not know, nor where
+changing it would have no effect; whose they are is found out. (Dictionaries of a class of our own could say so
+themselves, but a group is the very dictionary that the user has given, and torch.compile takes plain ones only.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from typing import Any
+
+from deepfast import ops
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The usual ones; ValueError for those that make no sense. :class:`deepfast.optim.Optimizer` describes them."""
+
+    master: str = "auto"
+    state_dtype: str = "fp32"
+    rounding: str = "nearest"
+    max_grad_norm: float | None = None
+    reset_grad: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, value, known, later in (
+            ("master", self.master, ("auto", "fp32", "none"), ("split", "split8")),
+            ("state_dtype", self.state_dtype, ("fp32",), ("bf16", "param", "int8")),
+            ("rounding", self.rounding, ("nearest",), ("stochastic",)),
+        ):
+            if value not in known:
+                verdict = "is not built yet" if value in later else "is not known"
+                raise ValueError(f"deepfast: {name}={value!r} {verdict}: choose one of {', '.join(known)}")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"deepfast: max_grad_norm must be positive, got {self.max_grad_norm}")
+        ops.forced(self.backend)
+
+
+NAMES = tuple(field.name for field in dataclasses.fields(Options))
+
+
+ALIVE: weakref.WeakSet[Any] = weakref.WeakSet()
+"""All optimizers."""
+
+
+def asked_for(params: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """``given`` and, where ``params`` are the groups of another optimizer, what was asked of that one."""
+    unknown = given.keys() - set(NAMES)
+    if unknown:
+        raise TypeError(f"deepfast: unknown option {min(unknown)!r}: there are {', '.join(NAMES)}")
+    options = vars(Options(**{**_inherited(params), **given}))
+    return {name: value for name, value in options.items() if value != getattr(Options, name)}
+
+
+def _inherited(params: Any) -> dict[str, Any]:
+    first = params[0] if isinstance(params, (list, tuple)) and params else None
+    if not isinstance(first, dict) or "lr" not in first:
+        return {}
+    for optimizer in ALIVE:
+        if any(first is group for group in optimizer.param_groups):
+            return {k: v for k, v in optimizer.defaults.items() if k in NAMES}
+    return {}
+
+
+class Option:
+    """One of them as an attribute of the optimizer. It may be set, too."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: Any, owner: type) -> Any:
+        value = getattr(Options, self._name)
+        if optimizer is not None:
+            value = optimizer.defaults.get(self._name, value)
+        return ops.forced(value) if self._name == "backend" else value
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        optimizer.defaults[self._name] = value
+        if value == getattr(Options, self._name):
+            del optimizer.defaults[self._name]

@@ -1,0 +1,49 @@
+"""Masters that take over what somebody else has written to their 16-bit weights."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .codec import decode, encode, load, pointer
+from .step import WARPS
+from .table import COLUMNS, DTYPES, FIRST, MASTER, NUMEL, PARAM, STEP_BLOCK, Table, launch
+
+BLOCK = tl.constexpr(STEP_BLOCK)
+
+
+@triton.jit
+def take_over(row, i, mask, PARAM_TYPE: tl.constexpr, PACK: tl.constexpr):
+    """The elements i of a span, where mask says so (None: all)."""
+    now = load(pointer(tl.load(row + PARAM), PARAM_TYPE, PACK) + i, mask, PARAM_TYPE)
+    master_at = pointer(tl.load(row + MASTER), tl.float32, PACK) + i
+    master = load(master_at, mask, tl.float32)
+    then = decode(encode(master, PARAM_TYPE, True), PARAM_TYPE)
+    tl.store(master_at, tl.where(then == now, master, now), mask)
+
+
+@triton.jit(do_not_specialize=["first"])
+def refresh_kernel(
+    rows,  # int64 [spans, COLUMNS]
+    owners,  # int32 [blocks]
+    first,  # the launch's first block
+    PARAM_TYPE: tl.constexpr,
+    PACK: tl.constexpr,
+):
+    """One program a block of BLOCK elements. Only a span's last block is masked."""
+    block = first + tl.program_id(0)
+    row = rows + tl.load(owners + block) * COLUMNS
+    begin = (block - tl.load(row + FIRST)) * BLOCK
+    numel = tl.load(row + NUMEL)
+    i = begin + tl.arange(0, BLOCK)
+    if begin + BLOCK <= numel:
+        take_over(row, i, None, PARAM_TYPE, PACK)
+    else:
+        take_over(row, i, i < numel, PARAM_TYPE, PACK)
+
+
+def refresh(table: Table) -> None:
+    """Where a master rounds to another weight, it becomes the weight. The rest knows more than 16 bits, and stays."""
+    for kind, first, blocks, _, _ in table.launches:
+        launch(refresh_kernel, blocks, table.device, table.rows, table.owners, first, DTYPES[kind.param], kind.pack,
+               num_warps=WARPS)  # fmt: skip
