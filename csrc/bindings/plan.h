@@ -50,7 +50,10 @@ class Plan : public torch::CustomClassHolder {
       entry.dtype = dtype_of(params[i], "a parameter");
       entry.group = groups.const_data_ptr<int32_t>()[i];
       entry.place = place(*entry.param);
-      if (masters[i].numel() > 0) entry.state[kMaster] = masters[i].getIntrusivePtr();
+      if (masters[i].numel() > 0) {
+        entry.state[kMaster] = masters[i].getIntrusivePtr();
+        masters_ = true;
+      }
       if (info_.counts_steps) entry.state[kStep] = steps[i].getIntrusivePtr();
       for (int k = 0; k < info_.moments; ++k) entry.state[kMoment + k] = moments[k * count + i].getIntrusivePtr();
     }
@@ -150,6 +153,7 @@ class Plan : public torch::CustomClassHolder {
   // What has been written to the parameters so far is known to their masters. `step` does this by itself; where other
   // steps follow it, of views of the same memory, they have written, too: autograd counts for all of them together.
   void settle() {
+    if (!masters_) return;
     const int64_t count = entries_.size();
 #pragma omp parallel for if (count > kManyTensors)
     for (int64_t i = 0; i < count; ++i) {
@@ -379,6 +383,7 @@ class Plan : public torch::CustomClassHolder {
 
   int rule_;
   RuleInfo info_;
+  bool masters_ = false;  // whether there are any
   std::vector<Entry> entries_;
   at::Device device_;
   Backend backend_;

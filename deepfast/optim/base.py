@@ -412,9 +412,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def _afterwards(self) -> int:
         """What becomes of the gradients. torch's fused steps leave them unscaled where ``grad_scale`` is set."""
-        if self.reset_grad:
+        if self.defaults.get("reset_grad"):  # (Looked up where they lie: this is done at each step.)
             return reference.RESET
-        scaled = getattr(self, "grad_scale", None) is not None and not self._leaves_gradients
+        scaled = self._shared.get("grad_scale") is not None and not self._shared.get("_leaves_gradients")
         return reference.WRITTEN if scaled else reference.KEPT
 
     def _check_capture(self, device: torch.device) -> None:
@@ -452,7 +452,8 @@ class Optimizer(torch.optim.Optimizer):
     def _seen(self, loose: list[Tensor]) -> Any:
         """All that a plan depends on, but for the parameters. loose: those with state that nobody watches."""
         groups = [(self._rule(group), self._moments(group), len(group["params"])) for group in self.param_groups]
-        return groups, self.master, self.backend, id(self.state), look(self.state, loose)
+        options = self.defaults.get("master"), self.defaults.get("backend")
+        return groups, options, id(self.state), look(self.state, loose)
 
     def _forget_plan(self) -> None:
         self._launches, self._planned = [], None
@@ -528,16 +529,18 @@ class Optimizer(torch.optim.Optimizer):
 
     def _decide(self, launches: Sequence[Launch]) -> dict[torch.device, Tensor]:
         """Whether to skip, and what to multiply gradients by: a record for each device."""
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        handed, max_norm = self._shared, self.defaults.get("max_grad_norm")
+        grad_scale, found_inf = handed.get("grad_scale"), handed.get("found_inf")
+        check = handed.get("_check_finite", False)
         home = launches[0].device
         statistics = None
-        asked = self.max_grad_norm is not None or self._check_finite or self._measure_norm
+        asked = max_norm is not None or check or self._measure_norm
         if not asked and grad_scale is None and found_inf is None:
             return {launch.device: _as_they_are(launch.device) for launch in launches}
         if asked and any(launch.flat for launch in launches):
-            refuse_flat_shards("overflow" if self._check_finite else "norm")
+            refuse_flat_shards("overflow" if check else "norm")
         record = torch.empty(3, dtype=torch.float32, device=home)
-        question = _on(grad_scale, home), _on(found_inf, home), self.max_grad_norm or 0.0, self._check_finite
+        question = _on(grad_scale, home), _on(found_inf, home), max_norm or 0.0, check
         if asked and self._statistics is None and len(launches) == 1 and launches[0].shards is None:
             launches[0].decide(record, *question)
         else:
