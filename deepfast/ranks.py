@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Before there is a group: this one keeps, as default arguments, the group that it finds when it is imported, for good.
+import torch.distributed.nn.functional
 
 from deepfast.errors import UserError
 
@@ -38,4 +42,12 @@ def init_distributed(*_args: Any, **_options: Any) -> torch.device:
         torch.cuda.set_device(device)
     if world is not None and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cpu":
+            atexit.register(_leave)
     return device
+
+
+def _leave() -> None:
+    """Ends gloo's threads: one that lets go of a tensor, some time after its sum, aborts a Python that is ending."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

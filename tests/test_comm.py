@@ -45,7 +45,7 @@ def test_without_a_process_group():
 
 
 ENGINE = """
-import logging, os, torch, torch.distributed as dist, deepfast
+import logging, torch, torch.distributed as dist, deepfast
 logging.basicConfig()
 net = torch.nn.Linear(4, 2, bias=False)
 torch.nn.init.ones_(net.weight)
@@ -54,10 +54,32 @@ engine, *_ = deepfast.initialize(model=net, config=config)
 engine.backward(engine(torch.full((1, 4), dist.get_rank() + 1.0)).sum())
 engine.step()
 assert (net.weight == 1.0 - 1.5).all(), net.weight
-# A thread of torch's gloo lets go of the last tensor some time after its sum has ended. If Python is ending just then,
-# the process aborts (seen 1 in 10 times on a loaded machine, torch 2.13; destroying the group changes nothing).
-os._exit(0)
 """
+
+
+GOODBYE = """
+import atexit, os
+def tell():
+    names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+    print(dist.is_initialized(), sum("gloo_runloop" in name for name in names) > 0)
+atexit.register(tell)  # before the others, so it is called after them
+import torch, torch.distributed as dist, deepfast
+%s
+p = torch.nn.Parameter(torch.ones(3))
+optimizer = deepfast.SGD([p], lr=1.0)  # imports more of torch
+deepfast.init_distributed()
+dist.all_reduce(torch.ones(3))
+"""
+
+
+@pytest.mark.parametrize(
+    ("begin", "left"), [("deepfast.init_distributed()", False), ("dist.init_process_group('gloo')", True)]
+)
+def test_a_process_group_is_ended_by_whoever_began_it(begin, left):
+    """Before Python ends: it is aborted by a thread of gloo that lets go of a tensor then."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = python(GOODBYE % begin, env=alone)
+    assert (done.returncode, done.stdout) == (0, f"{left} {left}\n"), done.stderr
 
 
 @pytest.mark.parametrize("compiled", [True, False])
