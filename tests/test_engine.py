@@ -37,7 +37,7 @@ def batches(count, size=2):
 def train(e, data, weights=None) -> list[float]:
     losses = []
     for i, (x, y) in enumerate(data):
-        loss = nn.functional.mse_loss(e(x), y)
+        loss = nn.functional.mse_loss(e(x).to(y.dtype), y)  # before torch 2.12 this mean takes no two dtypes
         e.backward(loss, *([] if weights is None else [weights[i]]))
         e.step()
         losses.append(loss.item())

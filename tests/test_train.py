@@ -101,7 +101,7 @@ def test_what_a_run_leaves(place):
     done = train(place)
     assert done.returncode == 0, done.stderr
     output = place / "output"
-    assert all(a > b for a, b in zip(losses(place), losses(place)[3:], strict=False)), "it learns"
+    assert sum(losses(place)[-3:]) < sum(losses(place)[:3]), "it learns"
     assert "--- a sample ---" in done.stdout
     assert "tensorboard --logdir output/tensorboard" in done.stdout
     assert "output/loss.png" in done.stdout
@@ -337,7 +337,8 @@ def test_runs_that_diverge_or_overflow_end_well(place):
     assert rows[0]["loss_scale"] == 2**23
     skipped = sum(row["grad_norm"] is None for row in rows)
     assert rows[-1]["skipped"] == skipped
-    assert [row["lr"] for row in rows[: skipped + 1]] == [rows[0]["lr"]] * (skipped + 1), "the schedule waits"
+    pairs = list(itertools.pairwise(rows))
+    assert all((a["lr"] == b["lr"]) == (a["grad_norm"] is None) for a, b in pairs), "the schedule waits"
 
 
 def test_token_files_train_without_a_tokenizer(place):
