@@ -400,7 +400,7 @@ class Optimizer(torch.optim.Optimizer):
             self._forget_plan()
         return loss
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         # Whoever has put other parameters into the groups wants the memory of the old ones back.
