@@ -25,7 +25,12 @@ def local(t: Any) -> Tensor:
 
 def is_flat_shard(p: Any) -> bool:
     """Whether ``p`` is a part of what FSDP1 has flattened and cut: a plain tensor, whatever the other ranks hold."""
-    return getattr(p, "_fsdp_flattened", False) and not is_sharded(p) and dist.get_world_size() > 1
+    return (
+        getattr(p, "_fsdp_flattened", False)
+        and not is_sharded(p)
+        and dist.is_initialized()
+        and dist.get_world_size() > 1
+    )
 
 
 _OF_ALL_RANKS = {
