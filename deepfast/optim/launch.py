@@ -72,9 +72,10 @@ class Launch:
         grads = [None if grad is None else shards.local_grad(grad) for grad in own]
         written = after != reference.KEPT
         self._copied = [g for g in own if g is not None and not shards.fit(g)] if written else []
-        self._after = after
+        self._after, self._stepped = after, [g is not None for g in own]
         found = self._plan.gather(grads, after) if grads else 0
-        if found > 0 and self._versions != [p._version for p in self.params]:
+        seen = zip(self._stepped, self._versions, self.params, strict=True)
+        if found > 0 and any(stepped and version != p._version for stepped, version, p in seen):
             self._plan.refresh()  # a DTensor counts for itself: what is written through it is not its shard's count
         return found
 
@@ -105,7 +106,9 @@ class Launch:
     def settle(self) -> None:
         """What has been written so far is known; see the plans."""
         self._plan.settle()
-        self._versions = [p._version for p in self.params] if self.shards else []
+        if self.shards is not None:
+            seen = zip(self._stepped, self._versions, self.params, strict=True)
+            self._versions = [p._version if stepped else version for stepped, version, p in seen]
 
     def gradient_memory(self) -> list[reference.Range]:
         """Where each gradient of this step begins and ends."""
