@@ -14,6 +14,8 @@ constexpr uint32_t kSign = 0x80000000u;
 constexpr uint32_t kInfinity = 0x7f800000u;
 
 struct Fp16 {
+  static constexpr float kLargest = 65504.0f;
+
   static DF_INLINE float decode(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
     if (magnitude >= 0x7c00u) {  // inf, NaN (made quiet, as the hardware does)
@@ -35,16 +37,12 @@ struct Fp16 {
     return static_cast<uint16_t>(sign | ((magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
   }
 
-  static DF_INLINE float saturate(float x) {
-    const uint32_t magnitude = to_bits(x) & ~kSign;
-    const bool over = magnitude > 0x477fe000u && magnitude < kInfinity;  // 65504 < |x| < inf
-    return over ? from_bits((to_bits(x) & kSign) | 0x477fe000u) : x;
-  }
-
-  static DF_INLINE uint16_t from_master(float x) { return nearest_even(saturate(x)); }
+  static DF_INLINE uint16_t from_master(float x) { return nearest_even(cut(x, kLargest)); }
 };
 
 struct Bf16 {
+  static constexpr float kLargest = 0x1.fep127f;
+
   static DF_INLINE float decode(uint16_t h) { return from_bits(static_cast<uint32_t>(h) << 16); }
 
   static DF_INLINE uint16_t nearest_even(float x) {
@@ -54,12 +52,8 @@ struct Bf16 {
   }
 
   static DF_INLINE uint16_t from_master(float x) {
-    const uint32_t bits = to_bits(x), magnitude = bits & ~kSign;
-    uint32_t rounded = (magnitude + 0x8000u) >> 16;
-    rounded = rounded > 0x7f7fu ? 0x7f7fu : rounded;                        // saturate
-    rounded = magnitude >= kInfinity ? magnitude >> 16 : rounded;           // inf stays
-    rounded = magnitude > kInfinity ? (magnitude >> 16) | 0x40u : rounded;  // NaN stays, quiet
-    return static_cast<uint16_t>((bits & kSign) >> 16 | rounded);
+    const uint32_t bits = to_bits(cut(x, kLargest));
+    return static_cast<uint16_t>((bits & ~kSign) > kInfinity ? (bits >> 16) | 0x40u : (bits + 0x8000u) >> 16);
   }
 };
 

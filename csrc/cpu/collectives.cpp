@@ -38,71 +38,40 @@ struct Streams {
   Streams(int sources, int targets) : sources(sources), targets(targets) {}
 };
 
-// elements [at, at + n), n <= kStepBlock
-void reduce_floats(const Streams& s, int64_t at, int64_t n, const Reduction& how) {
-  alignas(64) float sum[kStepBlock], staged[kStepBlock];
-  const DType in = static_cast<DType>(how.in), out = static_cast<DType>(how.out);
-  const float factor = static_cast<float>(how.factor);
-  const float* x = decode(s.from[0], in, at, n, sum);
-  for (int r = 1; r < s.sources - 1; ++r) {
-    const float* y = decode(s.from[r], in, at, n, staged);
-    for_each(n, [=, &sum](int64_t i) { sum[i] = x[i] + y[i]; }, x, y);
-    x = sum;
+// What left fp32's range, summed again.
+template <class V>
+V repaired(V sum, const Streams& s, DType in, int64_t i, float factor) {
+  float each[kWidth<V>];
+  store(sum, each);
+  for (int lane = 0; lane < kWidth<V>; ++lane) {
+    const auto load_from = [&](int r) { return load<float>(s.from[r], in, i + lane); };
+    if (!is_finite(each[lane])) each[lane] = reduced(load_from, s.sources, factor);
   }
-  if (s.sources > 1) {
-    const float* y = decode(s.from[s.sources - 1], in, at, n, staged);
-    for_each(n, [=, &sum](int64_t i) { sum[i] = (x[i] + y[i]) * factor; }, x, y);
-  } else {
-    for_each(n, [=, &sum](int64_t i) { sum[i] = x[i] * factor; }, x);
-  }
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, to_bits(sum[i]) & 0x7fffffffu);
-  if (!is_finite(from_bits(largest))) {
-    for (int64_t i = 0; i < n; ++i) {
-      const auto load = [&](int r) {
-        float value;
-        return *decode(s.from[r], in, at + i, 1, &value);
-      };
-      if (!is_finite(sum[i])) sum[i] = reduced(load, s.sources, factor);
-    }
-  }
-  for (int t = 0; t < s.targets; ++t) {
-    if (out == DType::kFloat32) {
-      std::memcpy(s.to[t] + at * sizeof(float), sum, n * sizeof(float));
-    } else if (t == 0) {
-      encode(sum, s.to[0], out, at, n, false);
-    } else {
-      std::memcpy(s.to[t] + at * 2, s.to[0] + at * 2, n * 2);
-    }
-  }
+  return load(each, V());
 }
 
-#if defined(__AVX512F__)
-// The same where both types are the same 16-bit one, line by line: to stage them takes longer than memory does.
-template <DType kType>
-void reduce_halves(const Streams& s, int64_t at, int64_t n, const Reduction& how) {
-  constexpr int kNotFinite = 0x99;  // classes of floats: NaN, quiet or not, and infinity of either sign
-  const __m512 factor = _mm512_set1_ps(static_cast<float>(how.factor));
-  const auto source = [&](int r) { return reinterpret_cast<const uint16_t*>(s.from[r]) + at; };
-  const int64_t end = at + n;
-  for (; at + 32 <= end; at += 32) {
-    Wide sum = widened<kType>(source(0));
-    for (int r = 1; r < s.sources; ++r) {
-      const Wide x = widened<kType>(source(r));
-      sum = {_mm512_add_ps(sum.a, x.a), _mm512_add_ps(sum.b, x.b)};
-    }
-    for (int r = 0; r < s.sources; ++r) __builtin_prefetch(source(r) + kAhead / 2, 0, 2);
-    sum = {_mm512_mul_ps(sum.a, factor), _mm512_mul_ps(sum.b, factor)};
-    if (_mm512_fpclass_ps_mask(sum.a, kNotFinite) | _mm512_fpclass_ps_mask(sum.b, kNotFinite)) {
-      reduce_floats(s, at, 32, how);
+// elements [begin, begin + n)
+void reduce_floats(const Streams& s, int64_t begin, int64_t n, const Reduction& how) {
+  const DType in = static_cast<DType>(how.in), out = static_cast<DType>(how.out);
+  const float factor = static_cast<float>(how.factor);
+  const auto ahead = [&](int64_t k) {
+    for (int r = 0; r < s.sources; ++r) ask_ahead(s.from[r], in, begin + k);
+  };
+  for_each(n, ahead, [&](int64_t k, auto v) {
+    using V = decltype(v);
+    const int64_t i = begin + k;
+    V sum = load<V>(s.from[0], in, i);
+    for (int r = 1; r < s.sources; ++r) sum = sum + load<V>(s.from[r], in, i);
+    sum = sum * factor;
+    if (any(not_finite(sum))) sum = repaired(sum, s, in, i, factor);
+    if (out == DType::kFloat32) {
+      for (int t = 0; t < s.targets; ++t) store(sum, reinterpret_cast<float*>(s.to[t]) + i);
     } else {
-      const __m512i result = narrowed<kType>(sum);
-      for (int t = 0; t < s.targets; ++t) _mm512_storeu_si512(s.to[t] + at * 2, result);
+      const auto rounded = nearest_even(sum, out);
+      for (int t = 0; t < s.targets; ++t) store(rounded, reinterpret_cast<uint16_t*>(s.to[t]) + i);
     }
-  }
-  reduce_floats(s, at, end - at, how);
+  });
 }
-#endif
 
 template <class T>
 void reduce_others(const Streams& s, int64_t at, int64_t n, double factor) {
@@ -118,29 +87,19 @@ void reduce_others(const Streams& s, int64_t at, int64_t n, double factor) {
 
 // elements [begin, end) of one block of the statistics; sum: of their squares, or null
 void reduce_block(const Streams& s, int64_t begin, int64_t end, const Reduction& how, double* sum) {
-  for (int64_t at = begin; at < end; at += kStepBlock) {
-    const int64_t n = std::min<int64_t>(kStepBlock, end - at);
-    switch (how.in) {
-#if defined(__AVX512F__)
-      case Element::kFloat16:
-        how.out == how.in ? reduce_halves<DType::kFloat16>(s, at, n, how) : reduce_floats(s, at, n, how);
-        break;
-      case Element::kBFloat16:
-        how.out == how.in ? reduce_halves<DType::kBFloat16>(s, at, n, how) : reduce_floats(s, at, n, how);
-        break;
-#endif
-      case Element::kFloat64:
-        reduce_others<double>(s, at, n, how.factor);
-        break;
-      case Element::kInt32:
-        reduce_others<int32_t>(s, at, n, how.factor);
-        break;
-      case Element::kInt64:
-        reduce_others<int64_t>(s, at, n, how.factor);
-        break;
-      default:
-        reduce_floats(s, at, n, how);
-    }
+  const int64_t n = end - begin;
+  switch (how.in) {
+    case Element::kFloat64:
+      reduce_others<double>(s, begin, n, how.factor);
+      break;
+    case Element::kInt32:
+      reduce_others<int32_t>(s, begin, n, how.factor);
+      break;
+    case Element::kInt64:
+      reduce_others<int64_t>(s, begin, n, how.factor);
+      break;
+    default:
+      reduce_floats(s, begin, n, how);
   }
   if (sum) *sum = sum_of_squares(s.to[0], static_cast<DType>(how.out), begin, end - begin);
 }
@@ -166,16 +125,10 @@ void convert(const char* from, Element in, char* to, Element out, int64_t n) {
     std::memcpy(to, from, n * size_of(in));
     return;
   }
-  alignas(64) float staged[kStepBlock];
-  for (int64_t at = 0; at < n; at += kStepBlock) {
-    const int64_t length = std::min<int64_t>(kStepBlock, n - at);
-    const float* x = decode(from, static_cast<DType>(in), at, length, staged);
-    if (out == Element::kFloat32) {
-      std::memcpy(to + at * 4, x, length * 4);
-    } else {
-      encode(x, to, static_cast<DType>(out), at, length, false);
-    }
-  }
+  const auto ahead = [&](int64_t i) { ask_ahead(from, static_cast<DType>(in), i); };
+  for_each(n, ahead, [&](int64_t i, auto v) {
+    store(load<decltype(v)>(from, static_cast<DType>(in), i), to, static_cast<DType>(out), i);
+  });
 }
 
 int64_t blocks_of(int64_t numel) { return (numel + kReadBlock - 1) / kReadBlock; }

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "../math/squares.h"
-#include "convert.h"
+#include "strips.h"
 
 namespace deepfast::cpu {
 
@@ -18,37 +18,63 @@ inline double pairwise(double* lanes) {
   return lanes[0];
 }
 
-// src[offset .. offset + n] -> its sum of squares, not finite where an element is not.
-inline double sum_of_squares(const void* src, DType dtype, int64_t offset, int64_t n) {
-  alignas(64) float staged[kStrip];  // decoded strip by strip: memory never waits for arithmetic
-  float sum[kStrip] = {};
-  uint32_t largest[kStrip] = {};
-  const auto add = [&](int64_t l, float x) {
-    Lane lane = {sum[l], largest[l]};
-    lane.add(x);
-    sum[l] = lane.sum;
-    largest[l] = lane.largest;
-  };
-  int64_t i = 0;
-  for (; i + kStrip <= n; i += kStrip) {
-    const float* x = decode(src, dtype, offset + i, kStrip, staged);
-    if (x != staged) ask_ahead(x);
-    for (int64_t lane = 0; lane < kStrip; ++lane) add(lane, x[lane]);
-  }
-  const float* rest = decode(src, dtype, offset + i, n - i, staged);
-  for (int64_t lane = 0; i + lane < n; ++lane) add(lane, rest[lane]);
+// x, elements i .. i + V's width of a block, added to the block's sum[kLanes]. NaN is not the largest: it shows in the
+// sums.
+template <class V>
+DF_INLINE void add_squares(V x, int64_t i, float* sum, Pack& largest) {
+  float* lane = sum + i % kLanes;
+  store(fma(x, x, load(lane, V())), lane);
+  largest = larger(Pack(magnitude(x)), largest);
+}
 
-  double lanes[kStrip];
-  for (int64_t lane = 0; lane < kStrip; ++lane) lanes[lane] = sum[lane];
-  if (needs_fp64(*std::max_element(largest, largest + kStrip))) {
-    std::fill(lanes, lanes + kStrip, 0.0);
-    for (i = 0; i < n; i += kStrip) {
-      const int64_t length = std::min(kStrip, n - i);
-      const float* x = decode(src, dtype, offset + i, length, staged);
-      for (int64_t lane = 0; lane < length; ++lane) lanes[lane] += static_cast<double>(x[lane]) * x[lane];
-    }
+// The block's sum, not finite where an element is not. x(i): the floats that were added before, n of them.
+template <class Again>
+DF_INLINE double total(const float* sum, Pack largest, int64_t n, const Again& x) {
+  double lanes[kLanes];
+  std::copy(sum, sum + kLanes, lanes);
+  float magnitudes[kWidth<Pack>];
+  store(largest, magnitudes);
+  if (needs_fp64(to_bits(*std::max_element(magnitudes, std::end(magnitudes))))) {
+    std::fill(lanes, lanes + kLanes, 0.0);
+    for (int64_t i = 0; i < n; ++i) lanes[i % kLanes] += static_cast<double>(x(i)) * x(i);
   }
   return pairwise(lanes);
+}
+
+template <DType kType>
+double sum_of_squares(const void* src, int64_t offset, int64_t n) {
+  constexpr int kPacks = kLanes / kWidth<Pack>;
+  constexpr int kChains = kPacks / 2;  // of maxima, each of which waits for the one before
+  Pack sums[kPacks], largest[kChains];
+  std::fill(sums, sums + kPacks, 0.0f);
+  std::fill(largest, largest + kChains, 0.0f);
+  int64_t i = 0;
+  for (; i + kStrip <= n; i += kStrip) {
+    ask_ahead(src, kType, offset + i);
+#pragma GCC unroll 8
+    for (int k = 0; k < kPacks; ++k) {
+      const Pack x = load<Pack>(src, kType, offset + i + k * kWidth<Pack>);
+      sums[k] = fma(x, x, sums[k]);
+      largest[k % kChains] = larger(magnitude(x), largest[k % kChains]);
+    }
+  }
+  alignas(64) float sum[kLanes];
+  for (int k = 0; k < kPacks; ++k) store(sums[k], sum + k * kWidth<Pack>);
+  for (int k = 1; k < kChains; ++k) largest[0] = larger(largest[k], largest[0]);
+  for (; i < n; ++i) add_squares(load<float>(src, kType, offset + i), i, sum, largest[0]);
+  return total(sum, largest[0], n, [&](int64_t i) { return load<float>(src, kType, offset + i); });
+}
+
+// src[offset .. offset + n] -> its sum of squares, not finite where an element is not.
+inline double sum_of_squares(const void* src, DType dtype, int64_t offset, int64_t n) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return sum_of_squares<DType::kFloat16>(src, offset, n);
+    case DType::kBFloat16:
+      return sum_of_squares<DType::kBFloat16>(src, offset, n);
+    default:
+      return sum_of_squares<DType::kFloat32>(src, offset, n);
+  }
 }
 
 // The sum over partial[n]; Total knows how to add a block's sum, and another total.

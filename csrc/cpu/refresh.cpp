@@ -1,21 +1,24 @@
 // Masters that take over what somebody else has written to their 16-bit weights.
 #include "blocks.h"
-#include "convert.h"
 #include "kernels.h"
+#include "strips.h"
 
 namespace deepfast::cpu {
 
 void refresh(const Span* spans, int64_t count) {
   const Blocks blocks(spans, count);
   blocks.parallel_for([&](int64_t s, int64_t offset, int64_t n, int64_t) {
-    const Span& span = spans[s];
-    alignas(64) float weight[kBlock], rounded[kBlock];
-    alignas(64) uint16_t encoded[kBlock] = {};
-    float* __restrict master = span.master + offset;
-    decode(span.param, span.param_dtype, offset, n, weight);
-    encode(master, encoded, span.param_dtype, 0, n, true);
-    decode(encoded, span.param_dtype, 0, n, rounded);
-    for (int64_t i = 0; i < n; ++i) master[i] = rounded[i] == weight[i] ? master[i] : weight[i];
+    const DType dtype = spans[s].param_dtype;
+    const uint16_t* halves = static_cast<const uint16_t*>(spans[s].param) + offset;
+    float* master = spans[s].master + offset;
+    const auto ahead = [&](int64_t i) {
+      ask_ahead(halves, dtype, i);
+      ask_ahead(master, DType::kFloat32, i);
+    };
+    for_each(n, ahead, [&](int64_t i, auto v) {
+      const auto weight = decode(load(halves + i, v), dtype), kept = load(master + i, v);
+      store(select(decode(from_master(kept, dtype), dtype) == weight, kept, weight), master + i);
+    });
   });
 }
 

@@ -100,7 +100,7 @@ inline __device__ Half nearest_even_fp16(float x) {
 template <bool kMaster>
 __device__ Half encode(float x, DType dtype) {
   if (dtype == DType::kBFloat16) return kMaster ? Bf16::from_master(x) : Bf16::nearest_even(x);
-  return nearest_even_fp16(kMaster ? Fp16::saturate(x) : x);
+  return nearest_even_fp16(kMaster ? cut(x, Fp16::kLargest) : x);
 }
 
 // As torch rounds, or as it is.

@@ -21,10 +21,11 @@ struct Adagrad {
     };
   }
 
-  DF_INLINE float update(float p, float g, float& sum) const {
+  template <class V>
+  DF_INLINE V update(V p, V g, V& sum) const {
     g = penalized(g, penalty, p);
     sum = fma(g, g, sum);
-    return fma(-step_size, g / (std::sqrt(sum) + eps), p);
+    return fma(-step_size, g / (sqrt(sum) + eps), p);
   }
 };
 

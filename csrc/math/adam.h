@@ -13,7 +13,8 @@ namespace deepfast {
 struct AdamMoments {
   float one_minus_beta1, one_minus_beta2;
 
-  DF_INLINE void average(float g, float& m, float& v) const {
+  template <class V>
+  DF_INLINE void average(V g, V& m, V& v) const {
     g = squarable(g);
     m = moving_average(m, one_minus_beta1, g);
     v = moving_average(v, one_minus_beta2, g, g);
@@ -47,20 +48,23 @@ struct Adam {
   }
 
   // p: parameter, g: gradient (unscaled and clipped); the moments are updated. Returns the new parameter.
-  DF_INLINE float update(float p, float g, float& m, float& v) const {
+  template <class V>
+  DF_INLINE V update(V p, V g, V& m, V& v) const {
     moments.average(penalized(g, penalty, p), m, v);
     return descend(p, m, v);
   }
 
-  DF_INLINE float update(float p, float g, float& m, float& v, float& v_max) const {
+  template <class V>
+  DF_INLINE V update(V p, V g, V& m, V& v, V& v_max) const {
     moments.average(penalized(g, penalty, p), m, v);
-    v_max = v > v_max || v != v ? v : v_max;  // NaN is not lost
+    v_max = select(v != v, v, larger(v, v_max));  // NaN is not lost
     return descend(p, m, v_max);
   }
 
  private:
-  DF_INLINE float descend(float p, float m, float v) const {
-    return descended(p, step_size * (m / fma(std::sqrt(v), inv_sqrt_bias2, eps)), decay);
+  template <class V>
+  DF_INLINE V descend(V p, V m, V v) const {
+    return descended(p, step_size * (m / fma(sqrt(v), inv_sqrt_bias2, eps)), decay);
   }
 };
 

@@ -38,7 +38,8 @@ struct LAMB {
   }
 
   // First pass. Returns the direction.
-  DF_INLINE float direct(float p, float g, float& m, float& v) const {
+  template <class V>
+  DF_INLINE V direct(V p, V g, V& m, V& v) const {
     moments.average(g, m, v);
     return direction(p, m, v);
   }
@@ -55,10 +56,14 @@ struct LAMB {
   }
 
   // Second pass; the gradient is not needed any more.
-  DF_INLINE float update(float p, float, float& m, float& v) const { return fma(-step_size, direction(p, m, v), p); }
+  template <class V>
+  DF_INLINE V update(V p, V, V& m, V& v) const {
+    return fma(-step_size, direction(p, m, v), p);
+  }
 
-  DF_INLINE float direction(float p, float m, float v) const {
-    return penalized(m * inv_bias1 / fma(std::sqrt(v), inv_sqrt_bias2, eps), weight_decay, p);
+  template <class V>
+  DF_INLINE V direction(V p, V m, V v) const {
+    return penalized(m * inv_bias1 / fma(sqrt(v), inv_sqrt_bias2, eps), weight_decay, p);
   }
 };
 

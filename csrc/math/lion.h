@@ -23,10 +23,11 @@ struct Lion {
     };
   }
 
-  DF_INLINE float update(float p, float g, float& m) const {
-    const float c = moving_average(m, one_minus_beta1, g);
+  template <class V>
+  DF_INLINE V update(V p, V g, V& m) const {
+    const V c = moving_average(m, one_minus_beta1, g);
     m = moving_average(m, one_minus_beta2, g);
-    const float sign = c > 0.0f ? 1.0f : c < 0.0f ? -1.0f : c;  // zero stays zero, NaN stays NaN
+    const V sign = select(c > V(0.0f), 1.0f, select(V(0.0f) > c, -1.0f, c));  // zero stays zero, NaN stays NaN
     return descended(p, lr * sign, decay);
   }
 };

@@ -1,5 +1,8 @@
 // The arithmetic that every formula is written in. Host and device, plain registers, no loads, no stores, no torch.
 //
+// A formula is written once, for V: a float, or as many floats as a register of the CPU holds (csrc/cpu/pack.h, which
+// has every function of floats that stands here). Where elements of a V may differ, `select` chooses, not `?:`.
+//
 // Bitwise agreement between scalar C++, vectorized C++, CUDA and Triton rests on three rules: every multiply-add is an
 // explicit fma (contraction is off), division and square root are the IEEE ones, and what is formed once per step
 // (bias corrections, 1 - beta) is formed in fp64 and rounded once.
@@ -20,6 +23,13 @@ namespace deepfast {
 
 // a * b + c, rounded once.
 DF_INLINE float fma(float a, float b, float c) { return std::fma(a, b, c); }
+DF_INLINE float sqrt(float x) { return std::sqrt(x); }
+DF_INLINE float magnitude(float x) { return std::fabs(x); }
+DF_INLINE float select(bool which, float yes, float no) { return which ? yes : no; }
+
+// Of two. Where one is NaN, or both are zero, the second: as x86 has it.
+DF_INLINE float larger(float a, float b) { return a > b ? a : b; }
+DF_INLINE float smaller(float a, float b) { return a < b ? a : b; }
 
 DF_INLINE uint32_t to_bits(float x) {
   uint32_t bits;
@@ -48,28 +58,37 @@ DF_INLINE double power(double base, int64_t exponent) {
 // Written so that the two shares add up to exactly 1: beta and 1 - beta, each rounded to fp32, do not, and the average
 // of a constant would come out wrong by up to 3e-5 (beta = 0.999). Exact for beta = 0, and nothing overflows that need
 // not: no difference of the two is ever formed, and the weight is multiplied in first.
-DF_INLINE float moving_average(float old, float weight, float a, float b = 1.0f) {
+template <class V>
+DF_INLINE V moving_average(V old, float weight, V a, V b = 1.0f) {
   return fma(weight * a, b, fma(-weight, old, old));
+}
+
+// A finite x beyond +-bound becomes that; infinities and NaN stay.
+template <class V>
+DF_INLINE V cut(V x, float bound) {
+  return select(magnitude(x) == V(INFINITY), x, smaller(bound, larger(-bound, x)));
 }
 
 // A finite g whose square fp32 cannot hold, cut to where it can. An infinite second moment would stay, and the
 // parameter with it, for ever; a second moment cut by itself would no longer match the first, and the step would be
 // huge.
-DF_INLINE float squarable(float g) {
-  constexpr float kLargest = 0x1.fffffep63f;  // its square is below FLT_MAX
-  const float magnitude = std::fabs(g);
-  const bool cut = magnitude > kLargest && magnitude <= FLT_MAX;
-  return cut ? from_bits(to_bits(kLargest) | (to_bits(g) & 0x80000000u)) : g;
+template <class V>
+DF_INLINE V squarable(V g) {
+  return cut(g, 0x1.fffffep63f);  // the largest whose square is below FLT_MAX
 }
 
 // Weight decay as a penalty: the gradient of decay / 2 * p^2 added to g. Without decay an infinite p does no harm.
-DF_INLINE float penalized(float g, float decay, float p) { return decay == 0.0f ? g : fma(decay, p, g); }
+template <class V>
+DF_INLINE V penalized(V g, float decay, V p) {
+  return decay == 0.0f ? g : fma(decay, p, g);
+}
 
 // One step down with decoupled weight decay: p - (step + decay * p), decay being lr * weight_decay. The sum is formed
 // first, so only one rounding is of p's own size; a factor 1 - decay would in fp32 be off by up to 3e-8, always to the
 // same side. An infinite p stays what it is.
-DF_INLINE float descended(float p, float step, float decay) {
-  return p - (std::fabs(p) > FLT_MAX ? step : fma(decay, p, step));
+template <class V>
+DF_INLINE V descended(V p, V step, float decay) {
+  return p - select(magnitude(p) == V(INFINITY), step, fma(decay, p, step));
 }
 
 }  // namespace deepfast

@@ -27,9 +27,13 @@ struct SGD {
     };
   }
 
-  DF_INLINE float update(float p, float g) const { return fma(-lr, penalized(g, penalty, p), p); }
+  template <class V>
+  DF_INLINE V update(V p, V g) const {
+    return fma(-lr, penalized(g, penalty, p), p);
+  }
 
-  DF_INLINE float update(float p, float g, float& buffer) const {
+  template <class V>
+  DF_INLINE V update(V p, V g, V& buffer) const {
     g = penalized(g, penalty, p);
     buffer = fma(momentum, buffer, weight * g);
     return fma(-lr, nesterov ? fma(momentum, buffer, g) : buffer, p);

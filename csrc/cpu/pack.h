@@ -1,0 +1,71 @@
+// V of csrc/math on a CPU: a float, or a Pack of as many as a register holds; and how both come from memory and go
+// back.
+//
+// Where no instruction set is known, a Pack is one float, and the compiler vectorizes what it can.
+#pragma once
+
+#include "../codec/half.h"
+#include "../span.h"
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#include "pack_avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include "pack_avx2.h"
+#else
+namespace deepfast::cpu {
+using Pack = float;
+}
+#endif
+
+namespace deepfast::cpu {
+
+template <class V>
+constexpr int kWidth = 1;
+template <class V>
+  requires(V::kWidth > 1)
+constexpr int kWidth<V> = V::kWidth;
+
+// What a register of the other kind does, for one float.
+DF_INLINE bool any(bool mask) { return mask; }
+DF_INLINE bool not_finite(float x) { return !(magnitude(x) <= FLT_MAX); }
+DF_INLINE float load(const float* from, float) { return *from; }
+DF_INLINE uint16_t load(const uint16_t* from, float) { return *from; }
+DF_INLINE void store(float x, float* to) { *to = x; }
+DF_INLINE void store(uint16_t h, uint16_t* to) { *to = h; }
+DF_INLINE void store_past_caches(uint16_t h, uint16_t* to) { *to = h; }
+DF_INLINE float decode_fp16(uint16_t h) { return Fp16::decode(h); }
+DF_INLINE float decode_bf16(uint16_t h) { return Bf16::decode(h); }
+DF_INLINE uint16_t nearest_even_fp16(float x) { return Fp16::nearest_even(x); }
+DF_INLINE uint16_t nearest_even_bf16(float x) { return Bf16::nearest_even(x); }
+DF_INLINE uint16_t half_away_bf16(float x, float) { return Bf16::from_master(x); }
+
+// Of a 16-bit type.
+template <class Half>
+DF_INLINE auto decode(Half h, DType dtype) {
+  return dtype == DType::kFloat16 ? decode_fp16(h) : decode_bf16(h);
+}
+
+// As torch rounds; and by the rule for weights with a master.
+template <class V>
+DF_INLINE auto nearest_even(V x, DType dtype) {
+  return dtype == DType::kFloat16 ? nearest_even_fp16(x) : nearest_even_bf16(x);
+}
+template <class V>
+DF_INLINE auto from_master(V x, DType dtype) {
+  return dtype == DType::kFloat16 ? nearest_even_fp16(cut(x, Fp16::kLargest)) : half_away_bf16(x, Bf16::kLargest);
+}
+
+// Elements i .. i + V's width of a stream of any type.
+template <class V>
+DF_INLINE V load(const void* from, DType dtype, int64_t i) {
+  if (dtype == DType::kFloat32) return load(static_cast<const float*>(from) + i, V());
+  return decode(load(static_cast<const uint16_t*>(from) + i, V()), dtype);
+}
+
+template <class V>
+DF_INLINE void store(V x, void* to, DType dtype, int64_t i) {
+  if (dtype == DType::kFloat32) return store(x, static_cast<float*>(to) + i);
+  store(nearest_even(x, dtype), static_cast<uint16_t*>(to) + i);
+}
+
+}  // namespace deepfast::cpu

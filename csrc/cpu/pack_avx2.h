@@ -1,0 +1,80 @@
+// Eight floats side by side: AVX2, FMA, F16C.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../codec/half.h"
+
+namespace deepfast::cpu {
+
+struct Pack {
+  static constexpr int kWidth = 8;
+  __m256 x;
+
+  struct Mask {
+    __m256 x;
+    friend DF_INLINE Mask operator|(Mask a, Mask b) { return {_mm256_or_ps(a.x, b.x)}; }
+    friend DF_INLINE bool any(Mask a) { return _mm256_movemask_ps(a.x) != 0; }
+  };
+
+  Pack() = default;
+  DF_INLINE Pack(__m256 x) : x(x) {}
+  DF_INLINE Pack(float value) : x(_mm256_set1_ps(value)) {}
+
+  friend DF_INLINE Pack operator+(Pack a, Pack b) { return _mm256_add_ps(a.x, b.x); }
+  friend DF_INLINE Pack operator-(Pack a, Pack b) { return _mm256_sub_ps(a.x, b.x); }
+  friend DF_INLINE Pack operator*(Pack a, Pack b) { return _mm256_mul_ps(a.x, b.x); }
+  friend DF_INLINE Pack operator/(Pack a, Pack b) { return _mm256_div_ps(a.x, b.x); }
+  friend DF_INLINE Mask operator>(Pack a, Pack b) { return {_mm256_cmp_ps(a.x, b.x, _CMP_GT_OQ)}; }
+  friend DF_INLINE Mask operator==(Pack a, Pack b) { return {_mm256_cmp_ps(a.x, b.x, _CMP_EQ_OQ)}; }
+  friend DF_INLINE Mask operator!=(Pack a, Pack b) { return {_mm256_cmp_ps(a.x, b.x, _CMP_NEQ_UQ)}; }
+
+  friend DF_INLINE Pack fma(Pack a, Pack b, Pack c) { return _mm256_fmadd_ps(a.x, b.x, c.x); }
+  friend DF_INLINE Pack sqrt(Pack a) { return _mm256_sqrt_ps(a.x); }
+  friend DF_INLINE Pack magnitude(Pack a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.x); }
+  friend DF_INLINE Pack larger(Pack a, Pack b) { return _mm256_max_ps(a.x, b.x); }
+  friend DF_INLINE Pack smaller(Pack a, Pack b) { return _mm256_min_ps(a.x, b.x); }
+  friend DF_INLINE Pack select(Mask which, Pack yes, Pack no) { return _mm256_blendv_ps(no.x, yes.x, which.x); }
+  friend DF_INLINE Mask not_finite(Pack a) {
+    return {_mm256_cmp_ps(magnitude(a).x, _mm256_set1_ps(FLT_MAX), _CMP_NLE_UQ)};
+  }
+};
+
+using Halves = __m128i;  // eight 16-bit values
+
+DF_INLINE Pack load(const float* from, Pack) { return _mm256_loadu_ps(from); }
+DF_INLINE Halves load(const uint16_t* from, Pack) { return _mm_loadu_si128(reinterpret_cast<const Halves*>(from)); }
+DF_INLINE void store(Pack a, float* to) { _mm256_storeu_ps(to, a.x); }
+DF_INLINE void store(Halves h, uint16_t* to) { _mm_storeu_si128(reinterpret_cast<Halves*>(to), h); }
+DF_INLINE void store_past_caches(Halves h, uint16_t* to) { _mm_stream_si128(reinterpret_cast<Halves*>(to), h); }
+
+// csrc/codec/half.h, eight at a time.
+
+DF_INLINE Pack decode_fp16(Halves h) { return _mm256_cvtph_ps(h); }
+DF_INLINE Pack decode_bf16(Halves h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
+DF_INLINE Halves nearest_even_fp16(Pack a) { return _mm256_cvtps_ph(a.x, _MM_FROUND_TO_NEAREST_INT); }
+
+// The upper half of each word.
+DF_INLINE Halves upper(__m256i words) {
+  const __m256i halves = _mm256_srli_epi32(words, 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+}
+
+// Infinities and NaN (made quiet by the addition) are not rounded: their lower half says nothing.
+DF_INLINE Halves rounded_to_bf16(Pack a, __m256i rounded) {
+  return upper(_mm256_castps_si256(select(not_finite(a), a + a, _mm256_castsi256_ps(rounded)).x));
+}
+
+DF_INLINE Halves nearest_even_bf16(Pack a) {
+  const __m256i bits = _mm256_castps_si256(a.x),
+                odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  return rounded_to_bf16(a, _mm256_add_epi32(bits, _mm256_add_epi32(_mm256_set1_epi32(0x7fff), odd)));
+}
+
+// largest: of bf16, to which finite values are cut.
+DF_INLINE Halves half_away_bf16(Pack a, float largest) {
+  const Pack cut = smaller(largest, larger(-largest, a));
+  return rounded_to_bf16(a, _mm256_add_epi32(_mm256_castps_si256(cut.x), _mm256_set1_epi32(0x8000)));
+}
+
+}  // namespace deepfast::cpu
