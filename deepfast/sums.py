@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -31,14 +30,11 @@ class GradientSums:
         self.params = params
         self.comm = comm
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
-        device = params[0].device
+        self._device = device = params[0].device
         self.buckets = Buckets(params, (25 if device.type == "cuda" else 4) << 20, self._reduce)
         order = [i for members in self.buckets.members for i in members]
         self.flat, views = memory.flat_like(
-            [params[i] for i in order],
-            torch.float32,
-            device,
-            None if comm is None else functools.partial(comm.empty, device=device),
+            [params[i] for i in order], torch.float32, self._zeros, memory.PLACE_OF_SUMS
         )
         self.sums = [view for _, view in sorted(zip(order, views, strict=True), key=lambda pair: pair[0])]
         starts = [self.sums[members[0]].storage_offset() for members in self.buckets.members]
@@ -48,6 +44,11 @@ class GradientSums:
         self._found = torch.zeros(len(starts), 2, dtype=torch.float64, device=device)
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.clear()
+
+    def _zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
+        if self.comm is None:
+            return memory.zeros(numel, dtype, self._device)
+        return self.comm.empty(numel, dtype, self._device).zero_()
 
     def clear(self) -> None:
         """Forgets this step's gradients."""

@@ -130,7 +130,7 @@ def test_fused_false_steps_as_fast_as_any(how):
 
 
 class Allocated(TorchDispatchMode):
-    """The bytes of all tensors that are made within."""
+    """The bytes of all tensors that are made within. (Not of the state's, whose memory is not the operators'.)"""
 
     def __init__(self):
         super().__init__()
@@ -156,9 +156,10 @@ def test_loading_makes_no_tensor_but_the_state(dtype, fresh):
         optimizer.init_state()
     with Allocated() as seen:
         optimizer.load_state_dict(saved)
-    state = sum(v.nbytes for s in optimizer.state.values() for v in s.values())
-    assert seen.total < (state if fresh else 0) + 200_000
-    assert not fresh or seen.total >= state
+        counted = seen.total
+        torch.zeros(100_000)
+    assert counted < 200_000
+    assert seen.total - counted == 400_000
     assert all(
         torch.equal(v, saved["state"][i][k]) for i, p in enumerate(params) for k, v in optimizer.state[p].items()
     )

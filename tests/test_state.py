@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import itertools
 import pickle
 import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import BACKENDS, NAMES, OURS, TYPICAL, give_gradients, parameters
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deepfast
 from deepfast import memory
+from deepfast.sums import GradientSums
 
 BLOCK = 16 << 10
 
@@ -86,6 +89,7 @@ def test_a_tensor_takes_no_more_memory_than_its_size():
     code = """
 import pathlib, torch
 from deepfast import memory
+from deepfast.sums import GradientSums
 def resident():
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
 def make():
@@ -343,3 +347,61 @@ def test_a_gradient_that_no_kernel_takes_is_not_remembered():
             p.grad = torch.ones(3, dtype=dtype)
             optimizer.step()
         assert (optimizer._planned is not None) == kept
+
+
+def in_page(*streams: torch.Tensor) -> list[int]:
+    return [t.data_ptr() % 4096 for t in streams]
+
+
+def apart(streams: list[torch.Tensor]) -> bool:
+    """Whether no two begin at (nearly) the same place in a page, and so never meet in a cache's sets."""
+    return all(64 <= (a - b) % 4096 <= 4032 for a, b in itertools.combinations(in_page(*streams), 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("numel", "begins"), [(5000, 0), (5000, 4032), (600_001, 64), (600_001, 1088), (5 << 20, 0)])
+@pytest.mark.parametrize("name", TYPICAL)
+def test_no_two_streams_of_a_step_begin_at_the_same_place_in_a_page(name, numel, begins, dtype):
+    """Else all of them fall into the same sets of the caches, and loads wait for stores: a step takes up to 1.4 times
+    as long. Wherever the parameter is, and its gradient: at the same place, as torch's allocator has it.
+    """
+    p = nn.Parameter(memory.zeros(numel, dtype, torch.device("cpu"), begins))
+    p.grad = memory.zeros(numel, dtype, torch.device("cpu"), begins).fill_(1e-3)
+    optimizer = OURS[name]([p], **TYPICAL[name])
+    optimizer.step()
+    own = [v for v in optimizer.state[p].values() if v.numel() == numel]
+    assert in_page(p, p.grad) == [begins, begins]
+    assert apart([p, *own])
+    assert all(v.data_ptr() % 64 == 0 for v in own)
+    assert all(0 <= v.untyped_storage().nbytes() - v.nbytes < 64 for v in own)
+
+
+def test_states_begin_apart_from_a_gradient_that_lies_elsewhere():
+    p = nn.Parameter(memory.zeros(1 << 20, torch.float32, torch.device("cpu"), 64))
+    p.grad = memory.zeros(1 << 20, torch.float32, torch.device("cpu"), 64 + 1088)
+    optimizer = deepfast.AdamW([p], amsgrad=True)
+    optimizer.step()
+    assert apart([p, p.grad, *(v for k, v in optimizer.state[p].items() if k != "step")])
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_sums_of_gradients_begin_apart_from_parameters(shared, one_rank):
+    """At the same place on every rank, wherever its parameters are."""
+    layouts = []
+    for begins in (0, 64, 192):
+        sizes = (300_000, 70_000, 100, 1_000_000)
+        params = [nn.Parameter(memory.zeros(n, torch.float32, torch.device("cpu"), begins)) for n in sizes]
+        with deepfast.comm.Communicator() as comm:
+            sums = GradientSums(params, comm if shared else None)
+            assert all(apart([p, s]) for p, s in zip(params, sums.sums, strict=True) if p.numel() > 1 << 16)
+            assert not sums.flat.any()
+            layouts.append([s.storage_offset() - sums.flat.storage_offset() for s in sums.sums])
+            del sums
+    assert layouts[0] == layouts[1] == layouts[2]

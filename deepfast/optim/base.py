@@ -168,7 +168,11 @@ class Optimizer(torch.optim.Optimizer):
             )
         for (device, name, dtype, initial, alone), params in missing.items():
             like = [p.new_empty((), device="meta") if name == "step" else local(p).detach() for p in params]
-            views = [_zeros_like(t, dtype) for t in like] if alone else memory.zeros_like_each(like, dtype, device)
+            beside = [[] if name == "step" else self._streams(p) for p in params]
+            if alone:
+                views = [_zeros_like(t, dtype, streams) for t, streams in zip(like, beside, strict=True)]
+            else:
+                views = memory.zeros_like_each(like, dtype, device, beside)
             for p, model, t in zip(params, like, views, strict=True):
                 if name == "master":
                     t.copy_(model)
@@ -176,6 +180,12 @@ class Optimizer(torch.optim.Optimizer):
                     t.fill_(complex(initial, initial) if dtype.is_complex else initial)
                 shards = Shards.of(p) if alone else None
                 self.state[p][name] = t if shards is None else shards.wrap(t, p)
+
+    def _streams(self, p: Tensor) -> list[Tensor]:
+        """What a step walks side by side, so far as it is there."""
+        streams = (p, p.grad, *(t for name, t in self.state.get(p, {}).items() if name != "step"))
+        shards = [local(t) for t in streams if isinstance(t, Tensor)]
+        return [t for t in shards if t.device.type == "cpu" and t.layout is torch.strided and not _is_wrapper(t)]
 
     def _absent(self, p: Tensor, group: dict[str, Any]) -> Iterator[tuple[str, torch.dtype, float]]:
         """What the state of ``p`` lacks: name, dtype, and the value it begins with."""
@@ -664,8 +674,10 @@ def _count_dtype(p: Tensor) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def _zeros_like(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(t, dtype=dtype) if _is_wrapper(t) else memory.zeros_like_each([t], dtype, t.device)[0]
+def _zeros_like(t: Tensor, dtype: torch.dtype, beside: list[Tensor]) -> Tensor:
+    if _is_wrapper(t):
+        return torch.zeros_like(t, dtype=dtype)
+    return memory.zeros_like_each([t], dtype, t.device, [beside])[0]
 
 
 def _moment_dtype(p: Tensor) -> torch.dtype:
