@@ -52,9 +52,12 @@ struct Bf16 {
   }
 
   static DF_INLINE uint16_t from_master(float x) {
-    const uint32_t bits = to_bits(cut(x, kLargest));
-    return static_cast<uint16_t>((bits & ~kSign) > kInfinity ? (bits >> 16) | 0x40u : (bits + 0x8000u) >> 16);
+    const uint32_t bits = to_bits(x);
+    return (bits & ~kSign) > kInfinity ? static_cast<uint16_t>((bits >> 16) | 0x40u) : half_away(cut(x, kLargest));
   }
+
+  // Of anything but NaN, and without the limit.
+  static DF_INLINE uint16_t half_away(float x) { return static_cast<uint16_t>((to_bits(x) + 0x8000u) >> 16); }
 };
 
 }  // namespace deepfast

@@ -63,7 +63,7 @@ void reduce_floats(const Streams& s, int64_t begin, int64_t n, const Reduction& 
     V sum = load<V>(s.from[0], in, i);
     for (int r = 1; r < s.sources; ++r) sum = sum + load<V>(s.from[r], in, i);
     sum = sum * factor;
-    if (any(not_finite(sum))) sum = repaired(sum, s, in, i, factor);
+    if (!finite(sum)) sum = repaired(sum, s, in, i, factor);
     if (out == DType::kFloat32) {
       for (int t = 0; t < s.targets; ++t) store(sum, reinterpret_cast<float*>(s.to[t]) + i);
     } else {

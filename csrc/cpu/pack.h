@@ -25,9 +25,8 @@ template <class V>
   requires(V::kWidth > 1)
 constexpr int kWidth<V> = V::kWidth;
 
-// What a register of the other kind does, for one float.
-DF_INLINE bool any(bool mask) { return mask; }
-DF_INLINE bool not_finite(float x) { return !(magnitude(x) <= FLT_MAX); }
+// What a Pack's functions do, for one float.
+DF_INLINE bool all(bool which) { return which; }
 DF_INLINE float load(const float* from, float) { return *from; }
 DF_INLINE uint16_t load(const uint16_t* from, float) { return *from; }
 DF_INLINE void store(float x, float* to) { *to = x; }
@@ -37,7 +36,13 @@ DF_INLINE float decode_fp16(uint16_t h) { return Fp16::decode(h); }
 DF_INLINE float decode_bf16(uint16_t h) { return Bf16::decode(h); }
 DF_INLINE uint16_t nearest_even_fp16(float x) { return Fp16::nearest_even(x); }
 DF_INLINE uint16_t nearest_even_bf16(float x) { return Bf16::nearest_even(x); }
-DF_INLINE uint16_t half_away_bf16(float x, float) { return Bf16::from_master(x); }
+DF_INLINE uint16_t half_away_bf16(float x) { return Bf16::half_away(x); }
+
+// Whether all elements are finite.
+template <class V>
+DF_INLINE bool finite(V x) {
+  return all(magnitude(x) <= V(FLT_MAX));
+}
 
 // Of a 16-bit type.
 template <class Half>
@@ -45,14 +50,30 @@ DF_INLINE auto decode(Half h, DType dtype) {
   return dtype == DType::kFloat16 ? decode_fp16(h) : decode_bf16(h);
 }
 
-// As torch rounds; and by the rule for weights with a master.
+// Where some element is not one of the many: one by one.
+template <class V, class Encode>
+[[gnu::noinline, gnu::cold]] auto encode_each(V x, const Encode& encode) {
+  float each[kWidth<V>];
+  uint16_t halves[kWidth<V>];
+  store(x, each);
+  for (int k = 0; k < kWidth<V>; ++k) halves[k] = encode(each[k]);
+  return load(halves, V());
+}
+
+// As torch rounds.
 template <class V>
 DF_INLINE auto nearest_even(V x, DType dtype) {
-  return dtype == DType::kFloat16 ? nearest_even_fp16(x) : nearest_even_bf16(x);
+  if (dtype == DType::kFloat16) return nearest_even_fp16(x);
+  return any(x != x) ? encode_each(x, Bf16::nearest_even) : nearest_even_bf16(x);
 }
+
+// By the rule for weights with a master.
 template <class V>
 DF_INLINE auto from_master(V x, DType dtype) {
-  return dtype == DType::kFloat16 ? nearest_even_fp16(cut(x, Fp16::kLargest)) : half_away_bf16(x, Bf16::kLargest);
+  if (dtype == DType::kFloat16) {
+    return all(magnitude(x) <= V(Fp16::kLargest)) ? nearest_even_fp16(x) : encode_each(x, Fp16::from_master);
+  }
+  return all(magnitude(x) <= V(Bf16::kLargest)) ? half_away_bf16(x) : encode_each(x, Bf16::from_master);
 }
 
 // Elements i .. i + V's width of a stream of any type.

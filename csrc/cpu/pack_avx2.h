@@ -13,8 +13,8 @@ struct Pack {
 
   struct Mask {
     __m256 x;
-    friend DF_INLINE Mask operator|(Mask a, Mask b) { return {_mm256_or_ps(a.x, b.x)}; }
     friend DF_INLINE bool any(Mask a) { return _mm256_movemask_ps(a.x) != 0; }
+    friend DF_INLINE bool all(Mask a) { return _mm256_movemask_ps(a.x) == 0xff; }
   };
 
   Pack() = default;
@@ -26,6 +26,7 @@ struct Pack {
   friend DF_INLINE Pack operator*(Pack a, Pack b) { return _mm256_mul_ps(a.x, b.x); }
   friend DF_INLINE Pack operator/(Pack a, Pack b) { return _mm256_div_ps(a.x, b.x); }
   friend DF_INLINE Mask operator>(Pack a, Pack b) { return {_mm256_cmp_ps(a.x, b.x, _CMP_GT_OQ)}; }
+  friend DF_INLINE Mask operator<=(Pack a, Pack b) { return {_mm256_cmp_ps(a.x, b.x, _CMP_LE_OQ)}; }
   friend DF_INLINE Mask operator==(Pack a, Pack b) { return {_mm256_cmp_ps(a.x, b.x, _CMP_EQ_OQ)}; }
   friend DF_INLINE Mask operator!=(Pack a, Pack b) { return {_mm256_cmp_ps(a.x, b.x, _CMP_NEQ_UQ)}; }
 
@@ -35,9 +36,6 @@ struct Pack {
   friend DF_INLINE Pack larger(Pack a, Pack b) { return _mm256_max_ps(a.x, b.x); }
   friend DF_INLINE Pack smaller(Pack a, Pack b) { return _mm256_min_ps(a.x, b.x); }
   friend DF_INLINE Pack select(Mask which, Pack yes, Pack no) { return _mm256_blendv_ps(no.x, yes.x, which.x); }
-  friend DF_INLINE Mask not_finite(Pack a) {
-    return {_mm256_cmp_ps(magnitude(a).x, _mm256_set1_ps(FLT_MAX), _CMP_NLE_UQ)};
-  }
 };
 
 using Halves = __m128i;  // eight 16-bit values
@@ -60,21 +58,16 @@ DF_INLINE Halves upper(__m256i words) {
   return _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
 }
 
-// Infinities and NaN (made quiet by the addition) are not rounded: their lower half says nothing.
-DF_INLINE Halves rounded_to_bf16(Pack a, __m256i rounded) {
-  return upper(_mm256_castps_si256(select(not_finite(a), a + a, _mm256_castsi256_ps(rounded)).x));
-}
-
+// Of anything but NaN.
 DF_INLINE Halves nearest_even_bf16(Pack a) {
-  const __m256i bits = _mm256_castps_si256(a.x),
-                odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  return rounded_to_bf16(a, _mm256_add_epi32(bits, _mm256_add_epi32(_mm256_set1_epi32(0x7fff), odd)));
+  const __m256i bits = _mm256_castps_si256(a.x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  return upper(_mm256_add_epi32(bits, _mm256_add_epi32(_mm256_set1_epi32(0x7fff), odd)));
 }
 
-// largest: of bf16, to which finite values are cut.
-DF_INLINE Halves half_away_bf16(Pack a, float largest) {
-  const Pack cut = smaller(largest, larger(-largest, a));
-  return rounded_to_bf16(a, _mm256_add_epi32(_mm256_castps_si256(cut.x), _mm256_set1_epi32(0x8000)));
+// Of finite values.
+DF_INLINE Halves half_away_bf16(Pack a) {
+  return upper(_mm256_add_epi32(_mm256_castps_si256(a.x), _mm256_set1_epi32(0x8000)));
 }
 
 }  // namespace deepfast::cpu

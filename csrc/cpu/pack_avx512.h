@@ -13,8 +13,8 @@ struct Pack {
 
   struct Mask {
     __mmask16 x;
-    friend DF_INLINE Mask operator|(Mask a, Mask b) { return {static_cast<__mmask16>(a.x | b.x)}; }
     friend DF_INLINE bool any(Mask a) { return a.x != 0; }
+    friend DF_INLINE bool all(Mask a) { return a.x == 0xffff; }
   };
 
   Pack() = default;
@@ -26,6 +26,7 @@ struct Pack {
   friend DF_INLINE Pack operator*(Pack a, Pack b) { return _mm512_mul_ps(a.x, b.x); }
   friend DF_INLINE Pack operator/(Pack a, Pack b) { return _mm512_div_ps(a.x, b.x); }
   friend DF_INLINE Mask operator>(Pack a, Pack b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_GT_OQ)}; }
+  friend DF_INLINE Mask operator<=(Pack a, Pack b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_LE_OQ)}; }
   friend DF_INLINE Mask operator==(Pack a, Pack b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_EQ_OQ)}; }
   friend DF_INLINE Mask operator!=(Pack a, Pack b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_NEQ_UQ)}; }
 
@@ -35,10 +36,6 @@ struct Pack {
   friend DF_INLINE Pack larger(Pack a, Pack b) { return _mm512_max_ps(a.x, b.x); }
   friend DF_INLINE Pack smaller(Pack a, Pack b) { return _mm512_min_ps(a.x, b.x); }
   friend DF_INLINE Pack select(Mask which, Pack yes, Pack no) { return _mm512_mask_mov_ps(no.x, which.x, yes.x); }
-  friend DF_INLINE Mask not_finite(Pack a) {
-    constexpr int kClasses = 0x99;  // NaN, quiet or not, and infinity of either sign
-    return {_mm512_fpclass_ps_mask(a.x, kClasses)};
-  }
 };
 
 using Halves = __m256i;  // sixteen 16-bit values
@@ -55,24 +52,22 @@ DF_INLINE Pack decode_fp16(Halves h) { return _mm512_cvtph_ps(h); }
 DF_INLINE Pack decode_bf16(Halves h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
 DF_INLINE Halves nearest_even_fp16(Pack a) { return _mm512_cvtps_ph(a.x, _MM_FROUND_TO_NEAREST_INT); }
 
-// Infinities and NaN (made quiet by the addition) are not rounded: their lower half says nothing. Of every word, the
-// upper half: by a permutation, GCC's own narrowing takes three times as long.
-DF_INLINE Halves rounded_to_bf16(Pack a, __m512i rounded) {
+// The upper half of each word. (By a permutation: GCC's own narrowing takes three times as long.)
+DF_INLINE Halves upper(__m512i words) {
   alignas(64) static constexpr uint16_t kUpper[32] = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
-  const __m512i words = _mm512_castps_si512(select(not_finite(a), a + a, _mm512_castsi512_ps(rounded)).x);
   return _mm512_castsi512_si256(_mm512_permutexvar_epi16(_mm512_load_si512(kUpper), words));
 }
 
+// Of anything but NaN.
 DF_INLINE Halves nearest_even_bf16(Pack a) {
-  const __m512i bits = _mm512_castps_si512(a.x),
-                odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  return rounded_to_bf16(a, _mm512_add_epi32(bits, _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd)));
+  const __m512i bits = _mm512_castps_si512(a.x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  return upper(_mm512_add_epi32(bits, _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd)));
 }
 
-// largest: of bf16, to which finite values are cut.
-DF_INLINE Halves half_away_bf16(Pack a, float largest) {
-  const Pack cut = smaller(largest, larger(-largest, a));
-  return rounded_to_bf16(a, _mm512_add_epi32(_mm512_castps_si512(cut.x), _mm512_set1_epi32(0x8000)));
+// Of finite values.
+DF_INLINE Halves half_away_bf16(Pack a) {
+  return upper(_mm512_add_epi32(_mm512_castps_si512(a.x), _mm512_set1_epi32(0x8000)));
 }
 
 }  // namespace deepfast::cpu

@@ -26,6 +26,7 @@ DF_INLINE float fma(float a, float b, float c) { return std::fma(a, b, c); }
 DF_INLINE float sqrt(float x) { return std::sqrt(x); }
 DF_INLINE float magnitude(float x) { return std::fabs(x); }
 DF_INLINE float select(bool which, float yes, float no) { return which ? yes : no; }
+DF_INLINE bool any(bool which) { return which; }  // of a V's elements
 
 // Of two. Where one is NaN, or both are zero, the second: as x86 has it.
 DF_INLINE float larger(float a, float b) { return a > b ? a : b; }
@@ -74,13 +75,15 @@ DF_INLINE V cut(V x, float bound) {
 // huge.
 template <class V>
 DF_INLINE V squarable(V g) {
-  return cut(g, 0x1.fffffep63f);  // the largest whose square is below FLT_MAX
+  constexpr float kLargest = 0x1.fffffep63f;  // its square is below FLT_MAX
+  return any(magnitude(g) > V(kLargest)) ? cut(g, kLargest) : g;
 }
 
 // Weight decay as a penalty: the gradient of decay / 2 * p^2 added to g. Without decay an infinite p does no harm.
 template <class V>
 DF_INLINE V penalized(V g, float decay, V p) {
-  return decay == 0.0f ? g : fma(decay, p, g);
+  const bool none = to_bits(decay) << 1 == 0;  // asked once a register: the bits are seen sooner than the value
+  return none ? g : fma(decay, p, g);
 }
 
 // One step down with decoupled weight decay: p - (step + decay * p), decay being lr * weight_decay. The sum is formed
