@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import python
+from conftest import ROOT, python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import library
@@ -62,6 +63,22 @@ def test_every_instruction_set_gives_the_same_bits():
     if build.capability() in build.INSTRUCTION_SETS:
         assert len(said) > 1
     assert len(set(said.values())) == 1, said
+
+
+@pytest.mark.parametrize("capability", ["DEFAULT", *build.INSTRUCTION_SETS])
+def test_a_register_of_floats_does_what_a_float_does(capability, tmp_path):
+    """Rounding, saturation, infinities and NaN of every kind included."""
+    order = ["DEFAULT", *build.INSTRUCTION_SETS]
+    if capability != "DEFAULT" and build.capability() not in order[order.index(capability) :]:
+        pytest.skip(f"this processor has no {capability}")
+    program, flags = tmp_path / "packs", build.INSTRUCTION_SETS.get(capability, ())
+    cxx = build.compiler()
+    source = str(ROOT / "tests/packs.cpp")
+    subprocess.run([*cxx.command, *build.COMMON_FLAGS, *build.KERNEL_FLAGS, *flags, "-o", program, source], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    at_once = {"DEFAULT": 1, "AVX2": 8, "AVX512": 16}[capability]
+    assert done.stdout == f"{at_once} at once\n"
+    assert done.returncode == 0
 
 
 def test_the_same_bits_for_any_number_of_threads():
