@@ -51,21 +51,21 @@ void check(const char* what, const std::vector<float>& x, const Formula& formula
 }
 
 template <class Round>
-void check_rounding(const char* what, const std::vector<float>& x, const Round& round) {
+void check_rounding(const char* what, const std::vector<float>& x, const Round& round, uint16_t (*expected)(float)) {
   for (size_t i = 0; i < x.size(); i += kWide) {
     uint16_t got[kWide];
     store(round(load(&x[i], Pack())), got);
-    for (int k = 0; k < kWide; ++k) require(got[k] == round(x[i + k]), what, x[i + k], 0, 0);
+    for (int k = 0; k < kWide; ++k) require(got[k] == expected(x[i + k]), what, x[i + k], 0, 0);
   }
 }
 
-void check_decoding(const char* what, DType dtype) {
+void check_decoding(const char* what, DType dtype, float (*expected)(uint16_t)) {
   uint16_t halves[kWide];
   for (uint32_t h = 0; h < 1 << 16; h += kWide) {
     float got[kWide];
     for (int k = 0; k < kWide; ++k) halves[k] = static_cast<uint16_t>(h + k);
     store(decode(load(halves, Pack()), dtype), got);
-    for (int k = 0; k < kWide; ++k) require(to_bits(got[k]) == to_bits(decode(halves[k], dtype)), what, h + k, 0, 0);
+    for (int k = 0; k < kWide; ++k) require(to_bits(got[k]) == to_bits(expected(halves[k])), what, h + k, 0, 0);
   }
 }
 
@@ -80,17 +80,19 @@ int main() {
   check("magnitude", x, [](auto a, auto, auto) { return magnitude(a); });
   check("larger", x, [](auto a, auto b, auto) { return larger(a, b); });
   check("smaller", x, [](auto a, auto b, auto) { return smaller(a, b); });
-  check(">", x, [](auto a, auto b, auto c) { return select(a > b, a, c); });
-  check("<=", x, [](auto a, auto b, auto c) { return select(a <= b, a, c); });
+  check(">", x, [](auto a, auto b, auto c) { return select(larger(a, b) > b, a, c); });
+  check("<=", x, [](auto a, auto b, auto c) { return select(smaller(a, b) <= b, a, c); });
   check("==", x, [](auto a, auto b, auto c) { return select(a == b, b, c); });
   check("!=", x, [](auto a, auto b, auto c) { return select(a != a, b, c); });
   check("cut", x, [](auto a, auto, auto) { return cut(a, Fp16::kLargest); });
   check("squarable", x, [](auto a, auto, auto) { return squarable(a); });
-  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
-    const char* name = dtype == DType::kFloat16 ? "fp16" : "bf16";
-    check_decoding(name, dtype);
-    check_rounding(name, x, [=](auto a) { return nearest_even(a, dtype); });
-    check_rounding(name, x, [=](auto a) { return from_master(a, dtype); });
-  }
+  const auto nearest = [](DType dtype) { return [=](auto a) { return nearest_even(a, dtype); }; };
+  const auto weight = [](DType dtype) { return [=](auto a) { return from_master(a, dtype); }; };
+  check_rounding("fp16", x, nearest(DType::kFloat16), Fp16::nearest_even);
+  check_rounding("bf16", x, nearest(DType::kBFloat16), Bf16::nearest_even);
+  check_rounding("a weight's fp16", x, weight(DType::kFloat16), Fp16::from_master);
+  check_rounding("a weight's bf16", x, weight(DType::kBFloat16), Bf16::from_master);
+  check_decoding("fp16", DType::kFloat16, Fp16::decode);
+  check_decoding("bf16", DType::kBFloat16, Bf16::decode);
   std::printf("%d at once\n", kWide);
 }
