@@ -50,27 +50,70 @@ V repaired(V sum, const Streams& s, DType in, int64_t i, float factor) {
   return load(each, V());
 }
 
-// elements [begin, begin + n)
-void reduce_floats(const Streams& s, int64_t begin, int64_t n, const Reduction& how) {
-  const DType in = static_cast<DType>(how.in), out = static_cast<DType>(how.out);
-  const float factor = static_cast<float>(how.factor);
-  const auto ahead = [&](int64_t k) {
-    for (int r = 0; r < s.sources; ++r) ask_ahead(s.from[r], in, begin + k);
-  };
-  for_each(n, ahead, [&](int64_t k, auto v) {
-    using V = decltype(v);
-    const int64_t i = begin + k;
-    V sum = load<V>(s.from[0], in, i);
-    for (int r = 1; r < s.sources; ++r) sum = sum + load<V>(s.from[r], in, i);
-    sum = sum * factor;
-    if (!finite(sum)) sum = repaired(sum, s, in, i, factor);
-    if (out == DType::kFloat32) {
-      for (int t = 0; t < s.targets; ++t) store(sum, reinterpret_cast<float*>(s.to[t]) + i);
-    } else {
-      const auto rounded = nearest_even(sum, out);
-      for (int t = 0; t < s.targets; ++t) store(rounded, reinterpret_cast<uint16_t*>(s.to[t]) + i);
+template <DType kType>
+using Known = std::integral_constant<DType, kType>;
+
+// kCount V's, from element i on. In, Out: DType, or one that is Known when this is compiled.
+template <class V, int kCount, class In, class Out>
+DF_INLINE void reduce_some(const Streams& s, int64_t i, float factor, In in, Out out) {
+  constexpr int kSize = kWidth<V>;
+  V sum[kCount];
+  bool ordinary = true;
+#pragma GCC unroll 8
+  for (int k = 0; k < kCount; ++k) sum[k] = load<V>(s.from[0], in, i + k * kSize);
+  for (int r = 1; r < s.sources; ++r) {
+#pragma GCC unroll 8
+    for (int k = 0; k < kCount; ++k) sum[k] = sum[k] + load<V>(s.from[r], in, i + k * kSize);
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < kCount; ++k) {
+    sum[k] = sum[k] * factor;
+    ordinary &= finite(sum[k]);
+  }
+  if (!ordinary) {
+    for (int k = 0; k < kCount; ++k) sum[k] = repaired(sum[k], s, in, i + k * kSize, factor);
+  }
+  if (out == DType::kFloat32) {
+    for (int t = 0; t < s.targets; ++t) {
+#pragma GCC unroll 8
+      for (int k = 0; k < kCount; ++k) store(sum[k], reinterpret_cast<float*>(s.to[t]) + i + k * kSize);
     }
-  });
+    return;
+  }
+  decltype(nearest_even(V(), DType())) rounded[kCount];
+#pragma GCC unroll 8
+  for (int k = 0; k < kCount; ++k) rounded[k] = ordinary ? nearest_even_number(sum[k], out) : nearest_even(sum[k], out);
+  for (int t = 0; t < s.targets; ++t) {
+#pragma GCC unroll 8
+    for (int k = 0; k < kCount; ++k) store(rounded[k], reinterpret_cast<uint16_t*>(s.to[t]) + i + k * kSize);
+  }
+}
+
+// elements [begin, begin + n)
+template <class In, class Out>
+void reduce_floats(const Streams& s, int64_t begin, int64_t n, float factor, In in, Out out) {
+  int64_t i = begin;
+  const int64_t end = begin + n;
+  for (; i + kStrip <= end; i += kStrip) {
+    for (int r = 0; r < s.sources; ++r) ask_ahead(s.from[r], in, i);
+    reduce_some<Pack, kStrip / kWidth<Pack>>(s, i, factor, in, out);
+  }
+  for (; i + kWidth<Pack> <= end; i += kWidth<Pack>) reduce_some<Pack, 1>(s, i, factor, in, out);
+  for (; i < end; ++i) reduce_some<float, 1>(s, i, factor, in, out);
+}
+
+void reduce_floats(const Streams& s, int64_t begin, int64_t n, const Reduction& how) {
+  const float factor = static_cast<float>(how.factor);
+  const auto reduce = [&](auto in, auto out) { reduce_floats(s, begin, n, factor, in, out); };
+  if (how.in != how.out) {
+    reduce(static_cast<DType>(how.in), static_cast<DType>(how.out));
+  } else if (how.in == Element::kFloat16) {
+    reduce(Known<DType::kFloat16>(), Known<DType::kFloat16>());
+  } else if (how.in == Element::kBFloat16) {
+    reduce(Known<DType::kBFloat16>(), Known<DType::kBFloat16>());
+  } else {
+    reduce(Known<DType::kFloat32>(), Known<DType::kFloat32>());
+  }
 }
 
 template <class T>

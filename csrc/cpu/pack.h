@@ -60,11 +60,15 @@ template <class V, class Encode>
   return load(halves, V());
 }
 
-// As torch rounds.
+// As torch rounds; and what is not NaN.
+template <class V>
+DF_INLINE auto nearest_even_number(V x, DType dtype) {
+  return dtype == DType::kFloat16 ? nearest_even_fp16(x) : nearest_even_bf16(x);
+}
 template <class V>
 DF_INLINE auto nearest_even(V x, DType dtype) {
-  if (dtype == DType::kFloat16) return nearest_even_fp16(x);
-  return any(x != x) ? encode_each(x, Bf16::nearest_even) : nearest_even_bf16(x);
+  if (dtype == DType::kFloat16 || !any(x != x)) return nearest_even_number(x, dtype);
+  return encode_each(x, Bf16::nearest_even);
 }
 
 // By the rule for weights with a master.
