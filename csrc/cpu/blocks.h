@@ -33,9 +33,10 @@ class Blocks {
   int64_t first(int64_t span) const { return first_[span]; }
   int64_t elements() const { return elements_; }
 
-  // body(span index, offset of the block's first element, its number of elements, block index)
-  template <class Body>
-  void parallel_for(const Body& body) const {
+  // body(span index, offset of the block's first element, its number of elements, block index); a thread ends with
+  // finish().
+  template <class Body, class Finish>
+  void parallel_for(const Body& body, const Finish& finish) const {
 #pragma omp parallel num_threads(threads_) if (threads_ > 1)
     {
       const int64_t begin = size() * omp_get_thread_num() / omp_get_num_threads();
@@ -46,7 +47,13 @@ class Blocks {
         const int64_t offset = (block - first_[span]) * block_;
         body(span, offset, std::min(block_, spans_[span].numel - offset), block);
       }
+      finish();
     }
+  }
+
+  template <class Body>
+  void parallel_for(const Body& body) const {
+    parallel_for(body, [] {});
   }
 
  private:

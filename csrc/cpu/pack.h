@@ -14,7 +14,8 @@
 #else
 namespace deepfast::cpu {
 using Pack = float;
-}
+DF_INLINE void order_past_caches() {}
+}  // namespace deepfast::cpu
 #endif
 
 namespace deepfast::cpu {

@@ -45,6 +45,7 @@ DF_INLINE Halves load(const uint16_t* from, Pack) { return _mm_loadu_si128(reint
 DF_INLINE void store(Pack a, float* to) { _mm256_storeu_ps(to, a.x); }
 DF_INLINE void store(Halves h, uint16_t* to) { _mm_storeu_si128(reinterpret_cast<Halves*>(to), h); }
 DF_INLINE void store_past_caches(Halves h, uint16_t* to) { _mm_stream_si128(reinterpret_cast<Halves*>(to), h); }
+DF_INLINE void order_past_caches() { _mm_sfence(); }
 
 // csrc/codec/half.h, eight at a time.
 

@@ -45,6 +45,7 @@ DF_INLINE Halves load(const uint16_t* from, Pack) { return _mm256_loadu_si256(re
 DF_INLINE void store(Pack a, float* to) { _mm512_storeu_ps(to, a.x); }
 DF_INLINE void store(Halves h, uint16_t* to) { _mm256_storeu_si256(reinterpret_cast<Halves*>(to), h); }
 DF_INLINE void store_past_caches(Halves h, uint16_t* to) { _mm256_stream_si256(reinterpret_cast<Halves*>(to), h); }
+DF_INLINE void order_past_caches() { _mm_sfence(); }
 
 // csrc/codec/half.h, sixteen at a time.
 
