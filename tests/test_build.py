@@ -331,7 +331,7 @@ def test_the_key_holds_all_that_matters(monkeypatch):
     keys.append(key())
     monkeypatch.setattr(build, "KERNEL_FLAGS", (*build.KERNEL_FLAGS, "-DX"))
     keys.append(key())
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ANOTHER")
     keys.append(key())
     assert len(set(keys)) == len(keys)
     monkeypatch.undo()
