@@ -96,6 +96,7 @@ OLDEST_NVCC = (12, 1)  # kernels with more than 4 KiB of parameters
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 INSTRUCTION_SETS = {"AVX2": _AVX2, "AVX512": _AVX512}
+CPUINFO = Path("/proc/cpuinfo")
 
 
 class BuildError(RuntimeError):
@@ -237,6 +238,19 @@ def capability() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
+def instruction_set() -> tuple[tuple[str, ...], str]:
+    """The compiler's flags for this machine's CPU, and what else their meaning depends on, for the key.
+
+    On 64-bit Arm the compiler finds out by itself what the CPU has, from the lines that are returned here.
+    """
+    if platform.machine() != "aarch64" or os.environ.get("ATEN_CPU_CAPABILITY") == "default":
+        return INSTRUCTION_SETS.get(capability(), ()), ""
+    said: list[str] = []
+    with contextlib.suppress(OSError):
+        said = re.findall(r"^(?:Features|CPU (?:implementer|variant|part))\s*:.*", CPUINFO.read_text(), re.MULTILINE)
+    return ("-mcpu=native",), "\n".join(sorted(set(said)))
+
+
 def _digest(*parts: str | bytes) -> str:
     h = hashlib.sha256()
     for part in parts:
@@ -255,7 +269,9 @@ def interface_key(library: Library = CPU) -> str:
         return f"{platform.machine()}-cuda-{_digest(*sources, flags, abi)}"
     if library == COMM:
         abi += f" {sys.implementation.cache_tag}"
-    flags = " ".join((*COMMON_FLAGS, *KERNEL_FLAGS, *BINDING_FLAGS, *INSTRUCTION_SETS.get(capability(), ())))
+    native, cpu = instruction_set()
+    flags = " ".join((*COMMON_FLAGS, *KERNEL_FLAGS, *BINDING_FLAGS, *native))
+    abi += cpu
     return f"{platform.machine()}-{capability().lower()}-{_digest(*sources, flags, abi, capability())}"
 
 
@@ -396,7 +412,7 @@ def compile_commands(library: Library, compilers: list[Compiler], arch: list[str
     if cuda:
         kernel = [*cuda[0].command, "-ccbin", cxx.program, *CUDA_FLAGS, *arch]
     else:
-        kernel = [*cxx.command, *COMMON_FLAGS, *KERNEL_FLAGS, *INSTRUCTION_SETS.get(capability(), ())]
+        kernel = [*cxx.command, *COMMON_FLAGS, *KERNEL_FLAGS, *instruction_set()[0]]
     jobs = [(name, bind) for name in library.bindings] + [(name, kernel) for name in library.kernels]
     return {name: [*command, "-c", str(CSRC / name)] for name, command in jobs}
 

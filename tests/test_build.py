@@ -331,12 +331,47 @@ def test_the_key_holds_all_that_matters(monkeypatch):
     keys.append(key())
     monkeypatch.setattr(build, "KERNEL_FLAGS", (*build.KERNEL_FLAGS, "-DX"))
     keys.append(key())
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ANOTHER")
     keys.append(key())
     assert len(set(keys)) == len(keys)
     monkeypatch.undo()
     assert key() == keys[0]
     assert build.compiler_key(build.Compiler(("g++",), "12")) != build.compiler_key(build.Compiler(("g++",), "13"))
+
+
+def test_each_arm_cpu_has_its_own_library(monkeypatch, tmp_path):
+    """They share a name (aarch64) and a home, and torch tells few of them apart; -mcpu=native does."""
+    import torch
+
+    def key() -> str:
+        build.interface_key.cache_clear()
+        return build.interface_key()
+
+    def flags() -> list[str]:
+        return build.compile_commands(build.CPU, [build.compiler()], [])["cpu/step.cpp"]
+
+    before = key()
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    elsewhere = key()
+    monkeypatch.setattr(build, "CPUINFO", tmp_path / "cpuinfo")
+    assert key() == elsewhere, "there the CPU's description decides nothing"
+    assert "-mcpu=native" not in flags()
+    monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
+    keys = [key()]  # without the file
+    core = "processor\t: {}\nBogoMIPS\t: {}\nFeatures\t: {}\nCPU implementer\t: 0x41\nCPU part\t: {}\n\n"
+    for said in (("fp asimd", "0xd0c"), ("fp asimd sve", "0xd0c"), ("fp asimd sve", "0xd40")):
+        build.CPUINFO.write_text(core.format(0, "50.00", *said) + core.format(1, "50.00", *said))
+        keys.append(key())
+    assert len(set(keys)) == len(keys)
+    build.CPUINFO.write_text(core.format(0, "48.00", *said))  # fewer cores of the same kind, another clock
+    assert key() == keys[-1]
+    assert "-mcpu=native" in flags()
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert "-mcpu=native" not in flags()
+    monkeypatch.undo()
+    assert key() == before
 
 
 def test_import_is_lazy():
