@@ -1,6 +1,6 @@
 """The optimizer step: at sizes where memory decides, and at sizes where the host does.
 
-    pytest benchmarks/bench_step.py [-k "adamw and torch_fused"] [--elements 1048576]
+pytest benchmarks/bench_step.py [-k "adamw and torch_fused"] [--elements 1048576]
 """
 
 from __future__ import annotations

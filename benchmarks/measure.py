@@ -1,9 +1,9 @@
 """One contender's rounds: what it computes is checked before it has a time, and each round stands beside a yardstick's.
 
-pytest-benchmark times the contenders one after the other, and machines drift: one streams at 70 GB/s now and at 130 some
-minutes later. So before each round the yardstick has its turn, a stream of fixed size, and what counts is the share: how
-fast the round went through the bytes that its case has to move, as a part of the yardstick's speed beside it. Ratios
-between contenders are ratios of shares.
+pytest-benchmark times the contenders one after the other, and machines drift: one streams at 70 GB/s now and at 130
+some minutes later. So before each round the yardstick has its turn, a stream of fixed size, and what counts is the
+share: how fast the round went through the bytes that its case has to move, as a part of the yardstick's speed beside
+it. Ratios between contenders are ratios of shares.
 """
 
 from __future__ import annotations
