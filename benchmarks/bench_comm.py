@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -41,8 +42,8 @@ SIZES = {
     "4KiB": (4 << 10, 1, 200, 21),
     "64KiB": (64 << 10, 1, 100, 21),
     "1MiB": (1 << 20, 1, 20, 21),
-    "4MiB": (4 << 20, 1, 8, 21),
-    "25MiB": (BUCKET, 1, 4, 21),
+    "4MiB": (4 << 20, 1, 8, 15),
+    "25MiB": (BUCKET, 1, 4, 15),
     "25MiB_rotating": (BUCKET, 21, 21, 7),  # over 512 MiB: as in DDP's life, no cache has it
     "256MiB": (256 << 20, 1, 1, 7),
 }
@@ -155,7 +156,8 @@ def test_all_reduce(benchmark, ranks, dtype, size, contender):
     t.zero_()
     del parts
     turns = itertools.cycle(tensors)
-    benchmark.group = f"all-reduce, {ranks.device.type}, {dtype}, {size.replace('_', ', ')}"
+    text = re.sub(r"(\d+)", r"\1 ", size).replace("_", ", ")
+    benchmark.group = f"all-reduce, {ranks.device.type}, {dtype}, {text}"
     ranks.timed(benchmark, lambda: reduce(t) if count == 1 else reduce(next(turns)), bytes_each, calls, rounds)
 
 
@@ -178,7 +180,7 @@ def test_ddp_hook(benchmark, ranks, contender):
         "deepfast_ordinary": lambda: deepfast.comm.allreduce_hook(ranks.comm, bucket).wait(),
         "gloo": lambda: default_hooks.allreduce_hook(None, bucket).wait(),
     }
-    benchmark.group = "DDP's hook, cpu, fp32, 25MiB"
+    benchmark.group = "DDP's hook, cpu, fp32, 25 MiB"
     ranks.timed(benchmark, hooks[contender], BUCKET, *SIZES["25MiB"][2:])
 
 
@@ -192,7 +194,7 @@ def test_ddp_backward(benchmark, ranks, contender):
         model = ddp(ranks, None, ranks.comm, deepfast.comm.allreduce_hook)
     else:
         model = ddp(ranks)
-    benchmark.group = "DDP's backward pass, cpu, fp32, 25MiB"
+    benchmark.group = "DDP's backward pass, cpu, fp32, 25 MiB"
     ranks.timed(benchmark, lambda: model().backward(), BUCKET, *SIZES["25MiB"][2:])
 
 

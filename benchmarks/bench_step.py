@@ -128,7 +128,7 @@ CASES = {
         {
             **ours("Lion"),
             "torch_foreach": Contender(stepping(peers.ForeachLion)),
-            "deepspeed": deepspeeds("Lion"),
+            "deepspeed": deepspeeds("Lion", betas=(0.9, 0.99)),
             "optimi": of("optimi", "Lion", pip="torch-optimi"),
             "bitsandbytes": of("bitsandbytes.optim", "Lion"),
         },
@@ -153,8 +153,8 @@ CASES = {
         oracle(torch.optim.Adagrad),
     ),
     **{
-        name: Case(f"full {name} AdamW step", 30, WHOLE, whole_oracle, dtype=dtype, tolerance=tolerance)
-        for name, dtype, tolerance in (("fp16", torch.float16, 0.005), ("bf16", torch.bfloat16, 0.02))
+        name: Case(f"full {name} AdamW step", 30, WHOLE, whole_oracle, dtype=dtype, tolerance=0.005)  # roundings turn
+        for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16))
     },
     "gpt2": Case("AdamW, fp32, GPT-2 124M (148 tensors)", 28, ADAMW, ADAMW_ORACLE, GPT2, empty=measure.ordinary),
     "2000_of_256": Case("AdamW, fp32, 2000 tensors of 256", contenders=ADAMW, shapes=((256,),) * 2000, **HOST),

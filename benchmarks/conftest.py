@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+collect_ignore = ["bench_gpu.py"]  # a script
+
 
 def pytest_addoption(parser):
     parser.addoption("--elements", type=int, default=64 << 20, help="of the tensors that fill the memory")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 OURS = "deepfast"
 SMALL = 1 << 24  # bytes: below, the caches and the host's work decide, not the memory
-LABELS = {"deepspeed": "DeepSpeed", "8bit": "8-bit"}
+LABELS = {"deepspeed": "DeepSpeed", "8bit": "8-bit", "ordinary": "(ordinary memory)"}
 
 
 class BrokenError(ValueError):

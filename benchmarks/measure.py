@@ -142,37 +142,34 @@ class Case:
 
 
 # The same block again and again, in parameters and in gradients: what one block becomes all become, and norms over all
-# of them are known from it.
+# of them are known from it. The second step's gradients are others than the first's: who forgets his state is found.
+P, G1, G2 = range(3)
+
+
 @functools.cache
 def block(dtype: torch.dtype, which: int) -> Tensor:
-    """Of parameters (0) or gradients (1)."""
     drawn = torch.randn(BLOCK, generator=torch.Generator().manual_seed(which), dtype=torch.float64)
-    return (drawn * (0.1, 1.0)[which]).to(dtype)
+    return (drawn * (0.1 if which == P else 1)).to(dtype)
 
 
-def filled(case: Case, shapes: Iterable[tuple[int, ...]], which: int) -> list[Tensor]:
-    """Tensors of these shapes: one after the other they hold the block again and again."""
-    tensors, at = [], 0
-    for shape in shapes:
-        flat, turned = case.empty(math.prod(shape), case.dtype), block(case.dtype, which).roll(-at)
+def fill(tensors: Iterable[Tensor], which: int) -> None:
+    """One after the other they hold the block again and again."""
+    at = 0
+    for t in tensors:
+        flat, turned = t.view(-1), block(t.dtype, which).roll(-at)
         whole = flat.numel() // BLOCK * BLOCK
         flat[:whole].view(-1, BLOCK).copy_(turned)
         flat[whole:].copy_(turned[: flat.numel() - whole])
         at = (at + flat.numel()) % BLOCK
-        tensors.append(flat.view(shape))
-    return tensors
-
-
-SECOND = -1 / 16  # the second step's gradients are the first's times this: a step that forgets its state is found
 
 
 @functools.lru_cache(maxsize=2)
 def expected(case: Case, repeats: int) -> list[Tensor]:
     """The block after no, one and two steps of the oracle."""
-    p, grad = nn.Parameter(block(case.dtype, 0).double()), block(case.dtype, 1)
+    p = nn.Parameter(block(case.dtype, P).double())
     step, after = case.oracle([p], repeats), [p.detach().clone()]
-    for factor in (1, SECOND):
-        p.grad = (grad * factor).double()
+    for which in (G1, G2):
+        p.grad = block(case.dtype, which).double()
         step()
         after.append(p.detach().to(case.dtype).double())
     return after
@@ -192,16 +189,17 @@ def error(params: Iterable[Tensor], before: Tensor, after: Tensor) -> float:
 def contest(benchmark, case: Case, name: str, elements: int) -> None:
     """The contender's two steps that are checked, and its rounds."""
     contender, shapes = case.contenders[name], case.shapes or ((elements,),)
-    grads = filled(case, shapes, 1)
-    params: list[Tensor] = [nn.Parameter(case.wrapped(t)) for t in filled(case, shapes, 0)]
+    weights, grads = ([case.empty(math.prod(s), case.dtype).view(s) for s in shapes] for _ in range(2))
+    fill(weights, P)
+    fill(grads, G1)
+    params: list[Tensor] = [nn.Parameter(case.wrapped(t)) for t in weights]
     for p, g in zip(params, grads, strict=True):
         p.grad = case.wrapped(g)
     numel = sum(map(math.prod, shapes))
     before, once, twice = expected(case, numel // BLOCK)
     step = begun(contender, params)
     errors = [error(params, before, once)]
-    for g in grads:
-        g.mul_(SECOND)
+    fill(grads, G2)
     start = time.perf_counter()
     step()
     seconds = time.perf_counter() - start

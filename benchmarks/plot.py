@@ -1,4 +1,4 @@
-"""The chart of the README: how long each contender's step takes, in multiples of what its bytes take at streaming speed.
+"""The README's chart: how long each contender's step takes, in multiples of what the bytes take at streaming speed.
 
     python benchmarks/plot.py benchmarks/results/cpu-avx512.json [more.json] -o benchmarks/results/cpu.png
 

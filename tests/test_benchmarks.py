@@ -1,4 +1,4 @@
-"""The benchmarks: who computes something else gets no figure, drift is not in a share, and what is drawn stands there."""
+"""The benchmarks: who computes something else gets no figure, drift is not in a share, the chart is drawn."""
 
 from __future__ import annotations
 
@@ -53,7 +53,12 @@ def run(tmp_path_factory) -> tuple[str, dict]:
         del env[name]
     command = [sys.executable, "-m", "pytest", "-c", "/dev/null", "-p", "no:cacheprovider", "-rs"]
     done = subprocess.run(
-        [*command, "bench_fakes.py", "--benchmark-json", "out.json"], cwd=folder, env=env, capture_output=True, text=True
+        [*command, "bench_fakes.py", "--benchmark-json", "out.json"],
+        check=False,  # some have to fail
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
     )
     return done.stdout, json.loads((folder / "out.json").read_text())
 
@@ -119,7 +124,7 @@ def test_the_inputs_let_nothing_pass_that_does_nothing():
     for name in ("adamw", "lion", "fp16", "bf16"):
         before, once, twice = measure.expected(bench_step.CASES[name], 16)
         assert ((before - once).abs() > 1e-4).double().mean() > 0.99
-        assert ((once - twice).abs() > 1e-4).double().mean() > 0.95, name
+        assert ((once - twice).abs() > 1e-4).double().mean() > 0.99
 
 
 def result(**changed) -> dict:
@@ -143,7 +148,7 @@ def result(**changed) -> dict:
 def plotted(tmp_path, text: str) -> subprocess.CompletedProcess:
     (tmp_path / "result.json").write_text(text)
     command = [sys.executable, BENCHMARKS / "plot.py", tmp_path / "result.json", "-o", tmp_path / "chart.png"]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
 def test_the_chart(tmp_path):

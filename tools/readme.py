@@ -1,5 +1,4 @@
-"""Puts what is generated between its markers in README.md: the configuration table, from the schema, and the benchmarks'
-tables, from their results."""
+"""Puts between its markers in README.md what is generated: the configuration table, the benchmarks' tables."""
 
 from __future__ import annotations
 
@@ -28,8 +27,14 @@ def benchmarks(folder: Path = RESULTS) -> str:
 
 
 def steps(results: list[Results], names: list[str]) -> str:
-    links = (f"[{r.capability}](benchmarks/results/{name}): {r.described}" for r, name in zip(results, names, strict=True))
-    head = ["", *(f"{r.capability}{what}" for r in results for what in ("", ", of streaming", ", best of torch")), "best of others"]
+    links = (
+        f"[{r.capability}](benchmarks/results/{name}): {r.described}" for r, name in zip(results, names, strict=True)
+    )
+    head = [
+        "",
+        *(f"{r.capability}{what}" for r in results for what in ("", ", of streaming", ", best of torch")),
+        "best of others",
+    ]
     rows = [head, ["---"] * len(head)]
     for case in dict.fromkeys(case for r in results for case in r.cases):
         row, found = [case], [r.cases.get(case, {}) for r in results]
@@ -59,7 +64,7 @@ def sums(results: Results) -> str:
     """A row a size, of three types; from the cases' names: what, device, type, size."""
     sizes: dict[str, dict[str, dict[str, Figure]]] = {}
     for case, contenders in results.cases.items():
-        what, device, dtype, *size = case.split(", ")
+        what, _, dtype, *size = case.split(", ")
         for name, figure in contenders.items():
             sizes.setdefault(", ".join([what, *size]), {}).setdefault(name, {})[dtype] = figure
     columns = list(dict.fromkeys(name for of in sizes.values() for name in of))
