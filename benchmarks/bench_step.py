@@ -5,7 +5,6 @@ pytest benchmarks/bench_step.py [-k "adamw and torch_fused"] [--elements 1048576
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import tempfile
@@ -16,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from measure import BLOCK, Case, Contender
-from peers import DECAY, EPS, LR, NORM, SCALE, Params, deepspeeds, of, recipe, stepping, torchs
+from peers import DECAY, EPS, LR, NORM, NORMS, SCALE, Params, deepspeeds, of, recipe, stepping, torchs
 from torch import Tensor
 
 import deepfast
@@ -138,7 +137,7 @@ CASES = {
     "lamb": Case(
         "LAMB, fp32",
         24 + 16,  # two passes: the norms of parameter and update come first
-        {**ours("LAMB", weight_decay=DECAY), "torch_foreach": Contender(stepping(peers.ForeachLAMB))},
+        {**ours("LAMB", weight_decay=DECAY), "torch_foreach": Contender(stepping(peers.ForeachLAMB), NORMS)},
         oracle(deepfast.LAMB, weight_decay=DECAY),
     ),
     "adagrad": Case(
@@ -153,7 +152,7 @@ CASES = {
         oracle(torch.optim.Adagrad),
     ),
     **{
-        name: Case(f"full {name} AdamW step", 30, WHOLE, whole_oracle, dtype=dtype, tolerance=0.005)  # roundings turn
+        name: Case(f"full {name} AdamW step", 30, WHOLE, whole_oracle, dtype=dtype, tolerance=0.002)  # roundings turn
         for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16))
     },
     "gpt2": Case("AdamW, fp32, GPT-2 124M (148 tensors)", 28, ADAMW, ADAMW_ORACLE, GPT2, empty=measure.ordinary),
@@ -175,7 +174,7 @@ CASES = {
 @pytest.fixture(autouse=True, scope="module")
 def _one_rank():
     yield
-    with contextlib.suppress(AssertionError, ValueError):  # nobody had asked for it
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

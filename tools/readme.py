@@ -57,7 +57,8 @@ def best(contenders: dict[str, Figure], among) -> str:
     if OURS not in contenders or not peers:
         return ""
     name = min(peers, key=lambda name: peers[name].cost)
-    return f"{peers[name].cost / contenders[OURS].cost:.3g}× ({label(name.removeprefix('torch_'))})"
+    ratio = peers[name].cost / contenders[OURS].cost
+    return f"{ratio:.{2 if ratio < 10 else 0}f}× ({label(name.removeprefix('torch_'))})"
 
 
 def sums(results: Results) -> str:
@@ -82,6 +83,8 @@ def table(rows: list[list[str]]) -> str:
 def between(text: str, name: str, generated: str) -> str:
     """``text`` with this between the markers of that name."""
     begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    if begin not in text or end not in text:
+        raise SystemExit(f"README.md has no markers for {name}: {begin.strip()}, {end}")
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
     return f"{before}{begin}{generated}{end}{after}"
