@@ -22,6 +22,7 @@ from matplotlib.patches import Patch
 
 END = 6.0  # of the axis; a longer bar is cut there, and says how long it is
 FLOOR = "#b5372a"
+BLANK = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
 COLOURS = {"deepfast": "#0072b2", "torch": "#9aa3ab", "others": "#e69f00"}  # told apart by the colour-blind, too
 
 
@@ -34,10 +35,12 @@ def bar(ax: Axes, y: float, figure: Figure) -> None:
     name, time = label(figure.contender), duration(figure.seconds)
     strong = {"fontweight": "bold"} if figure.contender == OURS else {}
     ax.text(-0.06, y, name, ha="right", va="center", fontsize=8, **strong)
-    if figure.cost <= END:
-        ax.text(figure.cost + 0.05, y, time, va="center", fontsize=8, **strong)
-    else:
+    if figure.cost > END:
         ax.text(END - 0.08, y, f"{figure.cost:.0f}×,  {time}  ▸", ha="right", va="center", fontsize=8)
+    elif figure.cost > END - 0.7:
+        ax.text(figure.cost - 0.05, y, time, ha="right", va="center", fontsize=8, **strong)
+    else:
+        ax.text(figure.cost + 0.05, y, time, va="center", fontsize=8, **strong)
 
 
 def chart(results: Results, others: list[Results]) -> plt.Figure:
@@ -49,7 +52,7 @@ def chart(results: Results, others: list[Results]) -> plt.Figure:
     y = 0.0
     for case, contenders in cases.items():
         floor = contenders[OURS].bytes / contenders[OURS].speed
-        ax.text(-1.35, y, case, fontsize=8.5, fontweight="bold", va="center")
+        ax.text(-1.35, y, case, fontsize=8.5, fontweight="bold", va="center", bbox=BLANK)
         ax.text(END, y, f"floor {duration(floor)}", fontsize=8, ha="right", va="center", color=FLOOR)
         for contender, figure in sorted(contenders.items(), key=lambda pair: pair[1].cost):
             y += 1
