@@ -117,9 +117,9 @@ def test_drift_is_not_in_a_share(speeds):
 def test_every_case_is_a_contest():
     for name, case in bench_step.CASES.items():
         ours, *peers = case.contenders
-        assert ours == figures.OURS
+        assert ours == figures.OURS, name
         assert peers, name
-        assert len({b.title for b in bench_step.CASES.values()}) == len(bench_step.CASES)
+    assert len({case.title for case in bench_step.CASES.values()}) == len(bench_step.CASES)
 
 
 def test_the_inputs_let_nothing_pass_that_does_nothing():
