@@ -5,8 +5,9 @@
 # make gpu     on a machine with a GPU, in the Python it is given (PYTHON=): all that needs one; installs nothing
 #              (GPU="--budget 480 --out DIR"; tools/gpu.py --help)
 # make gpu-carry   builds what that takes along to a machine without compiler or network, for CARRY_TORCH and sm_90
-# make bench   the benchmarks (RESULTS=file.json keeps the figures)
-# make readme  the README's generated tables
+# make bench   the benchmarks beside their peers (pytest-benchmark), into benchmarks/results: bench-step and bench-comm
+#              (ATEN_CPU_CAPABILITY=avx2 make bench-step; make bench-step BENCH="-k adamw" RESULTS=/tmp)
+# make readme  the README's generated tables and its chart, from those
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -15,7 +16,7 @@ BIN    := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CXX_FILES := $(shell git ls-files "*.h" "*.cpp" "*.cu" "*.cuh")
 
-.PHONY: help train test wheel lint format gpu gpu-carry bench readme clean
+.PHONY: help train test wheel lint format gpu gpu-carry bench bench-step bench-comm readme clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -34,6 +35,11 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py
 	@echo "installing deepfast[train,test,dev] into $(VENV)"
 	$(BIN)/python -m pip install --quiet --editable ".[train,test,dev]"
 	@touch $@ $(VENV)/.train
+
+$(VENV)/.bench: $(VENV)/.dev
+	@echo "installing deepfast[bench] into $(VENV)"
+	$(BIN)/python -m pip install --quiet --editable ".[bench]"
+	@touch $@
 
 train: $(VENV)/.train
 	$(BIN)/python ds_train.py --config examples/quickstart.json
@@ -74,11 +80,25 @@ CARRY_TORCH  ?= torch==2.11.0
 gpu-carry: .venv-gpu/.torch
 	.venv-gpu/bin/python tools/gpu_carry.py
 
-bench: $(VENV)/.dev
-	DEEPFAST_RESULTS=$(RESULTS) $(BIN)/python -m pytest benchmarks -s -q -p no:xdist
+# Each is timed even where a contender of the other has failed.
+RESULTS ?= benchmarks/results
+TIMING  := pytest -v -p no:xdist --disable-warnings --benchmark-columns=median,iqr,rounds --benchmark-sort=mean
+bench:
+	@$(MAKE) --no-print-directory --keep-going --jobs=1 bench-step bench-comm
+
+bench-step: $(VENV)/.bench
+	set=$$($(BIN)/python -c 'import torch; print(torch.backends.cpu.get_cpu_capability().lower())') && \
+	$(BIN)/python -m $(TIMING) benchmarks --ignore benchmarks/bench_comm.py \
+	  --benchmark-json $(RESULTS)/cpu-$$set.json $(BENCH)
+
+bench-comm: $(VENV)/.bench
+	$(BIN)/torchrun --nproc-per-node 2 --local-ranks-filter 0 -m $(TIMING) benchmarks/bench_comm.py \
+	  --benchmark-json $(RESULTS)/comm.json $(BENCH)
 
 readme: $(VENV)/.dev
 	PYTHONPATH=. $(BIN)/python tools/readme.py
+	PYTHONPATH=. $(BIN)/python benchmarks/plot.py $(wildcard $(RESULTS)/cpu-avx512.json $(RESULTS)/cpu-avx2.json) \
+	  -o $(RESULTS)/cpu.png
 
 clean:
 	rm -rf $(VENV) .venv-gpu .gpu deepfast/prebuilt* build output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

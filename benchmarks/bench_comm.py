@@ -1,70 +1,52 @@
-"""All-reduce between two ranks of this machine: ours, gloo's and DeepSpeed's through shared memory; or, where there are
+"""All-reduce between ranks of one machine: ours, gloo's and DeepSpeed's through shared memory; or, where there are
 several GPUs, between those: ours and NCCL's, from ordinary and from its symmetric memory.
 
-The ranks are started once. A figure is the median over rounds in which the contenders take turns, each round counting
-as long as its slower rank takes.
+    torchrun --nproc-per-node 2 --local-ranks-filter 0 -m pytest benchmarks/bench_comm.py    [--device cuda]
+
+Every rank goes through the same rounds, and a round takes as long as its slower rank: the clock is told so. The
+yardstick is a local copy of as many bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
-import statistics
+import re
 import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
+import measure
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import report
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import deepfast.comm
 
-OURS, ORDINARY, GLOO, DEEPSPEED = "deepfast", "deepfast, ordinary memory", "gloo", "DeepSpeed's shared memory"
-NCCL, NCCL_SYMMETRIC = "NCCL", "NCCL, symmetric memory"
-RANKS = int(os.environ.get("WORLD_SIZE", "2"))
+RANKS = int(os.environ.get("WORLD_SIZE", "1"))
+COMMAND = "torchrun --nproc-per-node {} --local-ranks-filter 0 -m pytest benchmarks/bench_comm.py"
+CONTENDERS = {
+    "cpu": ("deepfast", "deepfast_ordinary", "gloo", "deepspeed"),
+    "cuda": ("deepfast", "deepfast_ordinary", "nccl", "nccl_symmetric"),
+}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BUCKET = 25 << 20  # DDP's
-# bytes: calls a sample, samples
-WARM = {1 << 10: (200, 31), 4 << 10: (200, 31), 64 << 10: (100, 31), 1 << 20: (20, 31), 4 << 20: (8, 21),
-        BUCKET: (4, 21), 256 << 20: (1, 9)}  # fmt: skip
-
-
-def measured(place: Path, ranks: int, device: str) -> list[dict]:
-    env = {"TORCH_EXTENSIONS_DIR": str(place), **os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    env["PATH"] = sysconfig.get_path("scripts") + os.pathsep + env["PATH"]  # ninja, for DeepSpeed
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    subprocess.run([*launch, __file__, str(place / "rows.json"), device], check=True, env=env)
-    return json.loads((place / "rows.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> list[dict]:
-    return measured(tmp_path_factory.mktemp("comm"), RANKS, "cpu")
-
-
-@pytest.mark.parametrize("part", ["all-reduce", "DDP"])
-def test_comm(rows, part):
-    for row in rows:
-        if row["title"].startswith(part):
-            report(row)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_several_gpus(tmp_path, ranks):
-    if torch.cuda.device_count() < ranks:
-        pytest.skip(f"needs {ranks} GPUs")
-    for row in measured(tmp_path, ranks, "cuda"):
-        report(row)
+# name: bytes, tensors that take turns, calls a round, rounds
+SIZES = {
+    "1KiB": (1 << 10, 1, 200, 21),
+    "4KiB": (4 << 10, 1, 200, 21),
+    "64KiB": (64 << 10, 1, 100, 21),
+    "1MiB": (1 << 20, 1, 20, 21),
+    "4MiB": (4 << 20, 1, 8, 15),
+    "25MiB": (BUCKET, 1, 4, 15),
+    "25MiB_rotating": (BUCKET, 21, 21, 7),  # over 512 MiB: as in DDP's life, no cache has it
+    "256MiB": (256 << 20, 1, 1, 7),
+}
 
 
 class Ranks:
@@ -73,120 +55,171 @@ class Ranks:
     def __init__(self, device: torch.device) -> None:
         self.comm, self.device = deepfast.comm.Communicator(), device
         self.token = torch.zeros(1)
-        self.rows: list[dict] = []
-        self.absent = ""
-        self.contenders: dict[str, Callable[[Tensor], object]] = {
-            OURS: self.comm.all_reduce_,
-            ORDINARY: self.comm.all_reduce_,
-            NCCL if device.type == "cuda" else GLOO: dist.all_reduce,
+        self.found: dict[str, Callable[[Tensor], object]] = {
+            **dict.fromkeys(("deepfast", "deepfast_ordinary"), self.comm.all_reduce_),
+            **dict.fromkeys(("gloo", "nccl", "nccl_symmetric"), dist.all_reduce),
         }
+        self.symmetric: Callable[[int, torch.dtype], Tensor] | None = None
+
+    def reducer(self, name: str) -> Callable[[Tensor], object]:
+        """Of this contender; a skip where it is not there."""
         try:
-            if device.type == "cuda":
-                self.symmetric = symmetric_memory(device)
-                self.contenders[NCCL_SYMMETRIC] = dist.all_reduce
-            else:
-                self.contenders[DEEPSPEED] = deepspeeds(self.comm.rank)
-        except (ImportError, AttributeError, TypeError, RuntimeError) as error:
-            self.absent = f"not there: {str(error).partition(chr(10))[0]}"
+            if name == "deepspeed" and name not in self.found:
+                self.found[name] = deepspeeds(self.comm.rank)
+            if name == "nccl_symmetric" and self.symmetric is None:
+                self.symmetric = symmetric_memory(self.device)
+        except (ImportError, AttributeError, TypeError, RuntimeError) as problem:
+            pytest.skip(f"{name}: {str(problem).partition(chr(10))[0]} (pip install {name.partition('_')[0]})")
+        return self.found[name]
 
     def memory(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
-        if name == OURS:
+        if name == "deepfast":
             return self.comm.empty(numel, dtype, self.device).zero_()
-        if name == NCCL_SYMMETRIC:
+        if name == "nccl_symmetric":
             return self.symmetric(numel, dtype)
         return torch.zeros(numel, dtype=dtype, device=self.device)
 
-    def compare(self, title: str, runs: dict[str, Callable[[], object]], calls: int, rounds: int) -> None:
-        """Reports the time of one call of each, as :func:`conftest.compare` does."""
-        times = torch.zeros(rounds, len(runs), dtype=torch.float64)
-        order = list(enumerate(runs.values()))
-        for turn in range(rounds):
-            for index, run in order if turn % 2 else order[::-1]:
-                for _ in range(calls):  # its memory is in the caches again, as far as they hold it
-                    run()
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
-                dist.barrier()
-                self.comm.all_reduce_(self.token)  # all ranks start within a microsecond
-                start = time.perf_counter()
-                for _ in range(calls):
-                    run()
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
-                times[turn, index] = (time.perf_counter() - start) / calls
-        dist.all_reduce(times, op=dist.ReduceOp.MAX)
-        medians = {name: statistics.median(times[:, index].tolist()) for index, name in enumerate(runs)}
-        row = {"title": title, "ms": {name: round(value * 1e3, 5) for name, value in medians.items()}}
-        for ours, key in ((OURS, "times_as_fast_as"), (ORDINARY, "from_ordinary_memory_times_as_fast_as")):
-            if ours in medians:
-                peers = {name: value for name, value in medians.items() if not name.startswith(OURS)}
-                row[key] = {name: round(value / medians[ours], 2) for name, value in peers.items()}
-        if self.absent:
-            row["not_compared"] = self.absent
-        self.rows.append(row)
+    def check(self, right: bool, name: str) -> None:
+        """Either all ranks go on, or none."""
+        wrong = torch.tensor(float(not right))
+        dist.all_reduce(wrong)
+        assert not wrong, f"{name} has another result"
 
-    def all_reduce(self, title: str, dtype: torch.dtype, bytes_each: int, count: int, calls: int, rounds: int) -> None:
-        """Over ``count`` tensors in turn; zeros, whose sum may be taken again and again."""
-        numel = bytes_each // dtype.itemsize
-        tensors = {name: [self.memory(name, numel, dtype) for _ in range(count)] for name in self.contenders}
-        parts = [torch.arange(numel, dtype=torch.int32).add_(r).remainder_(17).to(dtype) for r in range(RANKS)]
-        for name, reduce in self.contenders.items():
-            t = tensors[name][0].copy_(parts[self.comm.rank])
-            reduce(t)
-            assert torch.equal(t.cpu(), sum(parts[1:], parts[0])), f"{name} has another result"
-            t.zero_()
-        del parts
+    def seconds(self, run: measure.Step, calls: int) -> float:
+        """Of one call, on the slower rank; all start within a microsecond."""
+        self.synchronize()
+        dist.barrier()
+        self.comm.all_reduce_(self.token)
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        self.synchronize()
+        taken = torch.tensor((time.perf_counter() - start) / calls, dtype=torch.float64)
+        dist.all_reduce(taken, op=dist.ReduceOp.MAX)
+        return taken.item()
 
-        def run(name: str) -> Callable[[], object]:
-            reduce = self.contenders[name]
-            if count == 1:
-                (t,) = tensors[name]
-                return lambda: reduce(t)
-            turns = itertools.cycle(tensors[name])
-            return lambda: reduce(next(turns))
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
-        self.compare(title, {name: run(name) for name in self.contenders}, calls, rounds)
+    def timed(self, benchmark, run: measure.Step, size: int, calls: int, rounds: int) -> None:
+        source, target = torch.zeros(2, size, dtype=torch.uint8, device=self.device)
 
-    def ddp(self) -> None:
-        """One bucket, from gradients that cost nothing: the hook alone, and the backward pass around it."""
-        buckets: list[dist.GradBucket] = []
+        def beside() -> None:
+            measure.tell(self.seconds(lambda: target.copy_(source), calls))
+            for _ in range(calls):  # not timed: the contender's memory is in the caches again, as far as they hold it
+                run()
 
-        def keep(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-            buckets.append(bucket)
-            return deepfast.comm.allreduce_hook(self.comm, bucket)
+        def both() -> None:
+            measure.tell(self.seconds(run, calls))
 
-        def made(
-            group: dist.ProcessGroup | None = None, state: object = None, hook: Callable | None = None
-        ) -> nn.Module:
-            model = nn.parallel.DistributedDataParallel(Given(), process_group=group, bucket_cap_mb=100)
-            if hook:
-                model.register_comm_hook(state, hook)
-            for _ in range(3):  # DDP arranges its buckets after the first
-                model.zero_grad()
-                model().backward()
-            assert all((p.grad == (RANKS - 1) / 2).all() for p in model.parameters()), "not the mean over ranks"
-            return model
+        yardstick = measure.Yardstick(beside, size, measure.told)
+        measure.timed(benchmark, both, yardstick, size, rounds, calls_a_round=calls, ranks=RANKS)
 
-        keep.__annotations__ = {}  # as text DDP does not know them
-        made(hook=keep)
-        bucket = buckets[-1]
-        assert bucket.is_last()
-        assert bucket.buffer().nbytes == BUCKET
-        self.compare(
-            "DDP, the hook alone, one bucket of 25 MiB in ordinary memory",
-            {
-                ORDINARY: lambda: deepfast.comm.allreduce_hook(self.comm, bucket).wait(),
-                GLOO: lambda: default_hooks.allreduce_hook(None, bucket).wait(),
-            },
-            *WARM[BUCKET],
-        )
-        models = {
-            OURS: made(dist.new_group(backend="deepfast")),  # buckets in our memory
-            ORDINARY: made(None, self.comm, deepfast.comm.allreduce_hook),
-            GLOO: made(),
-        }
-        runs = {name: lambda model=model: model().backward() for name, model in models.items()}
-        self.compare("DDP, the backward pass, one bucket of 25 MiB", runs, *WARM[BUCKET])
+
+@pytest.fixture(scope="module")
+def ranks(request) -> Iterator[Ranks]:
+    if RANKS < 2:
+        pytest.skip(f"needs ranks: {COMMAND.format(2)}")
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    if request.config.getoption("--device") == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    else:
+        deepfast.comm.register_backend()
+        dist.init_process_group("gloo")
+    yield Ranks(device)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def pytest_generate_tests(metafunc):
+    """The contenders are those of the device."""
+    names = CONTENDERS[metafunc.config.getoption("--device")]
+    if metafunc.function is test_all_reduce:
+        cases = [(dtype, size, name) for dtype in DTYPES for size in SIZES for name in names]
+        metafunc.parametrize(("dtype", "size", "contender"), cases, ids=map("-".join, cases))
+
+
+@pytest.mark.benchmark(timer=measure.told)
+def test_all_reduce(benchmark, ranks, dtype, size, contender):
+    """Zeros, whose sum may be taken again and again."""
+    kind, (bytes_each, count, calls, rounds) = DTYPES[dtype], SIZES[size]
+    reduce, numel = ranks.reducer(contender), bytes_each // kind.itemsize
+    tensors = [ranks.memory(contender, numel, kind) for _ in range(count)]
+    parts = [torch.arange(numel, dtype=torch.int32).add_(r).remainder_(17).to(kind) for r in range(RANKS)]
+    t = tensors[0].copy_(parts[ranks.comm.rank])
+    reduce(t)
+    ranks.check(torch.equal(t.cpu(), sum(parts[1:], parts[0])), contender)
+    t.zero_()
+    del parts
+    turns = itertools.cycle(tensors)
+    text = re.sub(r"(\d+)", r"\1 ", size).replace("_", ", ")
+    benchmark.group = f"all-reduce, {ranks.device.type}, {dtype}, {text}"
+    ranks.timed(benchmark, lambda: reduce(t) if count == 1 else reduce(next(turns)), bytes_each, calls, rounds)
+
+
+@pytest.mark.parametrize("contender", ["deepfast_ordinary", "gloo"])
+@pytest.mark.benchmark(timer=measure.told)
+def test_ddp_hook(benchmark, ranks, contender):
+    """The hook alone, one bucket of 25 MiB in ordinary memory."""
+    buckets: list[dist.GradBucket] = []
+
+    def keep(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        buckets.append(bucket)
+        return deepfast.comm.allreduce_hook(ranks.comm, bucket)
+
+    keep.__annotations__ = {}  # as text DDP does not know them
+    ddp(ranks, hook=keep)
+    bucket = buckets[-1]
+    assert bucket.is_last()
+    assert bucket.buffer().nbytes == BUCKET
+    hooks = {
+        "deepfast_ordinary": lambda: deepfast.comm.allreduce_hook(ranks.comm, bucket).wait(),
+        "gloo": lambda: default_hooks.allreduce_hook(None, bucket).wait(),
+    }
+    benchmark.group = "DDP's hook, cpu, fp32, 25 MiB"
+    ranks.timed(benchmark, hooks[contender], BUCKET, *SIZES["25MiB"][2:])
+
+
+@pytest.mark.parametrize("contender", ["deepfast", "deepfast_ordinary", "gloo"])
+@pytest.mark.benchmark(timer=measure.told)
+def test_ddp_backward(benchmark, ranks, contender):
+    """The backward pass around it, from gradients that cost nothing."""
+    if contender == "deepfast":
+        model = ddp(ranks, dist.new_group(backend="deepfast"))  # buckets in our memory
+    elif contender == "deepfast_ordinary":
+        model = ddp(ranks, None, ranks.comm, deepfast.comm.allreduce_hook)
+    else:
+        model = ddp(ranks)
+    benchmark.group = "DDP's backward pass, cpu, fp32, 25 MiB"
+    ranks.timed(benchmark, lambda: model().backward(), BUCKET, *SIZES["25MiB"][2:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_several_gpus(count):
+    if torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} GPUs")
+    launch = [sys.executable, "-m", "torch.distributed.run", *COMMAND.format(count).split()[1:], "--device", "cuda"]
+    subprocess.run([*launch, "-k", "all_reduce"], check=True)
+
+
+def ddp(
+    ranks: Ranks, group: dist.ProcessGroup | None = None, state: object = None, hook: Callable | None = None
+) -> nn.Module:
+    if ranks.device.type == "cuda":
+        pytest.skip("of CPUs")
+    model = nn.parallel.DistributedDataParallel(Given(), process_group=group, bucket_cap_mb=100)
+    if hook:
+        model.register_comm_hook(state, hook)
+    for _ in range(3):  # DDP arranges its buckets after the first
+        model.zero_grad()
+        model().backward()
+    ranks.check(all(bool((p.grad == (RANKS - 1) / 2).all()) for p in model.parameters()), "DDP")  # the mean over ranks
+    return model
 
 
 class Given(nn.Module):
@@ -215,6 +248,8 @@ class Gradients(torch.autograd.Function):
 def deepspeeds(rank: int) -> Callable[[Tensor], object]:
     """DeepSpeed's all-reduce of CPU tensors, where it takes the way through shared memory."""
     os.environ["LOCAL_SIZE"] = str(RANKS)  # else it crashes at the first call
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]  # ninja
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
     for turn in range(RANKS):  # the first compiles it, the others find it
@@ -244,32 +279,3 @@ def symmetric_memory(device: torch.device) -> Callable[[int, torch.dtype], Tenso
     pools: list[torch.cuda.MemPool] = []
     zeros(1, torch.float32)
     return zeros
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    kind = sys.argv[2]
-    device = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
-    else:
-        deepfast.comm.register_backend()
-        dist.init_process_group("gloo")
-    ranks = Ranks(device)
-    which = f"{RANKS} GPUs, all-reduce" if kind == "cuda" else "all-reduce"
-    for name, dtype in DTYPES.items():
-        for size, (calls, rounds) in WARM.items():
-            text = f"{size >> 20} MiB" if size >> 20 else f"{size >> 10} KiB"
-            ranks.all_reduce(f"{which}, {name}, {text}, warm", dtype, size, 1, calls, rounds)
-        ranks.all_reduce(f"{which}, {name}, 25 MiB, rotating over 512 MiB of buckets", dtype, BUCKET, 21, 21, 9)
-    if kind == "cpu":
-        ranks.ddp()
-    if ranks.comm.rank == 0:
-        Path(sys.argv[1]).write_text(json.dumps(ranks.rows))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

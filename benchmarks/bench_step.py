@@ -1,231 +1,188 @@
-"""The optimizer step against torch's own: at sizes where memory decides, and at sizes where the host does."""
+"""The optimizer step: at sizes where memory decides, and at sizes where the host does.
+
+pytest benchmarks/bench_step.py [-k "adamw and torch_fused"] [--elements 1048576]
+"""
 
 from __future__ import annotations
 
+import functools
+import gc
 import tempfile
-from collections.abc import Callable
 
+import measure
+import peers
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Case, compare, report
-from torch import nn
+from measure import BLOCK, Case, Contender
+from peers import DECAY, EPS, LR, NORM, NORMS, SCALE, Params, deepspeeds, of, recipe, stepping, torchs
+from torch import Tensor
 
 import deepfast
-from deepfast import memory
-
-CPU = torch.device("cpu")
-MILLIONS = 64 << 20
 
 
-def streaming(numel: int) -> Case:
-    """What this machine's memory allows: an in-place multiply of memory like our state's."""
-    data = memory.zeros(numel, torch.float32, CPU)
-    return Case("in-place multiply", lambda: data.mul_(1.0), None)
+def ours(name: str, **options: object) -> dict[str, Contender]:
+    return {"deepfast": Contender(stepping(getattr(deepfast, name), **options))}
 
 
-def parameter(numel: int, dtype: torch.dtype, huge: bool) -> nn.Parameter:
-    data = memory.zeros(numel, dtype, CPU) if huge else torch.empty(numel, dtype=dtype)
-    return nn.Parameter(data.copy_(torch.linspace(-1, 1, numel)))
+def oracle(cls: type, **options: object):
+    """The optimizer itself, told to be plain: of torch its loop, of ours :mod:`deepfast.reference`."""
+    plain = {"backend": "reference"} if cls.__module__.startswith("deepfast") else {"foreach": False}
+    return lambda params, repeats: cls(params, lr=LR, **options, **plain).step
 
 
-class ForeachLion(torch.optim.Optimizer):
-    """Lion as one would write it in torch; there is no fused one."""
+def whole(params: Params) -> measure.Step:
+    """Unscale, check, norm, clip, AdamW, master, 16-bit weight: ours is one optimizer and one scaler."""
+    optimizer = deepfast.AdamW(params, lr=LR, weight_decay=DECAY, eps=EPS, max_grad_norm=NORM)
+    scaler = deepfast.LossScaler(init_scale=SCALE)
 
-    def __init__(self, params, lr, betas=(0.9, 0.99)):
-        super().__init__(params, {"lr": lr, "betas": betas})
+    def step() -> None:
+        scaler.step(optimizer)
+        scaler.update()
 
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            params, (beta1, beta2) = group["params"], group["betas"]
-            grads = [p.grad for p in params]
-            moments = [self.state[p].setdefault("exp_avg", torch.zeros_like(p)) for p in params]
-            updates = torch._foreach_lerp(moments, grads, 1 - beta1)
-            torch._foreach_sign_(updates)
-            torch._foreach_add_(params, updates, alpha=-group["lr"])
-            torch._foreach_lerp_(moments, grads, 1 - beta2)
+    return step
 
 
-class ForeachLAMB(torch.optim.Optimizer):
-    """LAMB likewise."""
+def whole_oracle(params: Params, repeats: int) -> measure.Step:
+    optimizer = torch.optim.AdamW(params, lr=LR, weight_decay=DECAY, eps=EPS, foreach=False)
 
-    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.t = 0
+    def step() -> None:
+        scaled = [p.grad for p in params]
+        for p in params:
+            grad = p.grad / SCALE
+            p.grad = grad * min(1.0, NORM / (grad.norm().item() * repeats**0.5))
+        optimizer.step()
+        for p, grad in zip(params, scaled, strict=True):
+            p.grad = grad
 
-    @torch.no_grad()
-    def step(self):
-        self.t += 1
-        for group in self.param_groups:
-            params, (beta1, beta2) = group["params"], group["betas"]
-            grads = [p.grad for p in params]
-            m, v = ([self.state[p].setdefault(k, torch.zeros_like(p)) for p in params] for k in ("m", "v"))
-            torch._foreach_lerp_(m, grads, 1 - beta1)
-            torch._foreach_mul_(v, beta2)
-            torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
-            denominators = torch._foreach_sqrt(v)
-            torch._foreach_div_(denominators, (1 - beta2**self.t) ** 0.5)
-            torch._foreach_add_(denominators, group["eps"])
-            updates = torch._foreach_div(m, denominators)
-            torch._foreach_div_(updates, 1 - beta1**self.t)
-            torch._foreach_add_(updates, params, alpha=group["weight_decay"])
-            lengths, norms = torch._foreach_norm(params), torch._foreach_norm(updates)
-            ratios = [(a / b).item() for a, b in zip(lengths, norms, strict=True)]
-            torch._foreach_mul_(updates, ratios)
-            torch._foreach_add_(params, updates, alpha=-group["lr"])
+    return step
 
 
-def torchs(name: str, **options) -> dict[str, Callable]:
-    """The variants of torch's optimizer, as functions of the parameters."""
-    cls = getattr(torch.optim, name)
-    return {
-        "torch fused": lambda params: cls(params, lr=1e-3, fused=True, **options),
-        "torch foreach": lambda params: cls(params, lr=1e-3, foreach=True, **options),
-    }
+def sharded(local: Tensor) -> Tensor:
+    """As a DTensor, in a process group of one."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    return DTensor.from_local(local, one_rank(), [Shard(0)], run_check=False)
 
 
-# title -> (ours, peers, bytes an element: read and written)
-FP32 = {
-    "AdamW": (lambda p: deepfast.AdamW(p, lr=1e-3), torchs("AdamW"), 28),
-    "SGD": (lambda p: deepfast.SGD(p, lr=1e-3), torchs("SGD"), 12),
-    "SGD with momentum": (lambda p: deepfast.SGD(p, lr=1e-3, momentum=0.9), torchs("SGD", momentum=0.9), 20),
-    "Lion": (lambda p: deepfast.Lion(p, lr=1e-3), {"torch foreach": lambda p: ForeachLion(p, lr=1e-3)}, 20),
-    "LAMB": (lambda p: deepfast.LAMB(p, lr=1e-3), {"torch foreach": lambda p: ForeachLAMB(p, lr=1e-3)}, 44),
-    "Adagrad": (lambda p: deepfast.Adagrad(p, lr=1e-3), torchs("Adagrad"), 20),
+@functools.cache
+def one_rank() -> dist.DeviceMesh:
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        return dist.init_device_mesh("cpu", (1,))
+
+
+WHOLE = {
+    "deepfast": Contender(whole),
+    **{
+        name: recipe(contender)
+        for name, contender in {
+            **torchs("AdamW", weight_decay=DECAY, eps=EPS),
+            "deepspeed": deepspeeds("Adam", weight_decay=DECAY, eps=EPS),
+        }.items()
+        if name != "torch_loop"
+    },
+}
+LAYER = ((768,), (768,), (768, 2304), (2304,), (768, 768), (768,), (768,), (768,), (768, 3072), (3072,), (3072, 768),
+         (768,))  # fmt: skip
+GPT2 = ((50257, 768), (1024, 768), *LAYER * 12, (768,), (768,))
+ADAMW = {**ours("AdamW", weight_decay=DECAY), **torchs("AdamW", weight_decay=DECAY)}
+ADAMW_ORACLE = oracle(torch.optim.AdamW, weight_decay=DECAY)
+AMSGRAD = {"amsgrad": True, "weight_decay": DECAY}
+# torch's first fused or foreach step over DTensors takes a time that grows with their number's square: 7 and 25 s at
+# 1000, a quarter of an hour at 10,000.
+LOOP = {name: ADAMW[name] for name in ("deepfast", "torch_loop")}
+HOST = {"each": 28, "oracle": ADAMW_ORACLE, "rounds": 51, "small": 1 << 20, "empty": measure.ordinary}
+
+CASES = {
+    "adamw": Case("AdamW, fp32", 28, {**ADAMW, **peers.ADAMW}, ADAMW_ORACLE),
+    "adamw_ordinary_pages": Case(
+        "AdamW, fp32, ordinary pages",
+        28,
+        {**ADAMW, "deepspeed": peers.ADAMW["deepspeed"]},
+        ADAMW_ORACLE,
+        empty=measure.ordinary,
+    ),
+    "amsgrad": Case(
+        "AdamW (amsgrad), fp32",
+        36,
+        {**ours("AdamW", **AMSGRAD), **torchs("AdamW", **AMSGRAD)},
+        oracle(torch.optim.AdamW, **AMSGRAD),
+    ),
+    "sgd": Case("SGD, fp32", 12, {**ours("SGD"), **torchs("SGD")}, oracle(torch.optim.SGD)),
+    "momentum": Case(
+        "SGD with momentum, fp32",
+        20,
+        {
+            **ours("SGD", momentum=0.9),
+            **torchs("SGD", momentum=0.9),
+            "optimi": of("optimi", "SGD", pip="torch-optimi", momentum=0.9, torch_init=True),
+            "bitsandbytes": of("bitsandbytes.optim", "SGD", momentum=0.9),
+        },
+        oracle(torch.optim.SGD, momentum=0.9),
+    ),
+    "lion": Case(
+        "Lion, fp32",
+        20,
+        {
+            **ours("Lion"),
+            "torch_foreach": Contender(stepping(peers.ForeachLion)),
+            "deepspeed": deepspeeds("Lion", betas=(0.9, 0.99)),
+            "optimi": of("optimi", "Lion", pip="torch-optimi"),
+            "bitsandbytes": of("bitsandbytes.optim", "Lion"),
+        },
+        oracle(deepfast.Lion),
+        tolerance=1e-3,  # a sign that turns at another place
+    ),
+    "lamb": Case(
+        "LAMB, fp32",
+        24 + 16,  # two passes: the norms of parameter and update come first
+        {**ours("LAMB", weight_decay=DECAY), "torch_foreach": Contender(stepping(peers.ForeachLAMB), NORMS)},
+        oracle(deepfast.LAMB, weight_decay=DECAY),
+    ),
+    "adagrad": Case(
+        "Adagrad, fp32",
+        20,
+        {
+            **ours("Adagrad"),
+            **torchs("Adagrad"),
+            "deepspeed": deepspeeds("Adagrad"),
+            "bitsandbytes": of("bitsandbytes.optim", "Adagrad"),
+        },
+        oracle(torch.optim.Adagrad),
+    ),
+    **{
+        name: Case(f"full {name} AdamW step", 30, WHOLE, whole_oracle, dtype=dtype, tolerance=0.002)  # roundings turn
+        for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16))
+    },
+    "gpt2": Case("AdamW, fp32, GPT-2 124M (148 tensors)", 28, ADAMW, ADAMW_ORACLE, GPT2, empty=measure.ordinary),
+    "2000_of_256": Case("AdamW, fp32, 2000 tensors of 256", contenders=ADAMW, shapes=((256,),) * 2000, **HOST),
+    "10000_of_4": Case("AdamW, fp32, 10,000 parameters of 4", contenders=ADAMW, shapes=((4,),) * 10_000, **HOST),
+    "1000_dtensors": Case(
+        "AdamW, fp32, 1000 DTensors of 4",
+        contenders={name: ADAMW[name] for name in ("deepfast", "torch_loop", "torch_fused")},
+        shapes=((4,),) * 1000,
+        wrapped=sharded,
+        **HOST,
+    ),
+    "10000_dtensors": Case(
+        "AdamW, fp32, 10,000 DTensors of 4", contenders=LOOP, shapes=((4,),) * 10_000, wrapped=sharded, **HOST
+    ),
 }
 
 
-@pytest.mark.parametrize("pages", ["huge pages", "ordinary pages"])
-@pytest.mark.parametrize("name", FP32)
-def test_fp32_64m(name, pages):
-    ours, peers, bytes_per_element = FP32[name]
-    huge, gradient = pages == "huge pages", parameter(MILLIONS, torch.float32, pages == "huge pages").detach()
-
-    def case(title: str, make: Callable) -> Case:
-        p = parameter(MILLIONS, torch.float32, huge)
-        p.grad = gradient
-        return Case(title, make([p]).step, p[:100_000].detach)
-
-    compare(
-        f"{name}, fp32, 64M parameters, parameters and gradients in {pages}",
-        [case("deepfast", ours), *(case(title, make) for title, make in peers.items()), streaming(MILLIONS)],
-        bytes_moved=bytes_per_element * MILLIONS,
-        rounds=9,
-    )
-
-
-@pytest.mark.parametrize("pages", ["huge pages", "ordinary pages"])
-def test_full_fp16_step_64m(pages):
-    """Unscale, check, norm, clip, AdamW, master, fp16 weight: 30 bytes a parameter, against torch's parts."""
-    n, huge = MILLIONS, pages == "huge pages"
-    ours, theirs = parameter(n, torch.float16, huge), parameter(n, torch.float16, huge)
-    gradient = parameter(n, torch.float16, huge).detach()
-    ours.grad = gradient
-    mine = deepfast.AdamW([ours], lr=1e-3, max_grad_norm=1.0)
-    scaler = deepfast.LossScaler(init_scale=1024.0)
-
-    def fused() -> None:
-        scaler.step(mine)
-        scaler.update()
-
-    master = nn.Parameter(theirs.detach().float())
-    torchs = torch.optim.AdamW([master], lr=1e-3, fused=True)
-
-    def recipe() -> None:
-        master.grad = gradient.float().mul_(1 / 1024)
-        if master.grad.isfinite().all():
-            nn.utils.clip_grad_norm_([master], 1.0)
-            torchs.step()
-            theirs.data.copy_(master.data)
-
-    compare(
-        f"full fp16 step, 64M parameters, parameters and gradients in {pages}",
-        [
-            Case("deepfast", fused, ours[:1000].detach().float),
-            Case("torch's parts", recipe, theirs[:1000].detach().float),
-            streaming(n),
-        ],
-        bytes_moved=30 * n,
-        tolerance=1e-3,
-        rounds=9,
-    )
-
-
-def many(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
-    g = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(s, generator=g) * 0.02) for s in shapes]
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=g) * 0.01
-    return params
-
-
-def against_torch_fused(title: str, shapes: list[tuple[int, ...]], rounds: int, bytes_moved: int = 0) -> None:
-    ours, theirs = many(shapes), many(shapes)
-    mine, torchs = deepfast.AdamW(ours, lr=1e-3), torch.optim.AdamW(theirs, lr=1e-3, fused=True)
-    compare(
-        title,
-        [
-            Case("deepfast", mine.step, lambda: torch.cat([p.detach().flatten()[:1000] for p in ours])),
-            Case("torch fused", torchs.step, lambda: torch.cat([p.detach().flatten()[:1000] for p in theirs])),
-        ],
-        rounds=rounds,
-        bytes_moved=bytes_moved,
-    )
-
-
-def test_2000_tensors_of_256():
-    """One parallel region over all of them."""
-    against_torch_fused("AdamW, fp32, 2000 tensors of 256", [(256,)] * 2000, 101)
-
-
-def test_gpt2_124m():
-    """GPT-2's real shapes: 148 tensors, 124 million parameters."""
-    layer = [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,), (768,), (768,), (768, 3072), (3072,),
-             (3072, 768), (768,)]  # fmt: skip
-    shapes = [(50257, 768), (1024, 768), *layer * 12, (768,), (768,)]
-    numel = sum(torch.Size(s).numel() for s in shapes)
-    assert numel == 124_439_808
-    against_torch_fused("AdamW, fp32, GPT-2 124M (148 tensors)", shapes, 9, 28 * numel)
-
-
-@pytest.mark.parametrize("kind", ["parameters", "DTensors"])
-def test_host_time_of_10000(kind):
-    """Of 4 elements each: what is left is the host's work. (torch's first fused step over DTensors takes minutes.)"""
-    if kind == "DTensors":
-        from torch.distributed.tensor import DTensor, Shard
-
-        with tempfile.TemporaryDirectory() as folder:
-            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-            mesh = dist.init_device_mesh("cpu", (1,))
-
-        def make() -> list[nn.Parameter]:
-            def sharded() -> DTensor:
-                return DTensor.from_local(torch.ones(4), mesh, [Shard(0)], run_check=False)
-
-            params = [nn.Parameter(sharded()) for _ in range(10_000)]
-            for p in params:
-                p.grad = sharded()
-            return params
-    else:
-
-        def make() -> list[nn.Parameter]:
-            return many([(4,)] * 10_000)
-
-    ours, theirs = make(), make()
-    mine, torchs = deepfast.AdamW(ours, lr=1e-3), torch.optim.AdamW(theirs, lr=1e-3, fused=True)
-
-    def values(params: list[nn.Parameter]) -> torch.Tensor:
-        return torch.cat([getattr(p, "_local_tensor", p).detach() for p in params[:100]])
-
-    row = compare(
-        f"AdamW, fp32, 10,000 {kind} of 4",
-        [Case("deepfast", mine.step, lambda: values(ours)), Case("torch fused", torchs.step, lambda: values(theirs))],
-        rounds=15,
-    )
-    report({
-        "title": f"host time, 10,000 {kind}",
-        "us_per_tensor": {name: round(ms / 10, 3) for name, ms in row["ms"].items()},
-    })  # fmt: skip
-    if kind == "DTensors":
+@pytest.fixture(autouse=True, scope="module")
+def _one_rank():
+    yield
+    if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("case", "contender"),
+    [pytest.param(case, name, id=f"{case}-{name}") for case in CASES for name in CASES[case].contenders],
+)
+def test_step(benchmark, elements, case, contender):
+    assert elements % BLOCK == 0
+    measure.contest(benchmark, CASES[case], contender, elements)
+    gc.collect()  # an optimizer's cycles hold gigabytes

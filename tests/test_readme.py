@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import re
+import sys
 
 from conftest import ROOT, python
 
 from deepfast import build, config
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+import readme
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_configuration_table_is_the_schemas():
     assert config.table() in README, "run: make readme"
+
+
+def test_the_benchmarks_tables_are_the_results():
+    assert readme.between(README, "benchmarks", readme.benchmarks()) == README, "run: make readme"
+    assert "| AdamW, fp32, " in README
 
 
 def test_the_example_runs_and_learns():

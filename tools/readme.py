@@ -1,12 +1,96 @@
-"""Puts the configuration table, generated from the schema, between its markers in README.md."""
+"""Puts between its markers in README.md what is generated: the configuration table, the benchmarks' tables."""
 
+from __future__ import annotations
+
+import sys
 from pathlib import Path
 
 from deepfast import config
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-BEGIN, END = "<!-- configuration -->\n", "<!-- /configuration -->"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
-before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-_, _, after = rest.partition(END)
-README.write_text(f"{before}{BEGIN}{config.table()}\n{END}{after}", encoding="utf-8")
+from figures import OURS, Figure, Results, duration, label, read  # noqa: E402
+
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+DTYPES = ("fp32", "fp16", "bf16")
+
+
+def benchmarks(folder: Path = RESULTS) -> str:
+    """Of the step, a few columns for each instruction set; and of the sums between ranks. What was not measured is
+    left out."""
+    files = sorted(folder.glob("cpu-*.json"), key=lambda path: path.stem != "cpu-avx512")
+    text = steps([read(path) for path in files], [path.name for path in files]) if files else ""
+    comm = folder / "comm.json"
+    return text + (f"\n{sums(read(comm))}" if comm.exists() else "")
+
+
+def steps(results: list[Results], names: list[str]) -> str:
+    links = (
+        f"[{r.capability}](benchmarks/results/{name}): {r.described}" for r, name in zip(results, names, strict=True)
+    )
+    head = [
+        "",
+        *(f"{r.capability}{what}" for r in results for what in ("", ", of streaming", ", best of torch")),
+        "best of others",
+    ]
+    rows = [head, ["---"] * len(head)]
+    for case in dict.fromkeys(case for r in results for case in r.cases):
+        row, found = [case], [r.cases.get(case, {}) for r in results]
+        for contenders in found:
+            ours = contenders.get(OURS)
+            streams = ours is not None and ours.streams
+            row += [
+                duration(ours.seconds) if ours else "",
+                f"{ours.share:.2f}" if ours and streams else "",
+                best(contenders, lambda name: name.startswith("torch_")),
+            ]
+        row.append(best(found[0], lambda name: not name.startswith(("torch_", OURS))))
+        rows.append(row)
+    return f"{'; '.join(links)}.\n\n{table(rows)}"
+
+
+def best(contenders: dict[str, Figure], among) -> str:
+    """The fastest of those, and how many times as long as ours it takes."""
+    peers = {name: figure for name, figure in contenders.items() if among(name)}
+    if OURS not in contenders or not peers:
+        return ""
+    name = min(peers, key=lambda name: peers[name].cost)
+    ratio = peers[name].cost / contenders[OURS].cost
+    return f"{ratio:.{2 if ratio < 10 else 0}f}× ({label(name.removeprefix('torch_'))})"
+
+
+def sums(results: Results) -> str:
+    """A row a size, of three types; from the cases' names: what, device, type, size."""
+    sizes: dict[str, dict[str, dict[str, Figure]]] = {}
+    for case, contenders in results.cases.items():
+        what, _, dtype, *size = case.split(", ")
+        for name, figure in contenders.items():
+            sizes.setdefault(", ".join([what, *size]), {}).setdefault(name, {})[dtype] = figure
+    columns = list(dict.fromkeys(name for of in sizes.values() for name in of))
+    rows = [["; ".join(DTYPES), *map(label, columns)], ["---"] * (len(columns) + 1)]
+    for size, of in sizes.items():
+        cells = ("; ".join(duration(f.seconds) for f in of.get(name, {}).values()) for name in columns)
+        rows.append([size, *cells])
+    return f"Two ranks ([figures](benchmarks/results/comm.json)): {results.described}.\n\n{table(rows)}"
+
+
+def table(rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def between(text: str, name: str, generated: str) -> str:
+    """``text`` with this between the markers of that name."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    if begin not in text or end not in text:
+        raise SystemExit(f"README.md has no markers for {name}: {begin.strip()}, {end}")
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}{generated}{end}{after}"
+
+
+if __name__ == "__main__":
+    text = README.read_text(encoding="utf-8")
+    text = between(text, "configuration", config.table() + "\n")
+    README.write_text(between(text, "benchmarks", benchmarks()), encoding="utf-8")
