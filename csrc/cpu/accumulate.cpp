@@ -11,9 +11,10 @@ void accumulate(const Span* spans, int64_t count, float weight, bool overwrite) 
     const void* grad = spans[s].grad;
     const DType dtype = spans[s].grad_dtype;
     float* sum = static_cast<float*>(spans[s].param);
+    const int64_t distance = ahead_of(2);
     const auto ahead = [&](int64_t i) {
-      ask_ahead(grad, dtype, offset + i);
-      if (!overwrite) ask_ahead(sum, DType::kFloat32, offset + i);
+      ask_ahead(grad, dtype, offset + i, distance);
+      if (!overwrite) ask_ahead(sum, DType::kFloat32, offset + i, distance);
     };
     for_each(n, ahead, [&](int64_t k, auto v) {
       using V = decltype(v);

@@ -93,9 +93,9 @@ DF_INLINE void reduce_some(const Streams& s, int64_t i, float factor, In in, Out
 template <class In, class Out>
 void reduce_floats(const Streams& s, int64_t begin, int64_t n, float factor, In in, Out out) {
   int64_t i = begin;
-  const int64_t end = begin + n;
+  const int64_t end = begin + n, ahead = ahead_of(s.sources);
   for (; i + kStrip <= end; i += kStrip) {
-    for (int r = 0; r < s.sources; ++r) ask_ahead(s.from[r], in, i);
+    for (int r = 0; r < s.sources; ++r) ask_ahead(s.from[r], in, i, ahead);
     reduce_some<Pack, kStrip / kWidth<Pack>>(s, i, factor, in, out);
   }
   for (; i + kWidth<Pack> <= end; i += kWidth<Pack>) reduce_some<Pack, 1>(s, i, factor, in, out);
@@ -168,7 +168,7 @@ void convert(const char* from, Element in, char* to, Element out, int64_t n) {
     std::memcpy(to, from, n * size_of(in));
     return;
   }
-  const auto ahead = [&](int64_t i) { ask_ahead(from, static_cast<DType>(in), i); };
+  const auto ahead = [&](int64_t i) { ask_ahead(from, static_cast<DType>(in), i, ahead_of(1)); };
   for_each(n, ahead, [&](int64_t i, auto v) {
     store(load<decltype(v)>(from, static_cast<DType>(in), i), to, static_cast<DType>(out), i);
   });

@@ -48,9 +48,10 @@ double sum_of_squares(const void* src, int64_t offset, int64_t n) {
   Pack sums[kPacks], largest[kChains];
   std::fill(sums, sums + kPacks, 0.0f);
   std::fill(largest, largest + kChains, 0.0f);
+  const int64_t ahead = ahead_of(1);
   int64_t i = 0;
   for (; i + kStrip <= n; i += kStrip) {
-    ask_ahead(src, kType, offset + i);
+    ask_ahead(src, kType, offset + i, ahead);
 #pragma GCC unroll 8
     for (int k = 0; k < kPacks; ++k) {
       const Pack x = load<Pack>(src, kType, offset + i + k * kWidth<Pack>);

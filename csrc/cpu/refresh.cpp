@@ -11,9 +11,10 @@ void refresh(const Span* spans, int64_t count) {
     const DType dtype = spans[s].param_dtype;
     const uint16_t* halves = static_cast<const uint16_t*>(spans[s].param) + offset;
     float* master = spans[s].master + offset;
+    const int64_t distance = ahead_of(2);
     const auto ahead = [&](int64_t i) {
-      ask_ahead(halves, dtype, i);
-      ask_ahead(master, DType::kFloat32, i);
+      ask_ahead(halves, dtype, i, distance);
+      ask_ahead(master, DType::kFloat32, i, distance);
     };
     for_each(n, ahead, [&](int64_t i, auto v) {
       const auto weight = decode(load(halves + i, v), dtype), kept = load(master + i, v);

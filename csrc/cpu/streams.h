@@ -64,9 +64,9 @@ class Streams {
 
   template <bool kGrad>
   DF_INLINE void ask_ahead(int64_t i) const {
-    cpu::ask_ahead(weight_, weight_dtype(), i);
-    if constexpr (kGrad) cpu::ask_ahead(grad_, grad_dtype(), i);
-    for (int k = 0; k < Rule::kMoments; ++k) cpu::ask_ahead(moment_[k], DType::kFloat32, i);
+    cpu::ask_ahead(weight_, weight_dtype(), i, ahead_);
+    if constexpr (kGrad) cpu::ask_ahead(grad_, grad_dtype(), i, ahead_);
+    for (int k = 0; k < Rule::kMoments; ++k) cpu::ask_ahead(moment_[k], DType::kFloat32, i, ahead_);
   }
 
   // Whether the halves lie as a store past the caches needs it.
@@ -82,6 +82,7 @@ class Streams {
   void* weight_;    // the master where there is one
   uint16_t* half_;  // then the parameter
   const DType param_, grad_type_;
+  const int64_t ahead_ = ahead_of(2 + Rule::kMoments);
   float* moment_[Rule::kMoments > 0 ? Rule::kMoments : 1];
 };
 
