@@ -39,7 +39,8 @@ PLACE_OF_SUMS = 2 * _STAGGER
 def zeros(numel: int, dtype: torch.dtype, device: torch.device, place: int | None = None) -> Tensor:
     """A zeroed 1-D tensor; from 2 MiB on, on a CPU, in huge pages where the system allows.
 
-    What fills no huge page is in ordinary ones: a tensor takes no more than its size.
+    What fills no huge page is in ordinary ones: a tensor takes no more than its size, and at most a page to begin at
+    its place.
 
     Args:
         place: on a CPU, the number of bytes after the start of a page at which it begins. (Not where a process has all
@@ -47,7 +48,7 @@ def zeros(numel: int, dtype: torch.dtype, device: torch.device, place: int | Non
     """
     size = numel * dtype.itemsize
     huge = size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE")
-    if device.type != "cpu" or (place is None and not huge):
+    if device.type != "cpu" or not size or (place is None and not huge):
         return torch.zeros(numel, dtype=dtype, device=device)
     place = place or 0
     if not huge:
@@ -69,26 +70,30 @@ def _address(buffer: bytearray | mmap.mmap) -> int:
     return torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
 
 
-def _place_beside(streams: Sequence[Tensor]) -> int:
-    """Where in its page a stream may begin that is walked side by side with ``streams``."""
+def _place_beside(streams: Sequence[Tensor]) -> int | None:
+    """Where in its page a stream may begin that is walked side by side with ``streams``; None: anywhere."""
+    if not streams:
+        return None
     taken = [t.data_ptr() % _PAGE for t in streams]
-    first = taken[0] // _ALIGN * _ALIGN if taken else 0
+    first = taken[0] // _ALIGN * _ALIGN
     places = ((first + nth * _STAGGER) % _PAGE for nth in range(1, _PAGE // _ALIGN))
-    return next(place for place in places if all(_GAP <= (place - t) % _PAGE <= _PAGE - _GAP for t in taken))
+    free = (place for place in places if all(_GAP <= (place - t) % _PAGE <= _PAGE - _GAP for t in taken))
+    return next(free, None)
 
 
 def zeros_like_each(
     tensors: Sequence[Tensor],
     dtype: torch.dtype,
     device: torch.device,
-    beside: Sequence[Sequence[Tensor]] | None = None,
+    beside: Callable[[int], Sequence[Tensor]] | None = None,
 ) -> list[Tensor]:
     """A zeroed tensor for each of ``tensors``, of its shape and, as in :func:`flat_like`, its strides.
 
     Those up to 16 KiB share blocks of that size.
 
     Args:
-        beside: for each, what it will be walked side by side with: on a CPU it begins elsewhere in its page.
+        beside: of the nth, what it will be walked side by side with (on a CPU; else nothing): it begins elsewhere in
+            its page.
     """
     blocks: list[list[int]] = []
     left = 0
@@ -104,7 +109,7 @@ def zeros_like_each(
             left -= size
     made: dict[int, Tensor] = {}
     for block in blocks:
-        place = _place_beside(beside[block[0]]) if beside and len(block) == 1 else None
+        place = _place_beside(beside(block[0])) if beside and len(block) == 1 else None
         new = functools.partial(zeros, device=device, place=place)
         made.update(zip(block, flat_like([tensors[i] for i in block], dtype, new)[1], strict=True))
     return [made[i] for i in range(len(tensors))]

@@ -235,8 +235,9 @@ def test_fake_steps_leave_real_ones_alone(name, options, dtype):
         warnings.simplefilter("error")
         for _ in range(2):
             with FakeTensorMode():
-                optimizer, params = train((700, 1000), (3,))
-                assert all(type(v) is not torch.Tensor for p in params for v in optimizer.state[p].values())
+                for shapes in (((700, 1000), (3,)), ((5000,),), ((3,),)):
+                    optimizer, params = train(*shapes)
+                    assert all(type(v) is not torch.Tensor for p in params for v in optimizer.state[p].values())
             _, params = train((4,), (3,))
             assert all((p < 1).all() for p in params)
 
@@ -382,6 +383,13 @@ def test_states_begin_apart_from_a_gradient_that_lies_elsewhere():
     optimizer = deepfast.AdamW([p], amsgrad=True)
     optimizer.step()
     assert apart([p, p.grad, *(v for k, v in optimizer.state[p].items() if k != "step")])
+
+
+@pytest.mark.parametrize("shapes", [[(0,)], [(5000,), (0,)], [(0,), (5000,), (0, 3)]])
+def test_parameters_without_elements_have_state(shapes):
+    params = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+    optimizer = stepped(params)
+    assert [optimizer.state[p]["exp_avg"].shape for p in params] == [p.shape for p in params]
 
 
 @pytest.fixture

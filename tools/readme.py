@@ -20,7 +20,7 @@ DTYPES = ("fp32", "fp16", "bf16")
 def benchmarks(folder: Path = RESULTS) -> str:
     """Of the step, a few columns for each instruction set; and of the sums between ranks. What was not measured is
     left out."""
-    files = sorted(folder.glob("cpu-*.json"), key=lambda path: path.stem != "cpu-avx512")
+    files = sorted(folder.glob("cpu-*.json"), key=lambda path: (path.stem != "cpu-avx512", path.name))
     text = steps([read(path) for path in files], [path.name for path in files]) if files else ""
     comm = folder / "comm.json"
     return text + (f"\n{sums(read(comm))}" if comm.exists() else "")
@@ -71,9 +71,14 @@ def sums(results: Results) -> str:
     columns = list(dict.fromkeys(name for of in sizes.values() for name in of))
     rows = [["; ".join(DTYPES), *map(label, columns)], ["---"] * (len(columns) + 1)]
     for size, of in sizes.items():
-        cells = ("; ".join(duration(f.seconds) for f in of.get(name, {}).values()) for name in columns)
+        types = [dtype for dtype in DTYPES if any(dtype in figures for figures in of.values())]
+        cells = ("; ".join(_duration(of.get(name, {}).get(dtype)) for dtype in types) for name in columns)
         rows.append([size, *cells])
     return f"Two ranks ([figures](benchmarks/results/comm.json)): {results.described}.\n\n{table(rows)}"
+
+
+def _duration(figure: Figure | None) -> str:
+    return duration(figure.seconds) if figure else "–"
 
 
 def table(rows: list[list[str]]) -> str:

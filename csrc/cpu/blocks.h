@@ -15,7 +15,7 @@
 
 namespace deepfast::cpu {
 
-constexpr int64_t kBlock = kStepBlock;       // the staging buffers of a block stay in L1
+constexpr int64_t kBlock = kStepBlock;
 constexpr int64_t kSerialBelow = 32 * 1024;  // elements: less is not worth waking a thread for
 
 class Blocks {

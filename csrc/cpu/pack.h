@@ -7,7 +7,7 @@
 #include "../codec/half.h"
 #include "../span.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include "pack_avx512.h"
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "pack_avx2.h"
@@ -53,12 +53,21 @@ DF_INLINE auto decode(Half h, DType dtype) {
 
 // Where some element is not one of the many: one by one.
 template <class V, class Encode>
-[[gnu::noinline, gnu::cold]] auto encode_each(V x, const Encode& encode) {
+[[gnu::noinline, gnu::cold]] auto encode_one_by_one(V x, const Encode& encode) {
   float each[kWidth<V>];
   uint16_t halves[kWidth<V>];
   store(x, each);
   for (int k = 0; k < kWidth<V>; ++k) halves[k] = encode(each[k]);
   return load(halves, V());
+}
+
+template <class V, class Encode>
+DF_INLINE auto encode_each(V x, const Encode& encode) {
+  if constexpr (kWidth<V> == 1) {
+    return encode(x);
+  } else {
+    return encode_one_by_one(x, encode);
+  }
 }
 
 // As torch rounds; and what is not NaN.

@@ -1,4 +1,4 @@
-// Sixteen floats side by side: AVX-512 F, BW, DQ, VL.
+// Sixteen floats side by side: AVX-512 F, BW, VL.
 #pragma once
 
 #include <immintrin.h>

@@ -44,7 +44,7 @@ DF_INLINE double total(const float* sum, Pack largest, int64_t n, const Again& x
 template <DType kType>
 double sum_of_squares(const void* src, int64_t offset, int64_t n) {
   constexpr int kPacks = kLanes / kWidth<Pack>;
-  constexpr int kChains = kPacks / 2;  // of maxima, each of which waits for the one before
+  constexpr int kChains = kWidth<Pack> == 1 ? kPacks : kPacks / 2;  // of maxima: each waits for the one before
   Pack sums[kPacks], largest[kChains];
   std::fill(sums, sums + kPacks, 0.0f);
   std::fill(largest, largest + kChains, 0.0f);

@@ -100,7 +100,7 @@ template <class Rule, class Streams>
 Norms measure(const Rule rule, const Streams s, float multiplier, int64_t begin, int64_t n) {
   alignas(64) float params[kLanes] = {}, directions[kLanes] = {};
   Pack largest_param = 0.0f, largest_direction = 0.0f;
-  for_each(
+  for_each<false>(
       n, [&](int64_t k) { s.template ask_ahead<true>(begin + k); },
       [&](int64_t k, auto v) {
         auto x = s.template load<true>(begin + k, v);

@@ -12,6 +12,9 @@ namespace deepfast::cpu {
 // The types of a span's weight and gradient, so far as they are known when a loop is compiled: both fp32; both the same
 // 16-bit one, with a master; or any.
 enum class Types { kFp32, kFp16, kBf16, kAny };
+static_assert(static_cast<DType>(Types::kFp32) == DType::kFloat32);
+static_assert(static_cast<DType>(Types::kFp16) == DType::kFloat16);
+static_assert(static_cast<DType>(Types::kBf16) == DType::kBFloat16);
 
 inline Types types_of(const Span& span) {
   if (span.param_dtype != span.grad_dtype || !span.master != (span.param_dtype == DType::kFloat32)) return Types::kAny;
@@ -28,7 +31,7 @@ class Streams {
   explicit Streams(const Span& span)
       : grad_(span.grad),
         weight_(span.master ? span.master : span.param),
-        half_(span.master ? static_cast<uint16_t*>(span.param) : nullptr),
+        half_(span.master && span.param_dtype != DType::kFloat32 ? static_cast<uint16_t*>(span.param) : nullptr),
         param_(span.param_dtype),
         grad_type_(span.grad_dtype) {
     for (int k = 0; k < Rule::kMoments; ++k) moment_[k] = span.moment[k];
@@ -80,7 +83,7 @@ class Streams {
 
   const void* grad_;
   void* weight_;    // the master where there is one
-  uint16_t* half_;  // then the parameter
+  uint16_t* half_;  // then the parameter, where that is 16 bits wide
   const DType param_, grad_type_;
   const int64_t ahead_ = ahead_of(2 + Rule::kMoments);
   float* moment_[Rule::kMoments > 0 ? Rule::kMoments : 1];

@@ -41,15 +41,20 @@ DF_INLINE void ask_ahead(const void* stream, DType dtype, int64_t i, int64_t ahe
   kToFirstCache ? ask<3>(from, dtype) : ask<2>(from, dtype);
 }
 
-// body(i, V()) for all elements i .. i + V's width of n, Pack by Pack, what is left over one by one; no element may
-// depend on another. ahead(i) before each strip.
-template <class Ahead, class Body>
+// body(i, V()) for all elements i .. i + V's width of n, Pack by Pack, what is left over one by one. ahead(i) before
+// each strip. kIndependent: no element depends on another, so that where a Pack is one float the compiler may
+// vectorize.
+template <bool kIndependent = true, class Ahead, class Body>
 DF_INLINE void for_each(int64_t n, const Ahead& ahead, const Body& body) {
   int64_t i = 0;
   for (; i + kStrip <= n; i += kStrip) {
     ahead(i);
+    if constexpr (kIndependent && kWidth<Pack> == 1) {
 #pragma omp simd
-    for (int64_t k = i; k < i + kStrip; k += kWidth<Pack>) body(k, Pack());
+      for (int64_t k = i; k < i + kStrip; ++k) body(k, Pack());
+    } else {
+      for (int64_t k = i; k < i + kStrip; k += kWidth<Pack>) body(k, Pack());
+    }
   }
   for (; i + kWidth<Pack> <= n; i += kWidth<Pack>) body(i, Pack());
   for (; i < n; ++i) body(i, float());

@@ -1,7 +1,7 @@
 // The arithmetic that every formula is written in. Host and device, plain registers, no loads, no stores, no torch.
 //
 // A formula is written once, for V: a float, or as many floats as a register of the CPU holds (csrc/cpu/pack.h, which
-// has every function of floats that stands here). Where elements of a V may differ, `select` chooses, not `?:`.
+// has what stands here from fma to smaller). Where elements of a V may differ, `select` chooses, not `?:`.
 //
 // Bitwise agreement between scalar C++, vectorized C++, CUDA and Triton rests on three rules: every multiply-add is an
 // explicit fma (contraction is off), division and square root are the IEEE ones, and what is formed once per step

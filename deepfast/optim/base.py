@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import sys
 from collections import defaultdict
@@ -168,9 +169,9 @@ class Optimizer(torch.optim.Optimizer):
             )
         for (device, name, dtype, initial, alone), params in missing.items():
             like = [p.new_empty((), device="meta") if name == "step" else local(p).detach() for p in params]
-            beside = [[] if name == "step" else self._streams(p) for p in params]
+            beside = None if name == "step" else functools.partial(self._streams, params)
             if alone:
-                views = [_zeros_like(t, dtype, streams) for t, streams in zip(like, beside, strict=True)]
+                views = [_zeros_like(t, dtype, self._streams(params, nth)) for nth, t in enumerate(like)]
             else:
                 views = memory.zeros_like_each(like, dtype, device, beside)
             for p, model, t in zip(params, like, views, strict=True):
@@ -181,8 +182,9 @@ class Optimizer(torch.optim.Optimizer):
                 shards = Shards.of(p) if alone else None
                 self.state[p][name] = t if shards is None else shards.wrap(t, p)
 
-    def _streams(self, p: Tensor) -> list[Tensor]:
-        """What a step walks side by side, so far as it is there."""
+    def _streams(self, params: list[Tensor], nth: int) -> list[Tensor]:
+        """What a step of the nth of ``params`` walks side by side, so far as it is there."""
+        p = params[nth]
         streams = (p, p.grad, *(t for name, t in self.state.get(p, {}).items() if name != "step"))
         shards = [local(t) for t in streams if isinstance(t, Tensor)]
         return [t for t in shards if t.device.type == "cpu" and t.layout is torch.strided and not _is_wrapper(t)]
@@ -677,7 +679,7 @@ def _count_dtype(p: Tensor) -> torch.dtype:
 def _zeros_like(t: Tensor, dtype: torch.dtype, beside: list[Tensor]) -> Tensor:
     if _is_wrapper(t):
         return torch.zeros_like(t, dtype=dtype)
-    return memory.zeros_like_each([t], dtype, t.device, [beside])[0]
+    return memory.zeros_like_each([t], dtype, t.device, lambda _: beside)[0]
 
 
 def _moment_dtype(p: Tensor) -> torch.dtype:
