@@ -85,7 +85,8 @@ class Streams {
   void* weight_;    // the master where there is one
   uint16_t* half_;  // then the parameter, where that is 16 bits wide
   const DType param_, grad_type_;
-  const int64_t ahead_ = ahead_of(2 + Rule::kMoments);
+  // Two or three streams AMD's cores follow better by themselves: SGD is 1.06 times as fast so, with momentum 1.05.
+  const int64_t ahead_ = kToFirstCache && Rule::kMoments < 2 ? 0 : ahead_of(2 + Rule::kMoments);
   float* moment_[Rule::kMoments > 0 ? Rule::kMoments : 1];
 };
 

@@ -34,9 +34,10 @@ DF_INLINE void ask(const char* from, DType dtype) {
   }
 }
 
-// Asks for what a stream will read `ahead` bytes after element i, with which a strip begins. An address past the end
-// does no harm.
+// Asks for what a stream will read `ahead` bytes after element i, with which a strip begins; 0: for nothing. An address
+// past the end does no harm.
 DF_INLINE void ask_ahead(const void* stream, DType dtype, int64_t i, int64_t ahead) {
+  if (ahead == 0) return;
   const char* from = static_cast<const char*>(stream) + i * size_of(dtype) + ahead;
   kToFirstCache ? ask<3>(from, dtype) : ask<2>(from, dtype);
 }
