@@ -15,12 +15,11 @@
 
 namespace deepfast::cpu {
 
-constexpr int64_t kBlock = kStepBlock;
 constexpr int64_t kSerialBelow = 32 * 1024;  // elements: less is not worth waking a thread for
 
 class Blocks {
  public:
-  Blocks(const Span* spans, int64_t count, int64_t block = kBlock)
+  Blocks(const Span* spans, int64_t count, int64_t block = kStepBlock)
       : spans_(spans), block_(block), first_(count + 1, 0) {
     for (int64_t i = 0; i < count; ++i) {
       first_[i + 1] = first_[i] + (spans[i].numel + block - 1) / block;

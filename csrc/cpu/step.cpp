@@ -68,7 +68,7 @@ struct Table {
 template <class Rule>
 void step_with(const Table& table, const StepRecord& record, const Norms* norms, Afterwards after) {
   const Span* spans = table.spans;
-  const Blocks blocks(spans, table.count, kReadBlock);
+  const Blocks blocks(spans, table.count, kReadBlock);  // nothing is added up here: what is large is walked in one go
   if (record.skipped()) {
     if (after == Afterwards::kReset) {
       blocks.parallel_for([&](int64_t s, int64_t offset, int64_t n, int64_t) { reset(spans[s], offset, n); });
