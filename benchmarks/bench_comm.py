@@ -68,8 +68,8 @@ class Ranks:
                 self.found[name] = deepspeeds(self.comm.rank)
             if name == "nccl_symmetric" and self.symmetric is None:
                 self.symmetric = symmetric_memory(self.device)
-        except (ImportError, AttributeError, TypeError, RuntimeError) as problem:
-            pytest.skip(f"{name}: {str(problem).partition(chr(10))[0]} (pip install {name.partition('_')[0]})")
+        except (ImportError, NotImplementedError, RuntimeError) as problem:
+            measure.absent(name, problem)
         return self.found[name]
 
     def memory(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
@@ -211,7 +211,7 @@ def ddp(
     ranks: Ranks, group: dist.ProcessGroup | None = None, state: object = None, hook: Callable | None = None
 ) -> nn.Module:
     if ranks.device.type == "cuda":
-        pytest.skip("of CPUs")
+        pytest.skip("DDP is measured between CPU ranks only")
     model = nn.parallel.DistributedDataParallel(Given(), process_group=group, bucket_cap_mb=100)
     if hook:
         model.register_comm_hook(state, hook)

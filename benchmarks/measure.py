@@ -14,6 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
 
 import pytest
 import torch
@@ -220,5 +221,11 @@ def begun(contender: Contender, params: list[Tensor]) -> Step:
     except (ImportError, NotImplementedError, RuntimeError) as problem:
         if not contender.package:
             raise
-        pytest.skip(f"{contender.package}: {str(problem).partition(chr(10))[0]} (pip install {contender.package})")
+        absent(contender.package, problem)
     return step
+
+
+def absent(package: str, problem: Exception) -> NoReturn:
+    """A skip that says what a peer says: that it is not installed, or why it does not run here."""
+    remedy = f" (pip install {package})" if isinstance(problem, ImportError) else ""
+    pytest.skip(f"{package}: {str(problem).partition(chr(10))[0]}{remedy}")
