@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import deepfast
-from deepfast import gpt2
+from deepfast.train import gpt2
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMED = "import time, torch; {before}\nstart = time.perf_counter(); {what}; print('\\n', time.perf_counter() - start)"

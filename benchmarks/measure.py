@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deepfast import memory
+from deepfast.optim import memory
 
 CPU = torch.device("cpu")
 BLOCK = 1 << 16  # elements

@@ -9,9 +9,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from deepfast.engine import Engine, add_config_arguments, initialize
+    from deepfast.engine.engine import Engine
+    from deepfast.engine.initialization import add_config_arguments, initialize
+    from deepfast.engine.ranks import init_distributed
     from deepfast.optim import LAMB, SGD, Adagrad, Adam, AdamW, Lion
-    from deepfast.ranks import init_distributed
     from deepfast.scaler import LossScaler
 
 __version__ = "0.1.0"
@@ -19,10 +20,10 @@ __version__ = "0.1.0"
 _HOME = {
     **dict.fromkeys(("Adam", "AdamW", "SGD", "Lion", "LAMB", "Adagrad"), "deepfast.optim"),
     "LossScaler": "deepfast.scaler",
-    "Engine": "deepfast.engine",
-    "initialize": "deepfast.engine",
-    "init_distributed": "deepfast.ranks",
-    "add_config_arguments": "deepfast.engine",
+    "Engine": "deepfast.engine.engine",
+    "initialize": "deepfast.engine.initialization",
+    "add_config_arguments": "deepfast.engine.initialization",
+    "init_distributed": "deepfast.engine.ranks",
 }
 __all__ = [
     "LAMB",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepfast import graphs
 from deepfast.reference import KEPT, RESET, Range, check_distinct, detach, mark
 
 from . import refresh, statistics, step
@@ -26,7 +27,7 @@ from .checks import (
 )
 from .formulas import RULES
 from .order import ElementOrder
-from .table import Span, Table, capturing, span_of, upload
+from .table import Span, Table, span_of, upload
 
 
 @dataclasses.dataclass
@@ -217,7 +218,7 @@ class Plan:
     def _on_device(self) -> Table:
         """This step's table: the last one where all lies as before."""
         if self._table is None:
-            if capturing(self._device):  # a graph gets its own, made in it, that no other step knows of
+            if graphs.capturing(self._device):  # a graph gets its own, made in it, that no other step knows of
                 self._table = Table(self._spans, self._device)
             elif self._last_table is not None and self._last_table.spans == self._spans:
                 self._table = self._last_table
@@ -231,7 +232,7 @@ class Plan:
         for row, lr in zip(rows, lrs or [None] * len(rows), strict=True):
             row += (0, 0) if lr is None else (lr.data_ptr(), lr.element_size())
         flat = [value for row in rows for value in row]
-        if capturing(self._device):
+        if graphs.capturing(self._device):
             return upload(flat, self._device)
         if self._last_groups is None or self._last_groups[0] != flat:
             self._last_groups = flat, upload(flat, self._device)

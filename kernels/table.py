@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepfast import graphs
+
 STEP_BLOCK, READ_BLOCK = 1024, 4096  # elements, as in csrc/math/squares.h
 
 # Columns of a row.
@@ -137,20 +139,13 @@ class Table:
         return torch.repeat_interleave(rows, counts, output_size=blocks)
 
 
-def capturing(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
-
-
 def upload(values: Sequence[int], device: torch.device) -> Tensor:
     """int64 ``values`` on ``device``, without waiting for it.
 
     Into a CUDA graph they go as parameters of kernels: what a replay would copy from host memory could be gone by
     then, and a device tensor filled outside the graph is somebody else's once it is freed.
     """
-    if capturing(device):
+    if graphs.capturing(device):
         return _written(values, device)
     if device.type == "cuda" and device not in _READY:
         _written([0], device)  # a module cannot be loaded while a graph is captured

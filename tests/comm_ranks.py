@@ -21,7 +21,7 @@ from torch import nn
 import deepfast
 from deepfast import ops, reference
 from deepfast.comm import Communicator, PeerTimeout, across
-from deepfast.comm.device import ByTorch
+from deepfast.comm.by_torch import ByTorch
 
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, *HALVES)

@@ -153,10 +153,11 @@ def check_accumulation():
 
 def check_what_a_graph_takes():
     """Where a graph is captured, tables go as kernels' parameters; the same kernel for whatever they hold."""
-    from deepfast.kernels import plan, table
+    from deepfast import graphs
+    from deepfast.kernels import table
 
     written = table._written
-    real, captured = table.capturing, []
+    real, captured = graphs.capturing, []
 
     def filled(values, device):  # as the kernels would: what comes next counts on it
         captured.append(len(values))
@@ -168,14 +169,14 @@ def check_what_a_graph_takes():
         optimizer = deepfast.AdamW(params, lr=torch.tensor(0.1), **OPTIONS)
         give_gradients(params)
         optimizer.step()
-        table.capturing = plan.capturing = lambda device: True
+        graphs.capturing = lambda device: True
         table._written = filled
         try:
             before = played.launches()
             optimizer.step()
             launched = played.launches() - before
         finally:
-            table._written, table.capturing, plan.capturing = written, real, real
+            table._written, graphs.capturing = written, real
         assert captured, "nothing was taken into the graph"
         assert launched == {**WARM, "_write": launched["_write"]}, launched
         assert launched["_write"] >= max(1, count * 8 // 256)

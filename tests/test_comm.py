@@ -12,7 +12,7 @@ from comm_ranks import wanted
 from conftest import python, run
 from peers_ranks import CHECKS as PEERS
 
-from deepfast.comm.device import Watch
+from deepfast.comm.watch import Watch
 
 SIZES = (1, 2, 3, 4)
 _results: dict[int, list[dict[str, str]]] = {}
@@ -98,7 +98,7 @@ def tell():
     print([thread.name for thread in threading.enumerate() if thread.daemon])
 atexit.register(tell)  # before the others, so it is called after them
 import torch
-from deepfast.comm.device import Watch
+from deepfast.comm.watch import Watch
 watch = Watch(torch.zeros(16, dtype=torch.int32), [0, 1], list, 10.0, 0.0)
 assert threading.active_count() == 2
 """

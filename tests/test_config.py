@@ -8,8 +8,9 @@ import logging
 import pytest
 from conftest import ROOT
 
-from deepfast import config
+from deepfast.engine import config
 from deepfast.errors import ConfigError
+from deepfast.train.defaults import trainer_defaults
 
 SEED = json.loads((ROOT / "examples" / "config.json").read_text())
 
@@ -187,14 +188,14 @@ def test_sections_are_off_unless_enabled_as_in_deepspeed(caplog):
 
 
 def test_a_warm_up_longer_than_the_run_is_a_warning(caplog):
-    config.trainer_defaults(config.load({"num_train_steps": 10, "num_warmup_steps": 11}))
+    trainer_defaults(config.load({"num_train_steps": 10, "num_warmup_steps": 11}))
     assert "never reaches its peak" in caplog.text
 
 
 def test_trainer_defaults_fill_only_what_is_missing():
-    filled = config.trainer_defaults(config.load({"optimizer": {"params": {"lr": 0.1, "weight_decay": 0.0}}}))
+    filled = trainer_defaults(config.load({"optimizer": {"params": {"lr": 0.1, "weight_decay": 0.0}}}))
     params = filled.optimizer.params
     assert (params.lr, params.betas, params.weight_decay) == (0.1, (0.9, 0.95), 0.0)
     assert filled.gradient_clipping == 1.0
     assert filled.scheduler.type == "WarmupCosine"
-    assert config.trainer_defaults(config.load({"gradient_clipping": 0.0})).gradient_clipping == 0.0
+    assert trainer_defaults(config.load({"gradient_clipping": 0.0})).gradient_clipping == 0.0

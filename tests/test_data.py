@@ -13,8 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from deepfast import data, gpt2
 from deepfast.errors import UserError
+from deepfast.train import data, gpt2
 
 TEXT = "".join(f"line {i}: the quick brown fox jumps over the lazy dog\n" for i in range(300))
 

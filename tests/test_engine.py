@@ -13,8 +13,8 @@ from conftest import run
 from torch import nn
 
 import deepfast
-from deepfast import checkpoint, schedule
-from deepfast import config as configuration
+from deepfast.engine import checkpoint, schedule
+from deepfast.engine import config as configuration
 from deepfast.errors import ConfigError, UserError
 
 CONFIG = {"train_batch_size": 8, "gradient_accumulation_steps": 4, "optimizer": {"params": {"lr": 0.01}}}

@@ -7,7 +7,8 @@ import sys
 
 from conftest import ROOT, python
 
-from deepfast import build, config
+from deepfast import build
+from deepfast.engine import config
 
 sys.path.insert(0, str(ROOT / "tools"))
 

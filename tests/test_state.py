@@ -17,8 +17,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deepfast
-from deepfast import memory
-from deepfast.sums import GradientSums
+from deepfast.engine.sums import GradientSums
+from deepfast.optim import memory
 
 BLOCK = 16 << 10
 
@@ -88,8 +88,8 @@ def test_a_tensor_takes_no_more_memory_than_its_size():
 
     code = """
 import pathlib, torch
-from deepfast import memory
-from deepfast.sums import GradientSums
+from deepfast.optim import memory
+from deepfast.engine.sums import GradientSums
 def resident():
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
 def make():
@@ -230,7 +230,7 @@ def test_fake_steps_leave_real_ones_alone(name, options, dtype):
             optimizer.step()
         return optimizer, params
 
-    deepfast.optim.base._RECORDS.clear()
+    deepfast.optim.decide._RECORDS.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(2):

@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import HANGS, ROOT, TRAIN, python, run
 
-from deepfast import run as run_files
+from deepfast.train import report as run_files
 
 SEED = json.loads((ROOT / "examples" / "config.json").read_text())
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -466,7 +466,7 @@ def test_damaged_checkpoints(place):
 def test_a_full_disk_is_one_line(place):
     """/dev/full stands for it: the checkpoint's first file cannot be written."""
     code = (
-        "import sys, deepfast.checkpoint as c, deepfast.train as t\n"
+        "import sys, deepfast.engine.checkpoint as c, deepfast.train as t\n"
         "def full(path, data): raise OSError(28, 'No space left on device', str(path))\n"
         "c.write_json = full\n"
         "sys.exit(t.main(['--config', 'config.json', '--set', 'num_train_steps=3']))"
@@ -516,7 +516,7 @@ def test_fp16_products_are_computed_in_fp32():
                 products.update(a.dtype for a in args if isinstance(a, torch.Tensor))
             return func(*args, **(kwargs or {}))
 
-    from deepfast import gpt2
+    from deepfast.train import gpt2
 
     products: set[torch.dtype] = set()
     module = gpt2.model(gpt2.configuration("gpt2-tiny", 16)[0], None)

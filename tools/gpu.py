@@ -152,7 +152,7 @@ def facts(path: Path) -> int:
         os.execv(PYTHON, [PYTHON, __file__, "--facts", str(path)])  # noqa: S606
     if wrong:
         print(wrong)
-    from deepfast import config  # noqa: F401 (the one that takes pydantic)
+    from deepfast.engine import config  # noqa: F401 (the one that takes pydantic)
 
     return int(wrong is not None)
 

@@ -1,7 +1,7 @@
 // What an optimizer's steps have in common: its parameters and their state, looked at once and kept.
 //
 // Each step only the gradients are new. A plan finds them by itself, so that Python does nothing per parameter.
-// Python says when the parameters or the state's tensors are others (deepfast/optim/state.py); what has become of the
+// Python says when the parameters or the state's tensors are others (deepfast/optim/watched.py); what has become of the
 // same tensors is looked at here.
 #pragma once
 

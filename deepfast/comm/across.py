@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepfast import ops
-from deepfast.comm.device import HALVES, ByTorch, OnPeers, check_summed, nothing, symmetric_memory, tell
+from deepfast.comm.by_torch import ByTorch
+from deepfast.comm.peers import OnPeers, symmetric_memory
+from deepfast.comm.values import HALVES, check_summed, nothing, tell
 
 log = logging.getLogger(__name__)
 FULL = -2  # told for the number of a rank's kernels: there are some, but no place for them

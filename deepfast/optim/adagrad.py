@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from deepfast.optim.base import Optimizer, Value, check_lr, require
+from deepfast.optim.base import Optimizer
+from deepfast.optim.hyper import Value, check_lr, require
 
 
 class Adagrad(Optimizer):

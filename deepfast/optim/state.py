@@ -1,94 +1,157 @@
-"""State dictionaries that say when somebody has put something else into them.
-
-A step goes through what it has planned before. Looking each time whether every entry of every parameter's state is
-still the same tensor would take longer than all the rest, and would keep alive what somebody has moved away.
-"""
+"""What an optimizer keeps of each parameter: which tensors, of which type, where they lie, what they begin with."""
 
 from __future__ import annotations
 
 import functools
-import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
-_WRITES = ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update")
+from deepfast import graphs, ops, reference
+from deepfast.optim import memory
+from deepfast.optim.declared import Declared
+from deepfast.optim.shards import Shards, is_sharded, local
+
+HALF = frozenset((torch.float16, torch.bfloat16))
 
 
-class _Changes:
-    """How often the dictionaries of one optimizer have been written to."""
+class Stateful(Declared):
+    """The second layer of :class:`deepfast.optim.Optimizer`: state is made where it is missing, and mended."""
 
-    count = 0
+    def init_state(self) -> None:
+        """Allocates the state of every parameter that has none yet, as its first step would, without stepping.
+
+        Not of frozen ones, which have no step.
+        """
+        self._init_state((p, group) for group in self.param_groups for p in group["params"] if p.requires_grad)
+
+    def _init_state(self, wanted: Iterable[tuple[Tensor, dict[str, Any]]]) -> None:
+        """Allocates what the given parameters' state lacks."""
+        missing: dict[Any, list[Tensor]] = defaultdict(list)
+        for p, group in wanted:
+            state = self.state.get(p, {})
+            if not self._keeps_master(p):
+                state.pop("master", None)  # a model that was cast to fp32 is its own master
+            for name in (*self._moments(group), "master", "step"):
+                if (mended := _mended(name, state.get(name), p)) is not state.get(name):
+                    state[name] = mended
+            for name, dtype, initial in self._absent(p, group):
+                missing[p.device, name, dtype, initial, _is_special(p) and name != "step"].append(p)
+        if any(graphs.capturing(device) for device, *_ in missing):
+            raise RuntimeError(
+                "deepfast: state that is made while a graph is captured would begin anew at each replay: step once "
+                "before the capture"
+            )
+        for (device, name, dtype, initial, alone), params in missing.items():
+            like = [p.new_empty((), device="meta") if name == "step" else local(p).detach() for p in params]
+            beside = None if name == "step" else functools.partial(self._streams, params)
+            if alone:
+                views = [_zeros_like(t, dtype, self._streams(params, nth)) for nth, t in enumerate(like)]
+            else:
+                views = memory.zeros_like_each(like, dtype, device, beside)
+            for p, model, t in zip(params, like, views, strict=True):
+                if name == "master":
+                    t.copy_(model)
+                elif initial:
+                    t.fill_(complex(initial, initial) if dtype.is_complex else initial)
+                shards = Shards.of(p) if alone else None
+                self.state[p][name] = t if shards is None else shards.wrap(t, p)
+
+    def _streams(self, params: list[Tensor], nth: int) -> list[Tensor]:
+        """What a step of the nth of ``params`` walks side by side, so far as it is there."""
+        p = params[nth]
+        streams = (p, p.grad, *(t for name, t in self.state.get(p, {}).items() if name != "step"))
+        shards = [local(t) for t in streams if isinstance(t, Tensor)]
+        return [t for t in shards if t.device.type == "cpu" and t.layout is torch.strided and not is_wrapper(t)]
+
+    def _absent(self, p: Tensor, group: dict[str, Any]) -> Iterator[tuple[str, torch.dtype, float]]:
+        """What the state of ``p`` lacks: name, dtype, and the value it begins with."""
+        state = self.state.get(p, {})
+        if self._keeps_master(p) and state.get("master") is None:
+            yield "master", torch.float32, 0.0
+        moments = [name for name in self._moments(group) if state.get(name) is None]
+        for name in moments:
+            yield name, _moment_dtype(p), self._initial(group)
+        # Where no moment is left, the parameter begins anew.
+        if self._counts_steps(group):
+            if len(moments) == len(self._moments(group)):
+                yield "step", _count_dtype(p), 0.0
+            elif state.get("step") is None:
+                yield "step", _count_dtype(p), float(self._steps_of(state, group))
+
+    def _steps_of(self, values: dict[str, Any], group: dict[str, Any]) -> Any:
+        """How many steps the moments in ``values`` have seen. (apex, and its like, count in the group.)"""
+        for count in (values.get("step"), group.get("step"), self._uncounted):
+            if count is not None:
+                return count
+        raise ValueError(
+            f"deepfast: a state of {type(self).__name__} has {', '.join(values)} but no 'step', nor has its group: put "
+            "there how many steps it has seen"
+        )
+
+    def _has_state(self, p: Tensor, group: dict[str, Any]) -> bool:
+        state = self.state.get(p, {})
+        whole = next(self._absent(p, group), None) is None and ("master" in state) == self._keeps_master(p)
+        names = (*self._moments(group), "master", "step")
+        return whole and all(_mended(name, state.get(name), p) is state.get(name) for name in names)
+
+    def _keeps_master(self, p: Tensor) -> bool:
+        return p.dtype in HALF and self.master != "none"
+
+    @torch.no_grad()
+    def refresh_master(self) -> None:
+        """Takes over parameters that were written from outside.
+
+        The next step does so by itself, of those that were written in place (``model.load_state_dict``, ``p.clamp_()``)
+        or given other memory; what was written past autograd's eyes (``p.data``) it does not see.
+        """
+        for p in self._params():
+            state = self.state.get(p, {})
+            if "master" in state:
+                master, weight = local(state["master"]), local(p)
+                reference.refresh(master, weight)
 
 
-def _noticed(method: Callable[..., Any]) -> Callable[..., Any]:
-    def write(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.changes.count += 1
-        return method(self, *args, **kwargs)
-
-    return write
+def is_wrapper(t: Tensor) -> bool:
+    """Whether ``t`` is of a class that does its own arithmetic (a quantized tensor, say) and has no memory to read."""
+    return type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
-class ParameterState(dict[str, Any]):
-    """One parameter's state."""
-
-    changes = _Changes()  # of those that belong to no optimizer
-
-    def __reduce__(self) -> Any:
-        return dict, (dict(self),)
+def _is_special(p: Tensor) -> bool:
+    """Whether state like ``p`` is allocated by itself (a DTensor around a part of something cannot be deep-copied)."""
+    return is_sharded(p) or is_wrapper(p)
 
 
-def _entry(changes: _Changes, values: Any = ()) -> ParameterState:
-    entry = ParameterState(values)
-    entry.changes = changes
-    return entry
+def _is_count(step: Any, p: Tensor) -> bool:
+    known = (torch.float32,) if p.dtype in ops.KERNEL_DTYPES else (torch.float32, torch.float64)
+    return isinstance(step, Tensor) and step.dtype in known and step.numel() == 1 and step.device == p.device
 
 
-class States(defaultdict[Any, Any]):
-    """An optimizer's state: parameter -> ParameterState. Entries of other kinds are kept, and looked at each time."""
-
-    def __init__(self, entries: Mapping[Any, Any] | Iterable[tuple[Any, Any]] = ()) -> None:
-        self.changes = _Changes()
-        super().__init__(functools.partial(_entry, self.changes))
-        for key, value in dict(entries).items():
-            self[key] = _entry(self.changes, value) if isinstance(value, dict) else value
-
-    def __reduce__(self) -> Any:
-        return defaultdict, (dict, self.plain())
-
-    def copy(self) -> Any:
-        return defaultdict(dict, self)
-
-    __copy__ = copy
-
-    def plain(self) -> dict[Any, Any]:
-        """The same with ordinary dictionaries, as they go into a state_dict."""
-        return {key: dict(value) if isinstance(value, ParameterState) else value for key, value in self.items()}
+def _mended(name: str, value: Any, p: Tensor) -> Any:
+    """A value of the state of ``p``, itself if ``p`` can use it; None if there is none."""
+    if value is None or (isinstance(value, Tensor) and value.is_meta and not p.is_meta):  # ``p`` has got memory since
+        return None
+    if name == "step":
+        return value if _is_count(value, p) else torch.tensor(float(value), dtype=_count_dtype(p), device=p.device)
+    return value if _is_special(p) or graphs.capturing(p.device) else memory.in_order_of(value, p)
 
 
-def unwatched(state: Mapping[Any, Any], params: Iterable[Tensor]) -> list[Tensor]:
-    """The parameters whose entries do not say when they are written to: dictionaries that somebody has put there.
-
-    (One of another optimizer's says so to that one.)
-    """
-    if not isinstance(state, States):
-        return list(params)
-    entries = ((p, state.get(p)) for p in params)
-    return [p for p, entry in entries if entry is not None and getattr(entry, "changes", None) is not state.changes]
+def _count_dtype(p: Tensor) -> torch.dtype:
+    """torch's choice where no kernel reads it; the kernels', and torch's fused ones, are fp32."""
+    wide = p.dtype not in ops.KERNEL_DTYPES and torch.get_default_dtype() == torch.float64
+    return torch.float64 if wide else torch.float32
 
 
-def look(state: Mapping[Any, Any], unwatched: Iterable[Tensor]) -> Any:
-    """Equal to what it was before where nothing has been put into ``state`` since. Keeps no tensor alive.
-
-    To be compared where tensors are compared by identity.
-    """
-    changes = state.changes.count if isinstance(state, States) else None
-    entries = [list(state.get(p, {}).items()) for p in unwatched]
-    return changes, [[(k, weakref.ref(v) if isinstance(v, Tensor) else id(v)) for k, v in e] for e in entries]
+def _zeros_like(t: Tensor, dtype: torch.dtype, beside: list[Tensor]) -> Tensor:
+    if is_wrapper(t):
+        return torch.zeros_like(t, dtype=dtype)
+    return memory.zeros_like_each([t], dtype, t.device, lambda _: beside)[0]
 
 
-for _class in (ParameterState, States):
-    for _name in _WRITES:
-        setattr(_class, _name, _noticed(getattr(_class, _name)))
+def _moment_dtype(p: Tensor) -> torch.dtype:
+    if p.is_complex():
+        return p.dtype
+    return torch.float64 if p.dtype == torch.float64 else torch.float32

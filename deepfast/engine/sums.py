@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -9,8 +10,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepfast import memory, ops
-from deepfast.buckets import Buckets
+from deepfast import build, ops
+from deepfast.engine.buckets import Buckets
+from deepfast.optim import memory
+
+log = logging.getLogger("deepfast")
+
+
+def communicator() -> Any:
+    """For sums over the ranks; None where torch.distributed has to take them."""
+    from deepfast import comm
+
+    try:
+        return comm.Communicator()
+    except build.BuildError as error:
+        log.warning("gradients are reduced by torch.distributed: %s", error)
+        return None
 
 
 class GradientSums:

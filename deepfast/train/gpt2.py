@@ -108,7 +108,7 @@ def wrap(trained: Any) -> PreTrainedTokenizerFast:
     """A ``tokenizers.Tokenizer`` as transformers wants it."""
     from transformers import PreTrainedTokenizerFast
 
-    from deepfast.data import END_OF_TEXT
+    from deepfast.train.data import END_OF_TEXT
 
     return PreTrainedTokenizerFast(
         tokenizer_object=trained, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT

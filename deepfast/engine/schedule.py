@@ -11,7 +11,7 @@ import math
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from deepfast.config import Config, SchedulerSection
+from deepfast.engine.config import Config, SchedulerSection
 from deepfast.errors import ConfigError
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,3 +52,22 @@ def _leave() -> None:
     """Ends gloo's threads: one that lets go of a tensor, some time after its sum, aborts a Python that is ending."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class SharedError(UserError):
+    """One that rank 0 has raised, and prints."""
+
+
+def on_rank_0(work: Callable[[], None]) -> None:
+    """Does ``work`` on rank 0, the others wait; a UserError raised in it is raised on every rank."""
+    failure: list[str | None] = [None]
+    error: UserError | None = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            work()
+        except UserError as raised:
+            failure, error = [str(raised)], raised
+    if dist.is_initialized():
+        dist.broadcast_object_list(failure, 0)
+    if failure[0] is not None:
+        raise error or SharedError(failure[0])

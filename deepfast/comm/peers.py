@@ -1,11 +1,8 @@
-"""Collectives of tensors on a GPU: over the peers' memory on one host, or all by torch.distributed."""
+"""Collectives over the peers' memory: GPUs on one host."""
 
 from __future__ import annotations
 
 import bisect
-import threading
-import time
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,13 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepfast.comm.values import FLOATS, check_measured, check_pair, check_summed, nothing, tell
+from deepfast.comm.watch import Watch
 from deepfast.errors import PeerTimeout
 
-# Their names before torch 2.13.
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-HALVES = (torch.float16, torch.bfloat16)
-FLOATS = (torch.float32, *HALVES)
 STAGE = 32 << 20  # bytes: what does not lie in peer memory goes through as much of it, piece by piece
 
 Allocate = Callable[[int], tuple[Tensor, list[int], object]]
@@ -46,76 +40,6 @@ class Segment(NamedTuple):
     pointers: list[int]
     place: int
     mapping: object
-
-
-class Watch:
-    """Ends the waits of kernels whose peers have died, or are silent at the timeout. The host's only part in a wait.
-
-    ``status`` (int32, pinned) is what host and device tell each other: see ``Status`` in ``csrc/cuda/collectives.h``.
-    ``ranks``: what the whole group calls the host's. ``patience``: seconds beyond the timeout for an all-gather, to
-    which a rank may come late because it waits for another host; whoever is to blame is found there.
-    """
-
-    GIVE_UP, BEGUN, ENDED, DISAGREE, KIND, MISSING = range(6)
-    ALL_GATHER = 2
-
-    def __init__(self, status: Tensor, ranks: list[int], gone: Callable[[], list[int]], timeout: float,
-                 patience: float) -> None:  # fmt: skip
-        self.status, self.gone, self.timeout, self.patience = status, gone, timeout, patience
-        self.missing: list[int] = []
-        self.why = ""
-        self.found = threading.Event()  # `missing` and `why` are known; or nobody wants to know
-        self._ranks = ranks
-        thread = threading.Thread(target=_watch, args=(weakref.ref(self), self.found), daemon=True)
-        thread.start()
-        # At the process's end at the latest: who comes back from C++ into a Python that is gone aborts the process.
-        weakref.finalize(self, _end, self.found, thread)
-
-    def look(self, since: float) -> None:
-        """An operation that began at ``since`` is under way."""
-        if self.status[self.DISAGREE]:  # some thread blocks may wait for others that the peers do not have
-            self.status[self.GIVE_UP] = 1
-            self.found.set()
-            return
-        gone = self.gone()
-        patience = self.patience if self.status[self.KIND] == self.ALL_GATHER else 0.0
-        if gone:
-            self.why = "died or left"
-        elif time.monotonic() - since > self.timeout + patience:
-            self.why = "silent at the timeout"
-        else:
-            return
-        self.status[self.GIVE_UP] = 1
-        if not gone:  # the kernel says who had not come
-            until = time.monotonic() + 1
-            while not gone and time.monotonic() < until:
-                time.sleep(0.001)
-                late = self.status[self.MISSING : self.MISSING + len(self._ranks)].tolist()
-                gone = [rank for rank, is_late in zip(self._ranks, late, strict=True) if is_late]
-        self.missing = gone
-        self.found.set()
-
-
-def _end(over: threading.Event, thread: threading.Thread) -> None:
-    over.set()
-    if thread is not threading.current_thread():
-        thread.join()
-
-
-def _watch(watch: weakref.ref[Watch], over: threading.Event) -> None:
-    last, since = 0, 0.0
-    while not over.wait(0.02):
-        alive = watch()
-        if alive is None:
-            return
-        begun, ended = alive.status[Watch.BEGUN : Watch.ENDED + 1].tolist()
-        if begun == ended:
-            last = 0
-        elif begun != last:
-            last, since = begun, time.monotonic()
-        else:
-            alive.look(since)
-        del alive
 
 
 class OnPeers:
@@ -184,7 +108,7 @@ class OnPeers:
     def reduce_scatter(self, out: Tensor, t: Tensor, factor: float, statistics: Tensor | None,
                        found_inf: Tensor | None) -> None:  # fmt: skip
         check_summed(t, factor)
-        _check_pair(t, out, self._size, "reduce_scatter")
+        check_pair(t, out, self._size, "reduce_scatter")
         if out.numel() == 0:
             nothing(statistics)
             return
@@ -204,7 +128,7 @@ class OnPeers:
 
     def all_gather(self, out: Tensor, t: Tensor) -> None:
         check_summed(t, 1.0)
-        _check_pair(out, t, self._size, "all_gather")
+        check_pair(out, t, self._size, "all_gather")
         peer = self._peer_view(t)
         if peer is not None and out.is_contiguous():
             self._run("all_gather", t, out, peer, 1.0, None, None)
@@ -271,7 +195,7 @@ class OnPeers:
         self._raise_what_went_wrong()
         kernels = out.dtype in FLOATS
         if statistics is not None:
-            _check_measured(out)
+            check_measured(out)
         if self._device.type == "cuda":  # one operation after the other, whatever the stream
             stream = torch.cuda.current_stream(self._device)
             if self._stream not in (None, stream) and not torch.cuda.is_current_stream_capturing():
@@ -300,98 +224,3 @@ class OnPeers:
                 "communicator is broken, make a new one",
                 ranks,
             )
-
-
-class ByTorch:
-    """The same by ``torch.distributed`` on the group itself: ranks on several hosts, or no kernels for peer memory."""
-
-    def __init__(self, group: dist.ProcessGroup, size: int, device: torch.device) -> None:
-        self._group, self._size, self._device = group, size, device
-
-    def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(numel, dtype=dtype, device=self._device)
-
-    def all_reduce_(self, t: Tensor, factor: float, statistics: Tensor | None, found_inf: Tensor | None) -> None:
-        check_summed(t, factor)
-        total = _wide(t, factor).contiguous()
-        dist.all_reduce(total, group=self._group)
-        t.copy_(total)
-        tell(t, None, statistics, found_inf)
-
-    def reduce_scatter(self, out: Tensor, t: Tensor, factor: float, statistics: Tensor | None,
-                       found_inf: Tensor | None) -> None:  # fmt: skip
-        check_summed(t, factor)
-        _check_pair(t, out, self._size, "reduce_scatter")
-        whole = _wide(t, factor).contiguous().view(-1)
-        part = torch.empty(out.numel(), dtype=whole.dtype, device=whole.device)
-        _reduce_scatter(part, whole, group=self._group)
-        out.copy_(part.view(out.shape))
-        tell(out, None, statistics, found_inf)
-
-    def all_gather(self, out: Tensor, t: Tensor) -> None:
-        check_summed(t, 1.0)
-        _check_pair(out, t, self._size, "all_gather")
-        whole = torch.empty(out.numel(), dtype=t.dtype, device=t.device)
-        _all_gather(whole, t.contiguous().view(-1), group=self._group)
-        out.copy_(whole.view(out.shape))
-
-    def close(self) -> None:
-        pass
-
-    def check(self) -> None:
-        pass
-
-
-def _wide(t: Tensor, factor: float) -> Tensor:
-    """What is summed: 16 bits as fp32; multiplied before, so that the mean of finite values is finite."""
-    wide = t.float() if t.dtype in HALVES else t
-    return wide * factor if factor != 1.0 else wide.clone()
-
-
-def nothing(statistics: Tensor | None) -> None:
-    if statistics is not None:
-        statistics.zero_()
-
-
-def tell(t: Tensor, failed: Tensor | None, statistics: Tensor | None, found_inf: Tensor | None) -> None:
-    """The statistics of a result, and whether it is finite. failed: not 0 where it is none: the step is skipped."""
-    from deepfast import ops
-
-    if statistics is not None:
-        _check_measured(t)
-        statistics.copy_(ops.select(ops.forced(), t.device, t.dtype).statistics([t]))
-        if failed is not None:
-            statistics[1] = torch.maximum(statistics[1], failed.to(statistics.dtype))
-    if found_inf is not None and t.dtype.is_floating_point:
-        _note(found_inf, t)
-        if failed is not None:
-            found_inf.copy_(torch.maximum(found_inf, failed.to(found_inf.dtype)))
-
-
-def _note(found_inf: Tensor, t: Tensor) -> None:
-    found_inf.copy_(torch.maximum(found_inf, (~t.isfinite()).any().to(found_inf.dtype)))
-
-
-def _check_measured(t: Tensor) -> None:
-    if t.dtype not in FLOATS:
-        raise TypeError(f"deepfast: statistics are of float32, float16 and bfloat16, not of {t.dtype}")
-
-
-def check_summed(t: Tensor, factor: float) -> None:
-    if t.layout != torch.strided or t.dtype not in (*FLOATS, torch.float64, torch.int32, torch.int64):
-        raise TypeError(
-            "deepfast: collectives take dense float32, float16, bfloat16, float64, int32 and int64, not "
-            f"{t.layout} {t.dtype}"
-        )
-    if factor != 1.0 and not t.dtype.is_floating_point:
-        raise TypeError("deepfast: integers are summed, not scaled or averaged")
-
-
-def _check_pair(whole: Tensor, part: Tensor, ranks: int, what: str) -> None:
-    if whole.numel() != ranks * part.numel():
-        raise RuntimeError(
-            f"deepfast: {what}: one tensor must have {ranks} times the other's elements, got {whole.numel()} and "
-            f"{part.numel()}"
-        )
-    if whole.dtype != part.dtype and not (whole.dtype in FLOATS and part.dtype in FLOATS):
-        raise TypeError(f"deepfast: {what} cannot turn {whole.dtype} into {part.dtype}")

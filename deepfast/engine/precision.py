@@ -1,4 +1,4 @@
-"""In what type weights are kept, and in what type forward and backward compute.
+"""In what type weights are kept, in what type forward and backward compute, and how the loss is scaled for it.
 
 On a CPU, torch multiplies fp16 matrices up to several hundred times slower than fp32 ones. There the weights and
 gradients are fp16 all the same (they round, they overflow, the loss scale matters), but a forward pass sees fp32
@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from deepfast.engine.config import Config
+from deepfast.scaler import LossScaler
 
 log = logging.getLogger("deepfast")
 
@@ -42,6 +45,14 @@ class Precision:
                 p.data = p.data.to(dtype)
         log.info("fp16 on a CPU: weights and gradients are fp16, forward and backward compute in fp32")
 
+    @classmethod
+    def of(cls, config: Config, module: nn.Module, device: torch.device) -> Precision:
+        """What the configuration says."""
+        fp16, bf16 = config.fp16, config.bf16
+        dtype = torch.float16 if fp16 and fp16.enabled else torch.bfloat16 if bf16 and bf16.enabled else torch.float32
+        auto_cast = fp16 is None or fp16.auto_cast
+        return cls(module, dtype, device, cast_inputs=dtype != torch.float32 and auto_cast)
+
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         if self.cast_inputs:
             inputs, kwargs = self._cast(inputs), self._cast(kwargs)
@@ -63,3 +74,22 @@ class Precision:
         if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
             return type(value)(map(self._cast, value))
         return value
+
+
+def loss_scaler(config: Config, device: torch.device) -> LossScaler:
+    """Static or dynamic as configured; without fp16 one that does nothing."""
+    scale, fp16 = config.train_loss_scale, config.fp16
+    if fp16 is None or not fp16.enabled:
+        if scale:
+            log.info("train_loss_scale=%g has no effect without fp16", scale)
+        return LossScaler(device, enabled=False)
+    if scale:
+        return LossScaler(device, init_scale=scale, dynamic=False)
+    return LossScaler(
+        device,
+        init_scale=max(2.0**fp16.initial_scale_power, fp16.min_loss_scale),
+        growth_interval=fp16.loss_scale_window,
+        hysteresis=fp16.hysteresis,
+        consecutive_hysteresis=fp16.consecutive_hysteresis,
+        min_scale=fp16.min_loss_scale,
+    )

@@ -1,0 +1,92 @@
+"""DeepSpeed's entry point."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from deepfast.engine import config as configuration
+from deepfast.engine.config import Config
+from deepfast.engine.engine import Engine
+from deepfast.engine.ranks import init_distributed
+from deepfast.errors import ConfigError
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """DeepSpeed's: adds ``--deepspeed`` (no effect) and ``--deepspeed_config FILE``."""
+    group = parser.add_argument_group("deepfast")
+    group.add_argument("--deepspeed", action="store_true", help="accepted; deepfast is always on")
+    group.add_argument("--deepspeed_config", default=None, help="the JSON configuration file")
+    return parser
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[[Any], Any] | None = None,
+    config: dict[str, Any] | str | os.PathLike[str] | Config | None = None,
+    mesh_param: Any = None,
+    config_params: dict[str, Any] | str | None = None,
+) -> tuple[Engine, torch.optim.Optimizer, DataLoader[Any] | None, Any]:
+    """DeepSpeed's entry point: ``engine, optimizer, dataloader, lr_scheduler = deepfast.initialize(...)``.
+
+    Args:
+        args: an object whose ``deepspeed_config`` names the configuration, if ``config`` is not given.
+        model: the module to train; moved to this rank's device, its weights cast to the configured type.
+        optimizer: an optimizer, or a function of the parameters that makes one; None: as configured.
+        model_parameters: parameters or groups for an optimizer that is made here; None: all of the model's.
+        training_data: a dataset, for which a loader of micro-batches is made (each rank sees its own share).
+        lr_scheduler: a scheduler, or a function of the optimizer that makes one; None: as configured.
+        dist_init_required: False leaves torch.distributed alone; otherwise it is started where torchrun has launched
+            the process.
+        collate_fn: the loader's.
+        config: a dict, the path of a JSON file, or a :class:`deepfast.engine.config.Config`.
+        distributed_port, mpu, mesh_param: model parallelism is not built: only the defaults are accepted.
+
+    Raises:
+        ConfigError: for a configuration that cannot be used, a batch triple that does not multiply included.
+    """
+    if model is None:
+        raise ValueError("initialize(): model is missing")
+    if mpu is not None or mesh_param is not None:
+        raise ValueError("initialize(): model parallelism (mpu, mesh_param) is not built yet")
+    given = config if config is not None else config_params
+    if given is None:
+        given = getattr(args, "deepspeed_config", None)
+    if given is None:
+        raise ConfigError("initialize(): no configuration: pass config= a dict or the path of a JSON file")
+    if dist_init_required is False:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    else:
+        device = init_distributed()
+    if not isinstance(given, Config):
+        given = configuration.load(given if isinstance(given, dict) else configuration.read_json(given))
+    configuration.resolve_batch(given, dist.get_world_size() if dist.is_initialized() else 1)
+    engine = Engine(model, optimizer, model_parameters, given, device, lr_scheduler)
+    loader: DataLoader[Any] | None = None
+    if training_data is not None:
+        whole = isinstance(training_data, torch.utils.data.IterableDataset)  # deals itself out, or not at all
+        sampler: Any = DistributedSampler(training_data) if engine.world_size > 1 and not whole else None
+        loader = DataLoader(
+            training_data,
+            batch_size=engine.train_micro_batch_size_per_gpu(),
+            shuffle=sampler is None and not whole,
+            sampler=sampler,
+            collate_fn=collate_fn,
+            drop_last=given.dataloader_drop_last,
+        )
+    return engine, engine.optimizer, loader, engine.lr_scheduler

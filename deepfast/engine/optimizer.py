@@ -1,0 +1,68 @@
+"""Which optimizer an engine steps: the caller's, ours in the place of torch's, or the configuration's."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any
+
+import torch
+
+from deepfast import optim
+from deepfast.engine.config import Config
+from deepfast.errors import ConfigError
+from deepfast.optim import Optimizer, lost
+from deepfast.optim.state import HALF
+
+log = logging.getLogger("deepfast")
+
+
+def choose(optimizer: Any, parameters: Any, config: Config, dtype: torch.dtype) -> torch.optim.Optimizer:
+    """The optimizer of an engine whose weights are ``dtype``; set to clip as configured, and to tell the norm.
+
+    Args:
+        optimizer: an optimizer, or a function of ``parameters`` that makes one; None: as configured.
+
+    Raises:
+        ConfigError: where neither says which, and for a wrapper around an optimizer.
+    """
+    if callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = optimizer(parameters)
+    if optimizer is None:
+        if config.optimizer is None:
+            raise ConfigError("no optimizer: pass optimizer= to initialize(), or set one in the configuration")
+        name, arguments = config.optimizer.chosen()
+        optimizer = getattr(optim, name)(parameters, **arguments)
+    elif type(optimizer) in _REPLACED and not optimizer.state:
+        optimizer = _replacement(optimizer)
+    if isinstance(optimizer, Optimizer):
+        if "param_groups" not in vars(optimizer):  # what is set here would stay on a wrapper that has its class
+            raise ConfigError(f"initialize() needs the optimizer itself, not a wrapper ({type(optimizer).__name__})")
+        optimizer._measure_norm = True
+        optimizer.max_grad_norm = config.gradient_clipping or optimizer.max_grad_norm
+    elif dtype in HALF:
+        log.warning("%s keeps no fp32 master: it updates 16-bit weights directly", type(optimizer).__name__)
+        lost.watch(optimizer, "a deepfast optimizer adds them up in an fp32 master")
+    return optimizer
+
+
+_REPLACED: dict[type, type[Optimizer]] = {
+    torch.optim.Adam: optim.Adam,
+    torch.optim.AdamW: optim.AdamW,
+    torch.optim.SGD: optim.SGD,
+}
+
+
+def _replacement(theirs: torch.optim.Optimizer) -> Optimizer:
+    """Ours in the place of torch's: its very group dicts and hooks, so whoever steers it goes on doing so."""
+    ours_class = _REPLACED[type(theirs)]
+    name = ours_class.__name__
+    log.warning("torch.optim.%s is replaced by deepfast.%s: the same update, in one pass", name, name)
+    taken = inspect.signature(ours_class).parameters.keys() - {"fused", "foreach"}
+    for group in theirs.param_groups:
+        group["fused"] = group["foreach"] = None
+    ours = ours_class(theirs.param_groups, **{k: v for k, v in theirs.defaults.items() if k in taken})
+    ours._optimizer_step_pre_hooks = theirs._optimizer_step_pre_hooks
+    ours._optimizer_step_post_hooks = theirs._optimizer_step_post_hooks
+    theirs._opt_called = True  # type: ignore[attr-defined]  # so that its scheduler does not miss its steps
+    return ours

@@ -1,0 +1,122 @@
+"""State dictionaries, ours and torch's: out, and in again without loss."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepfast.optim.hyper import check_flags
+from deepfast.optim.shards import copy_into
+from deepfast.optim.state import Stateful
+
+
+class Loadable(Stateful):
+    """The part of :class:`deepfast.optim.Optimizer` that is saved and loaded."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's keys, and ``master``; a copy of the dictionaries, the tensors themselves."""
+
+        def unwatch(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            state_dict["state"] = {k: dict(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
+
+        first = self.register_state_dict_post_hook(unwatch, prepend=True)  # the user's may make anything of it
+        try:
+            return super().state_dict()
+        finally:
+            first.remove()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads our state_dict or torch's, in place and without loss.
+
+        Moments stay fp32 whatever the parameter's dtype (torch would cast them to it), and where a master is missing
+        the parameter is taken. Raises ValueError where groups or states do not fit.
+        """
+        own, groups = self.state, self.param_groups
+        given: dict[str, Any] = {}
+
+        def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            given.update(self._checked(state_dict))  # as the user's own hooks left it
+            return {**given, "state": {}}  # torch would copy each tensor, and cast it to its parameter's dtype
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            for kept, loaded in zip(groups, self.param_groups, strict=True):
+                kept.update(loaded)  # the same dicts as before: others may hold them
+            self.state, self.param_groups = own, groups
+            self._take_state(given)
+
+        before = self.register_load_state_dict_pre_hook(check)
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)  # the user's hooks see our state
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """``state_dict`` with its groups as they shall be here; raises before anything has changed."""
+        saved_groups = state_dict["param_groups"]
+        if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in self.param_groups]:
+            return state_dict  # torch's own error is clear
+        groups = []
+        for own, saved in zip(self.param_groups, saved_groups, strict=True):
+            ours = {k: v for k, v in own.items() if k != "params"}
+            groups.append({**ours, **saved, **{k: ours[k] for k in self._not_loaded if k in ours}})
+            check_flags(groups[-1])
+            for name, p in zip(saved["params"], own["params"], strict=True):
+                self._check_state(state_dict["state"].get(name), p, groups[-1])
+        return {**state_dict, "param_groups": groups}
+
+    def _check_state(self, values: dict[str, Any] | None, p: Tensor, group: dict[str, Any]) -> None:
+        for name in self._moments(group) if _begun(values) else ():
+            value = None if values is None else values.get(name)
+            if value is None and not name.startswith("max_"):  # that one may begin at zero: amsgrad turned on later
+                raise ValueError(
+                    f"deepfast: the loaded state has no {name!r} (it has {', '.join(values or ())}): "
+                    f"it is not that of a {type(self).__name__}"
+                )
+            if value is not None and value.shape != p.shape:
+                raise ValueError(
+                    f"deepfast: the loaded {name!r} has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}"
+                )
+        if values is not None and _begun(values) and self._counts_steps(group):
+            self._steps_of(values, group)
+        for name, shape in (("master", p.shape), ("step", torch.Size())):
+            value = (values or {}).get(name)
+            if isinstance(value, Tensor) and value.shape != shape and (value.numel() != 1 or name == "master"):
+                raise ValueError(f"deepfast: the loaded {name!r} has shape {tuple(value.shape)}, not {tuple(shape)}")
+
+    @torch.no_grad()
+    def _take_state(self, given: dict[str, Any]) -> None:
+        names = list(itertools.chain.from_iterable(group["params"] for group in given["param_groups"]))
+        params = [(p, group) for group in self.param_groups for p in group["params"]]
+        saved = {p: given["state"].get(name) for name, (p, _) in zip(names, params, strict=True)}
+        saved = {p: dict(values) for p, values in saved.items() if _begun(values)}
+        for p, group in params:
+            if p in saved and self._counts_steps(group):
+                saved[p]["step"] = torch.as_tensor(self._steps_of(saved[p], group)).reshape(())
+        for p, _ in params:
+            if p not in saved:
+                self.state.pop(p, None)
+        self._init_state((p, group) for p, group in params if p in saved)
+        others = given["state"].keys() - set(names)  # what somebody keeps beside the parameters' states
+        self.state.update((key, given["state"][key]) for key in others)
+        for p, values in saved.items():
+            # A master that is missing, or that a torch optimizer has carried along and cast to 16 bits: it knows
+            # nothing of that one's steps. The parameter does.
+            master = values.pop("master", None)
+            if "master" in self.state[p]:
+                copy_into(self.state[p]["master"], p if master is None or master.dtype != torch.float32 else master)
+            for key, value in values.items():
+                kept = self.state[p].get(key)
+                if isinstance(kept, Tensor):
+                    copy_into(kept, value)
+                else:
+                    self.state[p][key] = value.clone() if isinstance(value, Tensor) else value
+
+
+def _begun(values: dict[str, Any] | None) -> bool:
+    """Whether a loaded state holds anything. (torch's SGD has once written momentum_buffer: None.)"""
+    return values is not None and any(value is not None for value in values.values())

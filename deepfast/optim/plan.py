@@ -1,0 +1,144 @@
+"""The plan of an optimizer's steps: its parameters dealt out to launches, kept until something else is to be done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from deepfast import ops, reference
+from deepfast.optim import memory
+from deepfast.optim.launch import Launch
+from deepfast.optim.shards import Shards, local
+from deepfast.optim.state import Stateful, is_wrapper
+from deepfast.optim.watched import look, unwatched
+
+
+class _Identity(TorchFunctionMode):
+    """Within, a tensor equals itself alone: lists of thousands are compared by identity at the speed of C."""
+
+    def __torch_function__(self, *_: Any, **__: Any) -> bool:
+        return False
+
+
+class Planned(Stateful):
+    """The part of :class:`deepfast.optim.Optimizer` that finds, for each step, the gradients and who takes them."""
+
+    _launches: list[Launch]
+    _planned: tuple[Any, list[Tensor], list[Tensor]] | None  # what the launches were made from
+
+    @torch._disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        # Whoever has put other parameters into the groups wants the memory of the old ones back.
+        if self._planned is not None:
+            with _Identity():
+                same = self._planned[1] == list(self._params())
+            if not same:
+                self._forget_plan()
+
+    def _afterwards(self) -> int:
+        """What becomes of the gradients. torch's fused steps leave them unscaled where ``grad_scale`` is set."""
+        if self.defaults.get("reset_grad"):  # (Looked up where they lie: this is done at each step.)
+            return reference.RESET
+        scaled = self._shared.get("grad_scale") is not None and not self._shared.get("_leaves_gradients")
+        return reference.WRITTEN if scaled else reference.KEPT
+
+    def _gather(self) -> list[Launch]:
+        """The launches of this step; what does not change from step to step is looked at once."""
+        params = list(self._params())
+        if self._planned is not None:
+            seen, known, loose = self._planned
+            with _Identity():
+                same = known == params and seen == self._seen(loose)
+            if not (same and self._found_gradients()):
+                self._forget_plan()
+        if self._planned is None:
+            self._plan()
+            if not self._found_gradients():
+                raise RuntimeError("deepfast: the parameters changed while the step looked at them")
+            if not any(launch.passing for launch in self._launches):
+                loose = unwatched(self.state, params)
+                self._planned = self._seen(loose), params, loose
+        # A rank without gradients of its own still takes part in the sums over the ranks.
+        return [launch for launch in self._launches if launch.gradients or launch.shards]
+
+    def _seen(self, loose: list[Tensor]) -> Any:
+        """All that a plan depends on, but for the parameters. loose: those with state that nobody watches."""
+        groups = [(self._rule(group), self._moments(group), len(group["params"])) for group in self.param_groups]
+        options = self.defaults.get("master"), self.defaults.get("backend")
+        return groups, options, id(self.state), look(self.state, loose)
+
+    def _forget_plan(self) -> None:
+        self._launches, self._planned = [], None
+
+    def _found_gradients(self) -> bool:
+        """False: some launch's plan is stale. All are asked: another rank may be waiting for this one."""
+        after = self._afterwards()
+        found = [launch.gather(after) for launch in self._launches]
+        if all(found) and after != reference.KEPT and len(self._launches) > 1:
+            reference.check_distinct([r for launch in self._launches for r in launch.gradient_memory()])
+        return all(found)
+
+    def _plan(self) -> None:
+        """Deals the parameters out to launches, and makes their state where it is missing."""
+        launches: dict[Any, Launch] = {}
+        fresh, seen, layers = [], set(), memory.layers(map(local, self._params()))
+        for index, group in enumerate(self.param_groups):
+            rule, backend = self._rule(group), self.backend
+            for p in group["params"]:
+                if id(p) in seen:
+                    raise RuntimeError(f"deepfast: a parameter of shape {tuple(p.shape)} is in the groups twice")
+                seen.add(id(p))
+                grad = p.grad
+                layer = layers.get(id(local(p)))
+                launch = self._launch_of(launches, p, grad, rule, backend, Shards.of(p), group, layer)
+                if not self._has_state(p, group):
+                    if grad is None:
+                        launch.waiting.append(p)
+                        continue
+                    fresh.append((p, group))
+                launch.params.append(p)
+                launch.groups.append(index)
+        self._init_state(fresh)
+        self._launches = list(launches.values())
+        for launch in self._launches:
+            launch.build(self.state)
+
+    def _launch_of(
+        self,
+        launches: dict[Any, Launch],
+        p: Tensor,
+        grad: Tensor | None,
+        rule: str,
+        backend_name: str,
+        shards: Shards | None,
+        group: dict[str, Any],
+        layer: int | None,
+    ) -> Launch:
+        dtype, usual = p.dtype, backend_name
+        if grad is not None:
+            if grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"{type(self).__name__} does not support sparse gradients: the parameter of shape "
+                    f"{tuple(p.shape)} has one ({grad.layout}); build its layer with sparse=False"
+                )
+            dtype = grad.dtype
+            if grad.is_neg() or is_wrapper(local(grad)):  # a lazy view, whose memory holds the opposite
+                backend_name = "reference"
+            if p.is_meta and group.get("fused"):
+                raise RuntimeError(
+                    "`fused=True` requires all the params to be floating point Tensors of supported devices, "
+                    f"but a parameter of shape {tuple(p.shape)} lies on {p.device}: give it memory (to_empty) first"
+                )
+        if is_wrapper(local(p)):
+            backend_name = usual = "reference"
+        backend = ops.select(backend_name, p.device, p.dtype, dtype)
+        key = (id(backend), p.device, rule, shards, layer)  # what lies in one place is stepped one after the other
+        if key not in launches:
+            launches[key] = Launch(backend, p.device, rule, self._moments(group), self._counts_steps(group), shards)
+            launches[key].overlaps = layer is not None
+        launches[key].passing |= backend is reference and ops.select(usual, p.device, p.dtype) is not reference
+        return launches[key]

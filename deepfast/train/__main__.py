@@ -1,0 +1,3 @@
+from deepfast.train import main
+
+raise SystemExit(main())
