@@ -19,6 +19,7 @@ from peers import DECAY, EPS, LR, NORM, NORMS, SCALE, Params, deepspeeds, of, re
 from torch import Tensor
 
 import deepfast
+from deepfast.reference import RULES
 
 
 def ours(name: str, **options: object) -> dict[str, Contender]:
@@ -92,27 +93,27 @@ AMSGRAD = {"amsgrad": True, "weight_decay": DECAY}
 # torch's first fused or foreach step over DTensors takes a time that grows with their number's square: 7 and 25 s at
 # 1000, a quarter of an hour at 10,000.
 LOOP = {name: ADAMW[name] for name in ("deepfast", "torch_loop")}
-HOST = {"each": 28, "oracle": ADAMW_ORACLE, "rounds": 51, "small": 1 << 20, "empty": measure.ordinary}
+HOST = {"each": RULES["adam"].moved, "oracle": ADAMW_ORACLE, "rounds": 51, "small": 1 << 20, "empty": measure.ordinary}
 
 CASES = {
-    "adamw": Case("AdamW, fp32", 28, {**ADAMW, **peers.ADAMW}, ADAMW_ORACLE),
+    "adamw": Case("AdamW, fp32", RULES["adam"].moved, {**ADAMW, **peers.ADAMW}, ADAMW_ORACLE),
     "adamw_ordinary_pages": Case(
         "AdamW, fp32, ordinary pages",
-        28,
+        RULES["adam"].moved,
         {**ADAMW, "deepspeed": peers.ADAMW["deepspeed"]},
         ADAMW_ORACLE,
         empty=measure.ordinary,
     ),
     "amsgrad": Case(
         "AdamW (amsgrad), fp32",
-        36,
+        RULES["adam_amsgrad"].moved,
         {**ours("AdamW", **AMSGRAD), **torchs("AdamW", **AMSGRAD)},
         oracle(torch.optim.AdamW, **AMSGRAD),
     ),
-    "sgd": Case("SGD, fp32", 12, {**ours("SGD"), **torchs("SGD")}, oracle(torch.optim.SGD)),
+    "sgd": Case("SGD, fp32", RULES["sgd"].moved, {**ours("SGD"), **torchs("SGD")}, oracle(torch.optim.SGD)),
     "momentum": Case(
         "SGD with momentum, fp32",
-        20,
+        RULES["sgd_momentum"].moved,
         {
             **ours("SGD", momentum=0.9),
             **torchs("SGD", momentum=0.9),
@@ -123,7 +124,7 @@ CASES = {
     ),
     "lion": Case(
         "Lion, fp32",
-        20,
+        RULES["lion"].moved,
         {
             **ours("Lion"),
             "torch_foreach": Contender(stepping(peers.ForeachLion)),
@@ -136,13 +137,13 @@ CASES = {
     ),
     "lamb": Case(
         "LAMB, fp32",
-        24 + 16,  # two passes: the norms of parameter and update come first
+        RULES["lamb"].moved,
         {**ours("LAMB", weight_decay=DECAY), "torch_foreach": Contender(stepping(peers.ForeachLAMB), NORMS)},
         oracle(deepfast.LAMB, weight_decay=DECAY),
     ),
     "adagrad": Case(
         "Adagrad, fp32",
-        20,
+        RULES["adagrad"].moved,
         {
             **ours("Adagrad"),
             **torchs("Adagrad"),
@@ -155,7 +156,9 @@ CASES = {
         name: Case(f"full {name} AdamW step", 30, WHOLE, whole_oracle, dtype=dtype, tolerance=0.002)  # roundings turn
         for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16))
     },
-    "gpt2": Case("AdamW, fp32, GPT-2 124M (148 tensors)", 28, ADAMW, ADAMW_ORACLE, GPT2, empty=measure.ordinary),
+    "gpt2": Case(
+        "AdamW, fp32, GPT-2 124M (148 tensors)", RULES["adam"].moved, ADAMW, ADAMW_ORACLE, GPT2, empty=measure.ordinary
+    ),
     "2000_of_256": Case("AdamW, fp32, 2000 tensors of 256", contenders=ADAMW, shapes=((256,),) * 2000, **HOST),
     "10000_of_4": Case("AdamW, fp32, 10,000 parameters of 4", contenders=ADAMW, shapes=((4,),) * 10_000, **HOST),
     "1000_dtensors": Case(

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from deepfast.optimizers import OPTIMIZERS
+
 if TYPE_CHECKING:
     from deepfast.engine.engine import Engine
     from deepfast.engine.initialization import add_config_arguments, initialize
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    **dict.fromkeys(("Adam", "AdamW", "SGD", "Lion", "LAMB", "Adagrad"), "deepfast.optim"),
+    **dict.fromkeys(OPTIMIZERS, "deepfast.optim"),
     "LossScaler": "deepfast.scaler",
     "Engine": "deepfast.engine.engine",
     "initialize": "deepfast.engine.initialization",

@@ -1,4 +1,4 @@
-"""The six optimizers, each with its peer and its variants; parameters and gradients to feed them."""
+"""The optimizers, each with its peer and its variants; parameters and gradients to feed them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import deepfast
+from deepfast.optimizers import OPTIMIZERS
 
 
 class PaperLion(torch.optim.Optimizer):
@@ -62,12 +63,14 @@ class PaperLAMB(torch.optim.Optimizer):
                 p.copy_(p - lr * ratio * u)
 
 
-NAMES = ("Adam", "AdamW", "SGD", "Lion", "LAMB", "Adagrad")
+NAMES = tuple(OPTIMIZERS)
+DROPINS = tuple(name for name in NAMES if hasattr(torch.optim, name))
 OURS = {name: getattr(deepfast, name) for name in NAMES}
+COUNTING = tuple(n for n in NAMES if (o := OURS[n]([nn.Parameter(torch.zeros(1))]))._counts_steps(o.param_groups[0]))
 PEERS = {
     "Lion": PaperLion,
     "LAMB": PaperLAMB,
-    **{n: getattr(torch.optim, n) for n in ("Adam", "AdamW", "SGD", "Adagrad")},
+    **{name: getattr(torch.optim, name) for name in DROPINS},
 }
 
 _ADAM = {

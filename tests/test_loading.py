@@ -6,14 +6,12 @@ import copy
 
 import pytest
 import torch
-from cases import NAMES, OURS, PEERS, TYPICAL, give_gradients, parameters
+from cases import COUNTING, DROPINS, NAMES, OURS, PEERS, TYPICAL, give_gradients, parameters
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deepfast
 from deepfast import reference
-
-COUNTING = ["Adam", "AdamW", "LAMB", "Adagrad"]
 
 
 def trained(cls, params, steps=5, **options):
@@ -94,7 +92,7 @@ def test_momentum_that_somebody_puts_there_has_begun():
     torch.testing.assert_close(p, q)
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Adagrad"])
+@pytest.mark.parametrize("name", DROPINS)
 @pytest.mark.parametrize("own", [{}, {"fused": True}, {"foreach": True}])
 @pytest.mark.parametrize(
     "saved", [{}, {"fused": True}, {"foreach": True}, {"fused": False}, {"foreach": True, "-": "fused"}]

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from cases import NAMES, OURS, PEERS
+from cases import DROPINS, NAMES, OURS, PEERS
 from torch import nn
 
 import deepfast
@@ -68,7 +68,7 @@ def test_what_is_said_to_the_new_one_holds():
     assert other.max_grad_norm is None, "not that optimizer's group, but one like it"
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Adagrad"])
+@pytest.mark.parametrize("name", DROPINS)
 def test_groups_and_state_dicts_have_torchs_keys_whatever_the_options(name):
     p = parameter()
     ours, theirs = OURS[name]([p], **OPTIONS), PEERS[name]([p])

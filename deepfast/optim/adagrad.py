@@ -73,9 +73,6 @@ class Adagrad(Optimizer):
     def _rule(self, group: dict[str, Any]) -> str:
         return "adagrad"
 
-    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("sum",)
-
     def _initial(self, group: dict[str, Any]) -> float:
         return float(group["initial_accumulator_value"])
 

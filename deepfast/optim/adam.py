@@ -77,9 +77,6 @@ class Adam(Optimizer):
     def _rule(self, group: dict[str, Any]) -> str:
         return "adam_amsgrad" if group["amsgrad"] else "adam"
 
-    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
-
     def _hyper(self, group: dict[str, Any]) -> tuple[Value, ...]:
         decay = group["weight_decay"]
         decays = (decay, 0.0) if group["decoupled_weight_decay"] else (0.0, decay)

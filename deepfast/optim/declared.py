@@ -12,6 +12,7 @@ from torch import Tensor
 from deepfast.optim.hyper import Value, check_flags, is_read_on
 from deepfast.optim.options import NAMES, Option
 from deepfast.optim.shards import Shards
+from deepfast.reference import RULES
 
 
 class Declared(torch.optim.Optimizer):
@@ -30,7 +31,7 @@ class Declared(torch.optim.Optimizer):
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         """torch's names of the tensors that the rule keeps, in the kernels' order."""
-        raise NotImplementedError
+        return RULES[self._rule(group)].keeps
 
     # What of a group is not a checkpoint's to say: how the step is done, and (of some) which rule the class is.
     _not_loaded: tuple[str, ...] = ("foreach", "fused")
@@ -39,7 +40,7 @@ class Declared(torch.optim.Optimizer):
 
     def _counts_steps(self, group: dict[str, Any]) -> bool:
         """Whether the rule needs to know how many steps a parameter has seen."""
-        return True
+        return RULES[self._rule(group)].counts_steps
 
     def _initial(self, group: dict[str, Any]) -> float:
         """What the moments begin at."""

@@ -76,8 +76,5 @@ class LAMB(Optimizer):
     def _rule(self, group: dict[str, Any]) -> str:
         return "lamb"
 
-    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq")
-
     def _hyper(self, group: dict[str, Any]) -> tuple[Value, ...]:
         return (group["lr"], *group["betas"], group["eps"], group["weight_decay"], *group["phi"])

@@ -66,11 +66,5 @@ class Lion(Optimizer):
     def _rule(self, group: dict[str, Any]) -> str:
         return "lion"
 
-    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg",)
-
-    def _counts_steps(self, group: dict[str, Any]) -> bool:
-        return False
-
     def _hyper(self, group: dict[str, Any]) -> tuple[Value, ...]:
         return (group["lr"], *group["betas"], group["weight_decay"])

@@ -71,11 +71,5 @@ class SGD(Optimizer):
     def _rule(self, group: dict[str, Any]) -> str:
         return "sgd_momentum" if group["momentum"] else "sgd"
 
-    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["momentum"] else ()
-
-    def _counts_steps(self, group: dict[str, Any]) -> bool:
-        return bool(group["momentum"])
-
     def _hyper(self, group: dict[str, Any]) -> tuple[Value, ...]:
         return (group["lr"], group["momentum"], group["dampening"], group["weight_decay"], group["nesterov"])

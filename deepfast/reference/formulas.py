@@ -86,7 +86,7 @@ def _lamb(p: Tensor, direction: Tensor, norms: Tensor, hyper: Tensor) -> Tensor:
 
 
 class Rule(NamedTuple):
-    moments: int
+    keeps: tuple[str, ...]  # moments, by the names that they have in torch's state
     # (parameter, gradient, moments, step count, hyperparameters) -> new parameter; the moments are updated in place
     formula: Callable[[Tensor, Tensor, list[Tensor], Tensor, Tensor], Tensor]
     counts_steps: bool = True
@@ -94,13 +94,24 @@ class Rule(NamedTuple):
     # (parameter, direction, sums of squares of both, hyperparameters) -> new parameter
     adapt: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
 
+    @property
+    def moments(self) -> int:
+        return len(self.keeps)
+
+    @property
+    def moved(self) -> int:
+        """Bytes of an fp32 parameter that a step has to move: gradient, parameter and moments read, the last two
+        written; where norms come first, these are read once more."""
+        again = 1 + self.moments if self.adapt else 0
+        return 4 * (1 + 2 * (1 + self.moments) + again)
+
 
 RULES: dict[str, Rule] = {
-    "adam": Rule(2, _adam),
-    "adam_amsgrad": Rule(3, _adam),
-    "sgd": Rule(0, _sgd, counts_steps=False),
-    "sgd_momentum": Rule(1, _sgd),
-    "lion": Rule(1, _lion, counts_steps=False),
-    "lamb": Rule(2, _lamb_direction, adapt=_lamb),
-    "adagrad": Rule(1, _adagrad),
+    "adam": Rule(("exp_avg", "exp_avg_sq"), _adam),
+    "adam_amsgrad": Rule(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), _adam),
+    "sgd": Rule((), _sgd, counts_steps=False),
+    "sgd_momentum": Rule(("momentum_buffer",), _sgd),
+    "lion": Rule(("exp_avg",), _lion, counts_steps=False),
+    "lamb": Rule(("exp_avg", "exp_avg_sq"), _lamb_direction, adapt=_lamb),
+    "adagrad": Rule(("sum",), _adagrad),
 }

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import types
 import typing
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict
+
+from deepfast.optimizers import OPTIMIZERS
 
 
 class Section(BaseModel):
@@ -46,28 +48,26 @@ class OptimizerParams(Section):
     initial_accumulator_value: float = Field(0.0, ge=0, description="of Adagrad")
 
 
-# type -> what its params may hold
-_ADAM = "lr betas eps weight_decay amsgrad adam_w_mode torch_adam bias_correction".split()
+# type -> what its params may hold; DeepSpeed has more words for Adam
+_DEEPSPEEDS = "adam_w_mode torch_adam bias_correction".split()
 OPTIMIZER_PARAMS = {
-    "AdamW": _ADAM,
-    "Adam": _ADAM,
-    "SGD": "lr momentum dampening weight_decay nesterov".split(),
-    "Lion": "lr betas weight_decay".split(),
-    "LAMB": "lr betas eps weight_decay".split(),
-    "Adagrad": "lr lr_decay weight_decay initial_accumulator_value eps".split(),
+    name: [*known.split(), *(_DEEPSPEEDS if name in ("AdamW", "Adam") else ())] for name, known in OPTIMIZERS.items()
 }
+if TYPE_CHECKING:
+    OptimizerName = str
+else:
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
 
 
 class OptimizerSection(Section):
-    type: Literal["AdamW", "Adam", "SGD", "Lion", "LAMB", "Adagrad"] = Field(
-        "AdamW", description="AdamW (and DeepSpeed's Adam is one), SGD, Lion, LAMB (the paper's) or Adagrad"
+    type: OptimizerName = Field(
+        "AdamW", description=f"{', '.join(OPTIMIZERS)}; DeepSpeed's Adam is AdamW, LAMB the paper's"
     )
     params: OptimizerParams = Field(default_factory=OptimizerParams, description="its hyperparameters")
 
     def chosen(self) -> tuple[str, dict[str, Any]]:
         """The class's name in :mod:`deepfast.optim` and its arguments; DeepSpeed's default is no weight decay."""
-        ours = set(OPTIMIZER_PARAMS[self.type]) - {"adam_w_mode", "torch_adam", "bias_correction"}
-        arguments = self.params.model_dump(include=ours, exclude_none=True)
+        arguments = self.params.model_dump(include=set(OPTIMIZERS[self.type].split()), exclude_none=True)
         name = "AdamW" if self.type == "Adam" and self.params.adam_w_mode else self.type
         return name, {"weight_decay": 0.0, **arguments}
 
