@@ -13,6 +13,7 @@
 
 #include "../math/rules.h"
 #include "element_order.h"
+#include "entry.h"
 #include "tensors.h"
 
 namespace deepfast::bindings {
@@ -23,12 +24,10 @@ class Plan : public torch::CustomClassHolder {
  public:
   // masters: [n], an empty tensor where there is none. moments: all first moments, then all second ones, …
   // steps: [n], or none where the rule does not count. groups: int32 [n], each parameter's row of hyperparameters.
-  // The plan keeps neither alive: who moves state away wants its memory back, and torch exchanges no parameter that
-  // somebody else refers to, too (torch.utils.swap_tensors). Who makes a plan holds the parameters' Python objects.
+  // The plan keeps neither alive (entry.h).
   Plan(const std::string& rule, TensorList params, TensorList masters, TensorList moments, TensorList steps,
        const Tensor& groups)
       : rule_(find_rule(rule.c_str())),
-        entries_(params.size()),
         device_(params.empty() ? at::Device(Backend::kDevice, 0) : params[0].device()),
         backend_(device_),
         order_(device_) {
@@ -42,20 +41,15 @@ class Plan : public torch::CustomClassHolder {
     TORCH_CHECK(
         groups.scalar_type() == at::kInt && groups.is_contiguous() && groups.numel() == static_cast<int64_t>(count),
         "deepfast: groups must be one int32 a parameter");
+    entries_.reserve(count);
     for (size_t i = 0; i < count; ++i) {
-      Entry& entry = entries_[i];
-      entry.param = params[i].unsafeGetTensorImpl();
-      entry.holder = holder(*entry.param);
-      if (!entry.holder) entry.kept = params[i];
-      entry.dtype = dtype_of(params[i], "a parameter");
-      entry.group = groups.const_data_ptr<int32_t>()[i];
-      entry.place = place(*entry.param);
+      Entry& entry = entries_.emplace_back(params[i], groups.const_data_ptr<int32_t>()[i]);
       if (masters[i].numel() > 0) {
-        entry.state[kMaster] = masters[i].getIntrusivePtr();
+        entry.keep(Entry::kMaster, masters[i]);
         masters_ = true;
       }
-      if (info_.counts_steps) entry.state[kStep] = steps[i].getIntrusivePtr();
-      for (int k = 0; k < info_.moments; ++k) entry.state[kMoment + k] = moments[k * count + i].getIntrusivePtr();
+      if (info_.counts_steps) entry.keep(Entry::kStep, steps[i]);
+      for (int k = 0; k < info_.moments; ++k) entry.keep(Entry::kMoment + k, moments[k * count + i]);
     }
   }
 
@@ -74,7 +68,7 @@ class Plan : public torch::CustomClassHolder {
     if (given.empty()) {
       const Tensor none;
       return gather_each([&](size_t i) {
-        const at::TensorImpl* param = there(entries_[i]);
+        const at::TensorImpl* param = entries_[i].there();
         return param ? &param->grad() : &none;
       });
     }
@@ -158,84 +152,15 @@ class Plan : public torch::CustomClassHolder {
 #pragma omp parallel for if (count > kManyTensors)
     for (int64_t i = 0; i < count; ++i) {
       Entry& entry = entries_[i];
-      if (entry.stepped && has(entry, kMaster)) entry.version = version(*entry.param);
+      if (entry.stepped && entry.has(Entry::kMaster)) entry.version = version(*entry.param);
     }
   }
 
  private:
-  enum Slot { kMaster, kStep, kMoment, kSlots = kMoment + kMaxMoments };
-  using Weak = c10::weak_intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl>;
-
-  struct Entry {
-    at::TensorImpl* param;
-    const void* const* holder;  // where its Python object says that it is this one
-    Tensor kept;                // the parameter, if it has none
-    DType dtype;
-    int32_t group;
-    Weak state[kSlots] = {none(), none(), none(), none(), none()};
-    int64_t version = kUnknown;  // of the parameter when its master was last right
-    bool stepped = false;        // since the last `gather`
-    // What `look` has found, valid as long as nothing has moved.
-    bool looked = false;
-    Span span;
-    at::DimVector strides;
-    const void* place;
-    const void* places[kSlots];
-  };
-  static_assert(kSlots == 5);
-  static constexpr int64_t kUnknown = -1;
+  using Found = Entry::Found;
 
   // Tensor objects lie anywhere, and a step's data pushes them out of the caches: several threads wait less than one.
   static constexpr int64_t kManyTensors = 500;
-
-  static Weak none() { return Weak(Tensor().getIntrusivePtr()); }
-
-  // Autograd's count of writes.
-  static int64_t version(at::TensorImpl& t) { return t.is_inference() ? 0 : t.version_counter().current_version(); }
-
-  // The word of its Python object that points to `t`: behind the object's head (two words), where exactly differs from
-  // torch to torch. (Even a weak reference would keep torch from exchanging what it points to.)
-  static const void* const* holder(const at::TensorImpl& t) {
-    const auto* words = reinterpret_cast<const void* const*>(t.pyobj_slot()->load_pyobj());
-    for (int word = 2; words && word < 5; ++word) {
-      if (words[word] == &t) return words + word;
-    }
-    return nullptr;
-  }
-
-  // The parameter, unless it has been exchanged for another.
-  static at::TensorImpl* there(const Entry& entry) {
-    return !entry.holder || *entry.holder == entry.param ? entry.param : nullptr;
-  }
-
-  bool plain(const Tensor& t) const {
-    return t.layout() == at::kStrided && t.device() == device_ && kernel_dtype(t.scalar_type()) && !t.is_neg() &&
-           !t.key_set().has(c10::DispatchKey::Python);
-  }
-
-  // What a glance at a parameter and its gradient tells. Mostly kReady: all as in the last step but the gradient's
-  // place.
-  enum class Found : uint8_t { kNothing, kReady, kOther, kStale };
-
-  Found glance(Entry& entry, const Tensor& grad, Span& span) const {
-    entry.stepped = false;
-    const at::TensorImpl* param = there(entry);
-    if (!param || param->device() != device_ || place(*param) != entry.place ||
-        kernel_dtype(c10::typeMetaToScalarType(param->dtype())) != entry.dtype) {
-      return Found::kStale;
-    }
-    if (!grad.defined()) return Found::kNothing;
-    if (!plain(grad)) return Found::kStale;
-    if (entry.looked && param->strides() != entry.strides) return Found::kStale;  // Python lays its state anew
-    if (!entry.looked || param->numel() != entry.span.numel || !same_order(*grad.unsafeGetTensorImpl(), *param) ||
-        !unmoved(entry, *param)) {
-      return Found::kOther;
-    }
-    span = entry.span;
-    span.grad = grad.data_ptr();
-    span.grad_dtype = *kernel_dtype(grad.scalar_type());
-    return Found::kReady;
-  }
 
   template <class GradientOf>
   int64_t gather_each(const GradientOf& gradient_of) {
@@ -245,7 +170,7 @@ class Plan : public torch::CustomClassHolder {
     active_.resize(count);
     std::vector<Found> found(count);
 #pragma omp parallel for if (count > kManyTensors)
-    for (int64_t i = 0; i < count; ++i) found[i] = glance(entries_[i], *gradient_of(i), spans_[i]);
+    for (int64_t i = 0; i < count; ++i) found[i] = entries_[i].glance(*gradient_of(i), device_, spans_[i]);
     try {
       Spans written;  // past their masters
       int64_t kept = 0;
@@ -255,7 +180,7 @@ class Plan : public torch::CustomClassHolder {
         if (found[i] == Found::kStale) return release(), kStale;
         const Tensor& grad = *gradient_of(i);
         spans_[kept] = found[i] == Found::kReady ? spans_[i] : look(entry, grad);
-        if (has(entry, kMaster) && version(*entry.param) != entry.version) written.push_back(spans_[kept]);
+        if (entry.has(Entry::kMaster) && version(*entry.param) != entry.version) written.push_back(spans_[kept]);
         active_[kept++] = {&entry, &grad};
       }
       spans_.resize(kept);
@@ -271,7 +196,7 @@ class Plan : public torch::CustomClassHolder {
 
   // Everything checked, and brought into one element order.
   Span look(Entry& entry, const Tensor& grad) {
-    const auto param = Tensor(c10::intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl>::reclaim_copy(entry.param));
+    const Tensor param = entry.tensor();
     Span span = {};
     order_.follow(param);
     const size_t copies = order_.copies();
@@ -279,56 +204,19 @@ class Plan : public torch::CustomClassHolder {
     span.group = entry.group;
     span.numel = param.numel();
     span.param = order_.write(param, "a parameter");
-    if (has(entry, kMaster)) span.master = fp32_state(entry, kMaster, "a master");
-    if (info_.counts_steps) span.step = fp32_values(held(entry, kStep), 1, "a step count", device_);
-    for (int k = 0; k < info_.moments; ++k) span.moment[k] = fp32_state(entry, kMoment + k, "a moment");
-    entry.looked = order_.copies() == copies;
-    entry.span = span;
-    entry.strides = param.strides();
-    for (int slot = 0; slot < kSlots; ++slot) {
-      if (has(entry, slot)) entry.places[slot] = place(*entry.state[slot]._unsafe_get_target());
-    }
+    if (entry.has(Entry::kMaster)) span.master = fp32_state(entry, Entry::kMaster, "a master");
+    if (info_.counts_steps) span.step = fp32_values(entry.held(Entry::kStep), 1, "a step count", device_);
+    for (int k = 0; k < info_.moments; ++k) span.moment[k] = fp32_state(entry, Entry::kMoment + k, "a moment");
+    entry.note(span, order_.copies() == copies);
     span.grad = after_ != Afterwards::kKept ? order_.write(grad, "a gradient") : order_.read(grad, "a gradient");
     span.grad_dtype = dtype_of(grad, "a gradient");
     return span;
   }
 
-  static bool has(const Entry& entry, int slot) {
-    return entry.state[slot]._unsafe_get_target() != c10::UndefinedTensorImpl::singleton();
-  }
-
-  // The state tensor, which the optimizer's state dictionary must still hold.
-  static Tensor held(const Entry& entry, int slot) {
-    Tensor t(entry.state[slot].lock());
-    TORCH_CHECK(t.defined(), "deepfast: a tensor of the optimizer's state is gone");
-    return t;
-  }
-
   float* fp32_state(const Entry& entry, int slot, const char* what) {
-    const Tensor t = held(entry, slot);
+    const Tensor t = entry.held(slot);
     TORCH_CHECK(t.scalar_type() == at::kFloat, "deepfast: ", what, " has dtype ", t.scalar_type());
     return static_cast<float*>(order_.write(t, what));
-  }
-
-  // Whether the state is where `look` has found it. Somebody may have given it other memory (`.data =`, share_memory_).
-  static bool unmoved(const Entry& entry, const at::TensorImpl& param) {
-    for (int slot = 0; slot < kSlots; ++slot) {
-      if (!has(entry, slot)) continue;
-      const at::TensorImpl& t = *entry.state[slot]._unsafe_get_target();  // its memory is there, if nothing else
-      if (entry.state[slot].use_count() == 0 || place(t) != entry.places[slot]) return false;
-      if (slot != kStep && !same_order(t, param)) return false;
-    }
-    return true;
-  }
-
-  static bool same_order(const at::TensorImpl& t, const at::TensorImpl& param) {
-    return t.sizes() == param.sizes() && t.strides() == param.strides();
-  }
-
-  static const void* place(const at::TensorImpl& t) {
-    if (!t.unsafe_storage()) return nullptr;
-    const auto* data = static_cast<const char*>(t.unsafe_storage().unsafeGetStorageImpl()->data());
-    return data + t.storage_offset() * t.itemsize();
   }
 
   void check(const Tensor& hyper, const OptionalTensors& lrs, const Tensor& record) const {
