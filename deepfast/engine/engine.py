@@ -6,17 +6,17 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deepfast.engine import resume, schedule
+from deepfast.engine import schedule
 from deepfast.engine.config import Config
 from deepfast.engine.optimizer import choose
 from deepfast.engine.precision import Precision, loss_scaler
+from deepfast.engine.resume import Resumable
 from deepfast.engine.statistics import GradientStatistics
 from deepfast.engine.sums import GradientSums, communicator
 from deepfast.optim import Optimizer
@@ -25,7 +25,7 @@ from deepfast.optim.state import HALF
 log = logging.getLogger("deepfast")
 
 
-class Engine(nn.Module):
+class Engine(Resumable):
     """Trains a module; made by :func:`initialize`.
 
     A training step is ``loss = engine(batch); engine.backward(loss); engine.step()`` for each micro-batch; every
@@ -80,9 +80,6 @@ class Engine(nn.Module):
         self._grad_norm: Tensor | None = None
         self.global_steps = 0
         self.micro_steps = 0
-
-    def _params(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     # One step.
 
@@ -258,35 +255,3 @@ class Engine(nn.Module):
 
     def gradient_accumulation_steps(self) -> int:
         return self.config.batch_triple()[2]
-
-    # Checkpoints.
-
-    def save_checkpoint(
-        self, save_dir: str | os.PathLike[str], tag: str | None = None, client_state: dict[str, Any] | None = None
-    ) -> Path:
-        """Writes ``save_dir/tag`` (default: the step's number) and points ``save_dir/latest`` at it. All ranks call it.
-
-        Args:
-            client_state: the caller's own, as JSON can hold it.
-
-        Raises:
-            CheckpointError: if it cannot be written. What was there before is still there.
-        """
-        return resume.save(self, Path(save_dir), tag, client_state or {})
-
-    def load_checkpoint(
-        self, load_dir: str | os.PathLike[str], tag: str | None = None
-    ) -> tuple[str | None, dict[str, Any]]:
-        """Loads ``load_dir/tag`` (default: what ``latest`` names). All ranks call it.
-
-        Of an optimizer, a schedule and a loss scale that the configuration describes, only what they have accumulated
-        is loaded: a learning rate that has been changed in the configuration holds.
-
-        Returns:
-            The checkpoint's path and the client_state that was saved; (None, {}) and a warning where ``load_dir``
-            holds no checkpoint and none was named.
-
-        Raises:
-            CheckpointError: for one that is damaged or belongs to another model.
-        """
-        return resume.load(self, Path(load_dir), tag)
