@@ -22,10 +22,7 @@ __version__ = "0.1.0"
 _HOME = {
     **dict.fromkeys(OPTIMIZERS, "deepfast.optim"),
     "LossScaler": "deepfast.scaler",
-    "Engine": "deepfast.engine.engine",
-    "initialize": "deepfast.engine.initialization",
-    "add_config_arguments": "deepfast.engine.initialization",
-    "init_distributed": "deepfast.engine.ranks",
+    **dict.fromkeys(("Engine", "initialize", "add_config_arguments", "init_distributed"), "deepfast.engine"),
 }
 __all__ = [
     "LAMB",

@@ -70,9 +70,9 @@ def cuda() -> Any:
 @functools.cache
 def triton() -> Any:
     """The Triton kernels; where they are not to be had, a string that says why."""
-    from deepfast import kernels
+    from deepfast.kernels import available
 
-    why_not = kernels.available()
+    why_not = available()
     if why_not is not None:
         return why_not
     return importlib.import_module("deepfast.kernels.backend")

@@ -1,16 +1,20 @@
 """A small DeepSpeed-style engine: mixed precision, loss scaling, accumulation, reduction, checkpoints.
 
-Its names are :mod:`deepfast`'s, and are loaded when they are first used: a configuration can be read without kernels.
+Names are loaded when they are first used: a configuration can be read without any kernels.
 """
 
+import importlib
 from typing import Any
 
-_NAMES = ("Engine", "add_config_arguments", "init_distributed", "initialize")
+_HOME = {
+    "Engine": "engine",
+    "initialize": "initialization",
+    "add_config_arguments": "initialization",
+    "init_distributed": "ranks",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
+    if name not in _HOME:
         raise AttributeError(f"module 'deepfast.engine' has no attribute {name!r}")
-    import deepfast
-
-    return getattr(deepfast, name)
+    return getattr(importlib.import_module(f"deepfast.engine.{_HOME[name]}"), name)

@@ -19,10 +19,10 @@ log = logging.getLogger("deepfast")
 
 def communicator() -> Any:
     """For sums over the ranks; None where torch.distributed has to take them."""
-    from deepfast import comm
+    from deepfast.comm import Communicator
 
     try:
-        return comm.Communicator()
+        return Communicator()
     except build.BuildError as error:
         log.warning("gradients are reduced by torch.distributed: %s", error)
         return None
