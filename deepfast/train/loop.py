@@ -21,7 +21,6 @@ from deepfast.train.stop import Stop
 
 log = logging.getLogger("deepfast")
 
-
 # What the order of the data, and so the meaning of a step, depends on.
 _IDENTITY = ("dataset_dir", "seed", "train_batch_size", "train_sequence_length")
 
@@ -45,7 +44,7 @@ def train(config: Config, resume: str | None = None) -> int:
 
 
 def _train(config: Config, run: Run, tag: str | None, rank: int, stop: Stop) -> int:
-    import transformers
+    import transformers  # these take seconds, in which Ctrl-C is heeded already
 
     from deepfast.engine.initialization import initialize
     from deepfast.train import data, gpt2
