@@ -227,7 +227,7 @@ def test_views_of_one_buffer_are_refreshed_only_when_somebody_has_written(monkey
     params = [with_grad(chunk) for chunk in flat.chunk(6)]
     optimizer = deepfast.SGD([{"params": params[:3]}, {"params": params[3:], "momentum": 0.9}], backend="reference")
     refreshed = []
-    monkeypatch.setattr(reference, "refresh", lambda master, weight: refreshed.append(weight))
+    monkeypatch.setattr(reference.plan, "refresh", lambda master, weight: refreshed.append(weight))
     for _ in range(4):
         refreshed.clear()
         optimizer.step()
