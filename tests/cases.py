@@ -170,6 +170,13 @@ def trained(cls, params, steps=3, **options):
     return optimizer
 
 
+def stepped(params, name="AdamW", **options):
+    optimizer = OURS[name](params, **options)
+    give_gradients(params)
+    optimizer.step()
+    return optimizer
+
+
 def kept(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor:
     """What the optimizer knows of the parameter's value: the master where there is one."""
     return optimizer.state[p].get("master", p)

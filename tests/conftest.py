@@ -105,6 +105,14 @@ def triton_dry(tmp_path_factory) -> Path:
     return shared_folder(tmp_path_factory, "triton_dry")
 
 
+@pytest.fixture
+def place(tmp_path) -> Path:
+    """A folder with text, and a one-layer GPT-2 with dropout."""
+    from runs import furnished
+
+    return furnished(tmp_path)
+
+
 @pytest.fixture(autouse=True)
 def _on_device():
     """Tests that make their tensors without saying where run on a GPU where DEEPFAST_TEST_DEVICE says so."""

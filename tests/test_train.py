@@ -14,67 +14,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import HANGS, ROOT, TRAIN, python, run
+from conftest import HANGS, ROOT, TRAIN, python
+from runs import TORCHRUN, configure, losses, metrics, train
 
 from deepfast.train import report as run_files
 
 SEED = json.loads((ROOT / "examples" / "config.json").read_text())
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-# Small enough that most of a run is starting it.
-SMALL = {
-    "train_batch_size": 4,
-    "train_micro_batch_size": 2,
-    "train_sequence_length": 32,
-    "fp16": True,
-    "num_train_steps": 8,
-    "num_warmup_steps": 2,
-    "model_dir": "tiny",
-    "dataset_dir": "text",
-    "save_steps": 3,
-    "sample_tokens": 8,
-}
-
-
-@pytest.fixture
-def place(tmp_path) -> Path:
-    """A folder with text, and a one-layer GPT-2 with dropout."""
-    return furnished(tmp_path)
-
-
-def furnished(place: Path) -> Path:
-    (place / "text").mkdir()
-    for name in ("argparse", "ast", "typing", "inspect"):
-        shutil.copy(Path(os.__file__).parent / f"{name}.py", place / "text")
-    shape = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 320, "n_positions": 64}
-    (place / "tiny").mkdir()
-    (place / "tiny" / "config.json").write_text(json.dumps(shape))
-    configure(place)
-    return place
-
-
-def configure(place: Path, **changes) -> None:
-    config = {k: v for k, v in {**SMALL, **changes}.items() if v is not None}
-    (place / "config.json").write_text(json.dumps(config))
-
-
-def train(place: Path, *options: object, launch: tuple = (sys.executable,), **env: str):
-    env = {"OMP_NUM_THREADS": "1", **env}
-    return run(*launch, TRAIN, "--config", "config.json", *options, cwd=place, env=env)
-
-
-def metrics(place: Path, output: str = "output") -> list[dict]:
-    lines = (place / output / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON")) for line in lines]
-
-
-def losses(place: Path, output: str = "output") -> list[float]:
-    rows = metrics(place, output)
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    return [row["loss"] for row in rows]
 
 
 def test_the_seeds_config_trains(place):
@@ -352,156 +300,6 @@ def test_token_files_train_without_a_tokenizer(place):
     done = train(place)
     assert done.returncode == 0, done.stderr
     assert not (place / "output" / "model" / "tokenizer.json").exists()
-
-
-# Bad input: exit 2, one line.
-
-
-def says_one_line(done) -> str:
-    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("ds_train.py: ")
-    return lines[0]
-
-
-QUICK = [
-    # (what is done to the folder or the config, options, what the line says); nothing heavy is imported for these
-    ("config.json", lambda p: (p / "config.json").unlink(), [], "config.json: no such file"),
-    ("json", lambda p: (p / "config.json").write_text('{"a": 1,\n  oops}'), [], "not JSON: line 2, column 3"),
-    ("unknown", lambda p: configure(p, train_batchsize=3), [], "did you mean 'train_batch_size'?"),
-    ("type", lambda p: configure(p, num_train_steps="ten"), [], 'num_train_steps="ten": it must be an integer'),
-    ("zero", lambda p: configure(p, train_batch_size=0), [], "train_batch_size=0: it must be greater than 0"),
-    ("negative", lambda p: configure(p, num_warmup_steps=-1), [], "num_warmup_steps=-1"),
-    ("triple", lambda p: configure(p, gradient_accumulation_steps=3), [], "accumulation_steps 3 x ranks 1 = 6"),
-    ("spellings", lambda p: configure(p, train_micro_batch_size_per_gpu=8), [], "micro_batch_size=2 contradicts"),
-    ("output", lambda p: configure(p, output_dir="config.json/x"), [], "output_dir='config.json/x': cannot be written"),
-    ("no checkpoint", lambda p: None, ["--resume"], "output/checkpoints holds no checkpoint"),
-    ("no such option", lambda p: None, ["--resum", "--x"], "unrecognized arguments: --x"),
-    ("set", lambda p: None, ["--set", "x"], "--set x: KEY=VALUE was expected"),
-    ("set deep", lambda p: None, ["--set", "fp16.loss_scal=2"], "'fp16.loss_scal': unknown key: did you mean"),
-]  # fmt: skip
-
-
-# Importing torch takes longer than all of these: one process does it, and forks another for each.
-FORKS = """
-import os, sys
-from deepfast.train import main
-for place, *options in map(str.split, sys.stdin):
-    if child := os.fork():
-        print(place, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-        continue
-    os.chdir(place)
-    os.dup2(os.open("stderr", os.O_WRONLY | os.O_CREAT), 2)
-    sys.exit(main(["--config", "config.json", *options]))
-"""
-
-
-@pytest.fixture(scope="module")
-def refusals(tmp_path_factory) -> dict[tuple[bool, str], SimpleNamespace]:
-    said = {}
-    for optimize in (False, True):
-        places = {name: furnished(tmp_path_factory.mktemp("place")) for name, *_ in QUICK}
-        for name, spoil, _, _ in QUICK:
-            spoil(places[name])
-        lines = "".join(f"{' '.join([str(places[name]), *options])}\n" for name, _, options, _ in QUICK)
-        done = run(sys.executable, *(["-O"] if optimize else []), "-c", FORKS, input=lines)
-        codes = dict(map(str.split, done.stdout.splitlines()))
-        for name, path in places.items():
-            said[optimize, name] = SimpleNamespace(
-                returncode=int(codes[str(path)]), stdout="", stderr=(path / "stderr").read_text()
-            )
-    return said
-
-
-@pytest.mark.xdist_group("refusals")
-@pytest.mark.parametrize("optimize", [False, True])
-@pytest.mark.parametrize(("name", "message"), [(q[0], q[-1]) for q in QUICK], ids=[q[0] for q in QUICK])
-def test_bad_configurations(refusals, name, message, optimize):
-    assert message in says_one_line(refusals[optimize, name])
-
-
-def test_a_missing_option():
-    done = run(sys.executable, TRAIN)
-    assert "--config" in says_one_line(done)
-
-
-HEAVY = [
-    ("no dataset", lambda p: configure(p, dataset_dir="nowhere"), "dataset_dir='nowhere': no such folder"),
-    ("empty", lambda p: shutil.rmtree(p / "text") or (p / "text").mkdir(), "dataset_dir='text': no .txt"),
-    ("no text", lambda p: [f.write_bytes(b"\xff\xfe") for f in (p / "text").iterdir()], "no readable text in its 4"),
-    ("short", lambda p: [f.write_text("x") for f in (p / "text").iterdir()], "8 tokens are shorter than one sequence"),
-    ("no gpt-2", lambda p: (p / "tiny" / "config.json").write_text('{"model_type": "bert"}'), "'bert', not 'gpt2'"),
-    ("positions", lambda p: configure(p, train_sequence_length=65), "more than the 64 positions"),
-    ("odd tokens", lambda p: [f.rename(f.with_suffix(".bin")).write_bytes(b"abc") for f in (p / "text").iterdir()],
-     "3 bytes are not a whole number of uint16"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "spoil", "message"), HEAVY, ids=[h[0] for h in HEAVY])
-def test_bad_data_and_models_take_nothing_away(place, name, spoil, message):
-    """A typo must not cost the run that is there."""
-    kept = place / "output" / "checkpoints" / "step3"
-    kept.mkdir(parents=True)
-    spoil(place)
-    assert message in says_one_line(train(place))
-    assert kept.is_dir()
-
-
-def test_damaged_checkpoints(place):
-    assert train(place).returncode == 0
-    path = place / "output" / "checkpoints" / "step8" / "optimizer.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    line = says_one_line(train(place, "--resume"))
-    assert "step8/optimizer.safetensors is damaged" in line
-    assert "'step6' is intact: resume from that one" in line
-    assert "there are: step8, step6" in says_one_line(train(place, "--resume", "step7"))
-    done = train(place, "--resume", "step6")
-    assert done.returncode == 0, done.stderr
-    assert len(losses(place)) == 8
-
-
-def test_a_full_disk_is_one_line(place):
-    """/dev/full stands for it: the checkpoint's first file cannot be written."""
-    code = (
-        "import sys, deepfast.engine.checkpoint as c, deepfast.train as t\n"
-        "def full(path, data): raise OSError(28, 'No space left on device', str(path))\n"
-        "c.write_json = full\n"
-        "sys.exit(t.main(['--config', 'config.json', '--set', 'num_train_steps=3']))"
-    )
-    done = run(sys.executable, "-c", code, cwd=place)
-    assert done.returncode == 2
-    assert "step3: cannot be written: No space left on device" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
-
-
-def test_too_little_memory_is_one_line(place):
-    tiny = json.loads((place / "tiny" / "config.json").read_text())
-    (place / "tiny" / "config.json").write_text(json.dumps({**tiny, "n_positions": 10**9}))
-    assert "not enough memory" in says_one_line(train(place))
-
-
-def test_an_unknown_backend_is_one_line(place):
-    assert "unknown backend 'tpu'" in says_one_line(train(place, DEEPFAST_BACKEND="tpu"))
-
-
-def test_errors_of_one_rank_are_seen(place):
-    configure(place, dataset_dir="nowhere")
-    done = train(place, launch=TORCHRUN)
-    assert done.returncode != 0
-    assert "ds_train.py: dataset_dir='nowhere': no such folder" in done.stderr
-
-
-def test_a_missing_extra_is_named(place):
-    code = (
-        "import sys, importlib.util as u; find = u.find_spec\n"
-        "u.find_spec = lambda name, *a: None if name == 'tokenizers' else find(name, *a)\n"
-        "from deepfast.train import main; sys.exit(main(['--config', 'config.json']))"
-    )
-    done = run(sys.executable, "-c", code, cwd=place)
-    assert says_one_line(done) == "ds_train.py: tokenizers not installed: pip install 'deepfast[train]'"
 
 
 def test_fp16_products_are_computed_in_fp32():

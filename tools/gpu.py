@@ -46,6 +46,9 @@ print("cold build: CPU %.1f s, CUDA %.1f s, Comm %.1f s" % (cpu - start, cuda - 
 KERNELS = "regex:(step|norms|statistics)_kernel"
 # Of the tests on a GPU, those that the kernels played on the host cannot take: graphs, streams, waits, memory.
 NEEDS_A_DEVICE = "graph or captur or stream or launches or waits or leaked or this_gpu or two_processes or triton"
+# Of the other tests, the files with tests that are given a backend and that are run with a GPU's.
+OPTIMIZER_TESTS = [f"tests/test_{name}.py" for name in ("optimizers", "gradients", "masters", "edges", "plan",
+                                                        "replaced_states")]  # fmt: skip
 
 
 def importable(name: str) -> bool:
@@ -109,8 +112,7 @@ def stages(programs: Mapping[str, Path], out: Path, scratch: Path, rehearsed: bo
         sanitizer("racecheck", "--racecheck-num-workers", 2),
         sanitizer("synccheck"),
         Stage("profile", 60, [[*profiler, *bench, "cuda", "--probe"]], says="" if rehearsed else "Speed Of Light"),
-        Stage("optimizer tests", 120, [[*tests, *workers, "tests/test_optimizers.py", "tests/test_plan.py",
-                                        junit("optimizers"), *few]], on_gpu),
+        Stage("optimizer tests", 120, [[*tests, *workers, *OPTIMIZER_TESTS, junit("optimizers"), *few]], on_gpu),
         Stage("triton bandwidth", 80, [[*bench, "triton"]], again=True),
     ]  # fmt: skip
 

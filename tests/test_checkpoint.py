@@ -1,0 +1,225 @@
+"""Checkpoints: what is resumed to the bit, what damage is named, and what is kept on disk."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import run
+from engines import CONFIG, batches, engine, equal, model, state, train
+from torch import nn
+
+import deepfast
+from deepfast.engine import checkpoint, schedule
+
+
+@pytest.mark.parametrize("config", [{}, {"fp16": True}, {"bf16": True}])
+def test_resuming_gives_the_same_bits(tmp_path, config):
+    schedule = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2, "total_num_steps": 9}}
+    first = engine({**config, "scheduler": schedule})
+    data = batches(24)
+    train(first, data[:8])
+    path = first.save_checkpoint(tmp_path, client_state={"epoch": 3, "name": "x"})
+    rest = train(first, data[8:])
+    second = engine({**config, "scheduler": schedule}, seed=5)
+    torch.manual_seed(99)
+    loaded, client = second.load_checkpoint(tmp_path)
+    assert (loaded, client) == (str(path), {"epoch": 3, "name": "x"})
+    assert (second.global_steps, second.micro_steps) == (2, 8)
+    assert train(second, data[8:]) == rest
+    assert equal(state(first), state(second))
+    assert first.get_lr() == second.get_lr()
+    assert first.loss_scale == second.loss_scale
+
+
+@pytest.mark.parametrize("kind", ["StepLR", "MultiStepLR", "SequentialLR"])
+def test_a_clients_scheduler_resumes_as_it_was(tmp_path, kind):
+    def make(optimizer):
+        schedulers = torch.optim.lr_scheduler
+        if kind == "StepLR":
+            return schedulers.StepLR(optimizer, 2, gamma=0.1)
+        several = schedulers.MultiStepLR(optimizer, [2, 3], gamma=0.1)  # its state has integers as keys
+        if kind == "MultiStepLR":
+            return several
+        return schedulers.SequentialLR(optimizer, [several, schedulers.ConstantLR(optimizer)], [4])
+
+    config = {"gradient_accumulation_steps": 1}
+    first, second = engine(config, lr_scheduler=make), engine(config, lr_scheduler=make)
+    train(first, batches(2))
+    first.save_checkpoint(tmp_path)
+    second.load_checkpoint(tmp_path)
+    for _ in range(3):
+        train(first, batches(1)), train(second, batches(1))
+        assert first.get_lr() == second.get_lr()
+
+
+def test_what_the_configuration_says_holds_after_loading(tmp_path):
+    def configured(lr, steps, weight_decay, **more):
+        return engine(
+            {
+                "gradient_accumulation_steps": 1,
+                "optimizer": {"params": {"lr": lr, "weight_decay": weight_decay}},
+                "scheduler": {"type": "WarmupCosine", "params": {"warmup_num_steps": 0, "total_num_steps": steps}},
+                "fp16": {"enabled": True, **more},
+            }
+        )
+
+    first = configured(0.01, 10, 0.1, initial_scale_power=4)
+    train(first, batches(2))
+    assert first.get_lr() == [pytest.approx(0.01 * schedule.warmup_cosine(2, 0, 10))]
+    first.save_checkpoint(tmp_path)
+    second = configured(0.1, 20, 0.0, loss_scale=128.0)
+    second.load_checkpoint(tmp_path)
+    assert second.get_lr() == [pytest.approx(0.1 * schedule.warmup_cosine(2, 0, 20))]
+    assert second.optimizer.param_groups[0]["weight_decay"] == 0.0
+    assert second.loss_scale == 128.0
+    train(second, batches(1))
+    assert second.get_lr() == [pytest.approx(0.1 * schedule.warmup_cosine(3, 0, 20))]
+    third = configured(0.01, 10, 0.1, initial_scale_power=8)
+    third.load_checkpoint(tmp_path)
+    assert third.loss_scale == 16.0, "a dynamic scale goes on from where it was"
+
+
+def test_changing_the_precision_keeps_the_fp32_values(tmp_path):
+    for i, (source, target) in enumerate((({}, {"fp16": True}), ({"bf16": True}, {}))):
+        first, second = engine(source), engine(target)
+        train(first, batches(8))
+        first.save_checkpoint(tmp_path / str(i))
+        second.load_checkpoint(tmp_path / str(i))
+        for p, q in zip(first.module.parameters(), second.module.parameters(), strict=True):
+            exact = first.optimizer.state[p].get("master", p)
+            assert torch.equal(second.optimizer.state[q].get("master", q), exact)
+
+
+def test_a_checkpoint_in_the_middle_of_a_step_goes_back_to_its_beginning(tmp_path):
+    first, second = engine(), engine(seed=3)
+    data = batches(12)
+    train(first, data[:6])
+    first.save_checkpoint(tmp_path, 5)
+    second.load_checkpoint(tmp_path, 5)
+    assert (second.global_steps, second.micro_steps) == (1, 4)
+    again = engine()
+    train(again, data[:4])
+    assert train(again, data[4:]) == train(second, data[4:])
+
+
+def test_random_state_travels(tmp_path):
+    e = engine()
+    e.save_checkpoint(tmp_path)
+    expected = torch.rand(3)
+    torch.rand(7)
+    e.load_checkpoint(tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_checkpoint_can_be_checked_with_coreutils(tmp_path):
+    path = engine().save_checkpoint(tmp_path, "a")
+    assert run("sha256sum", "--check", checkpoint.CHECKSUMS, cwd=path).returncode == 0
+    assert (tmp_path / "latest").read_text().strip() == "a"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "rank0.safetensors",
+                                  checkpoint.CHECKSUMS])  # fmt: skip
+@pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
+def test_damage_is_named_and_an_intact_one_offered(tmp_path, name, how):
+    e = engine()
+    e.save_checkpoint(tmp_path, "old")
+    e.save_checkpoint(tmp_path, "new")
+    path = tmp_path / "new" / name
+    data = bytearray(path.read_bytes())
+    if how == "remove":
+        path.unlink()
+    else:
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data if how == "flip" else data[: len(data) // 2])
+    before = state(e)
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+        e.load_checkpoint(tmp_path)
+    assert "new" in str(caught.value)
+    assert "'old' is intact" in str(caught.value)
+    if name != checkpoint.CHECKSUMS or how == "remove":
+        assert str(path) in str(caught.value)
+    assert equal(before, state(e))
+    e.load_checkpoint(tmp_path, "old")
+
+
+def test_checkpoints_that_are_missing_or_do_not_fit(tmp_path, caplog):
+    e = engine()
+    assert e.load_checkpoint(tmp_path) == (None, {})
+    assert "no checkpoint" in caplog.text
+    with pytest.raises(checkpoint.CheckpointError, match=r"no such checkpoint \(there are: none\)"):
+        e.load_checkpoint(tmp_path, "a")
+    e.save_checkpoint(tmp_path, "a")
+    other, *_ = deepfast.initialize(model=nn.Linear(6, 3), config=CONFIG)
+    with pytest.raises(checkpoint.CheckpointError, match="another model"):
+        other.load_checkpoint(tmp_path)
+    foreign, *_ = deepfast.initialize(
+        model=model(5), optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), config=CONFIG
+    )
+    before = state(foreign)
+    train(foreign, batches(4))
+    foreign.save_checkpoint(tmp_path / "sgd")
+    with pytest.raises(checkpoint.CheckpointError, match="does not fit this optimizer"):
+        e.load_checkpoint(tmp_path / "sgd")
+    assert equal(state(e), state(engine())), "a load that fails leaves the model alone"
+    assert not equal(before, state(foreign))
+    text = (tmp_path / "a" / "state.json").read_text()
+    (tmp_path / "a" / "state.json").write_text(text.replace('"format": 1', '"format": 2'))
+    (tmp_path / "a" / checkpoint.CHECKSUMS).write_text(run("sha256sum", "state.json", cwd=tmp_path / "a").stdout)
+    with pytest.raises(checkpoint.CheckpointError, match="format 2 is not known"):
+        e.load_checkpoint(tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match="name of a folder"):
+        e.save_checkpoint(tmp_path, "../b")
+    with pytest.raises(checkpoint.CheckpointError, match=r"no pickles.*not set"):
+        e.save_checkpoint(tmp_path, "b", {"x": {1}})
+    assert (tmp_path / "latest").read_text().strip() == "a"
+    (tmp_path / "file").touch()
+    with pytest.raises(checkpoint.CheckpointError, match="cannot be written"):
+        e.save_checkpoint(tmp_path / "file")
+
+
+def test_latest_is_found_when_its_file_is_lost(tmp_path):
+    e = engine()
+    e.save_checkpoint(tmp_path, "a")
+    e.save_checkpoint(tmp_path, "b")
+    for damage in (lambda p: p.write_bytes(b"\xff"), lambda p: p.write_text(""), lambda p: p.unlink()):
+        damage(tmp_path / "latest")
+        assert checkpoint.latest(tmp_path) == "b"
+    (tmp_path / "latest").mkdir()
+    assert checkpoint.latest(tmp_path) == "b"
+
+
+def test_what_json_does_not_know_comes_back():
+    value = {"a": (1, 2.5, None), "b": {3: "x", (4,): [True]}, "c": torch.tensor([1, 2]), "d": {"__x": 1}}
+    back = checkpoint.restore(json.loads(json.dumps(checkpoint.plain(value))))
+    assert torch.equal(back.pop("c"), value.pop("c"))
+    assert back == value
+
+
+def test_saving_again_and_pruning(tmp_path):
+    e = engine()
+    for tag in ("a", "b", "c", "b"):
+        e.save_checkpoint(tmp_path, tag)
+        (tmp_path / ".x.tmp").mkdir(exist_ok=True)
+        checkpoint.prune(tmp_path, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "c", "latest"]
+    e.load_checkpoint(tmp_path)
+    # Killed between the two renames of saving the same tag again: the old one is found.
+    (tmp_path / "b").rename(tmp_path / ".b.old")
+    assert e.load_checkpoint(tmp_path)[0] == str(tmp_path / "b")
+
+
+def test_no_pickle_is_read(tmp_path, monkeypatch):
+    import pickle
+
+    e = engine()
+    e.save_checkpoint(tmp_path)
+    assert not [p for p in tmp_path.rglob("*") if p.suffix in (".pt", ".bin", ".pkl")]
+
+    def refuse(*_, **__):
+        raise AssertionError("unpickled")
+
+    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(module, name, refuse)
+    e.load_checkpoint(tmp_path)
