@@ -20,7 +20,7 @@ from checks import run_checks
 from conftest import HANGS
 
 from deepfast import build
-from deepfast.comm import hosts
+from deepfast.comm import rendezvous as hosts
 from deepfast.errors import PeerTimeout
 
 SECOND = timedelta(seconds=1)

@@ -45,7 +45,7 @@ def exact_fma() -> bool:
 
 
 def in_files(group: dist.ProcessGroup, device: torch.device):
-    """Peer memory, see :data:`deepfast.comm.peers.Allocate`, in files that all map."""
+    """Peer memory, see :data:`deepfast.comm.gpus.Allocate`, in files that all map."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
 
     def allocate(nbytes):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import typing
 
 import pytest
 from conftest import ROOT
 
-from deepfast.engine import config
+from deepfast.engine import config, schedule
 from deepfast.errors import ConfigError
 from deepfast.train.defaults import trainer_defaults
 
@@ -199,3 +200,11 @@ def test_trainer_defaults_fill_only_what_is_missing():
     assert filled.gradient_clipping == 1.0
     assert filled.scheduler.type == "WarmupCosine"
     assert trainer_defaults(config.load({"gradient_clipping": 0.0})).gradient_clipping == 0.0
+
+
+@pytest.mark.parametrize("kind", typing.get_args(config.SchedulerSection.model_fields["type"].annotation))
+def test_every_schedule_has_a_curve(kind):
+    section = config.SchedulerSection.model_validate({"type": kind})
+    rates = [schedule.factor(step, section, 1.0, 3, 20) for step in range(20)]
+    assert max(rates) == 1.0
+    assert rates[0] < 1.0

@@ -118,7 +118,7 @@ def test_tied_weights_get_one_gradient_under_fp16():
 
 
 def test_the_scale_moves_and_the_schedule_waits_for_applied_steps():
-    """ANCHORS 3.7: a scheduler that advances through skipped steps."""
+    """A scheduler that advances through skipped steps."""
     config = {
         "fp16": {"enabled": True, "initial_scale_power": 4, "hysteresis": 1, "loss_scale_window": 2},
         "gradient_accumulation_steps": 1,

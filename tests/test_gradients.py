@@ -98,7 +98,7 @@ def test_without_a_scaler_non_finite_gradients_propagate(name, variant, backend)
 @pytest.mark.parametrize("reset_grad", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_skipped_step_writes_nothing_but_the_reset(name, found, reset_grad, backend):
-    """ANCHORS 3.2: found_inf is summed over devices and may be 2."""
+    """``found_inf`` is summed over devices and may be 2."""
     params = [*parameters(), *parameters(torch.float16, seed=1)]
     optimizer = OURS[name](params, reset_grad=reset_grad, backend=backend, **TYPICAL[name])
     give_gradients(params)

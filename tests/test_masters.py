@@ -69,7 +69,7 @@ def test_in_place_writes_from_outside_are_noticed(dtype, backend):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_state_without_stepping(name):
-    """ANCHORS 3.4: initialising state by a step with zero gradients starts bias correction at 2."""
+    """Initialising state by a step with zero gradients starts bias correction at 2."""
     ours, theirs = parameters(torch.float16), parameters(torch.float16)
     before = [p.detach().clone() for p in ours]
     early, late = OURS[name](ours, **TYPICAL[name]), OURS[name](theirs, **TYPICAL[name])

@@ -156,7 +156,7 @@ def test_groups_have_their_own_options():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_parameter_counts_its_own_steps(name):
-    """ANCHORS 3.6: one counter for all gives late parameters another's bias correction."""
+    """One counter for all gives late parameters another's bias correction."""
     ours, theirs = parameters(), parameters()
     mine, torchs = OURS[name](ours, lr=1e-2, **TYPICAL[name]), PEERS[name](theirs, lr=1e-2, **TYPICAL[name])
     for i in range(6):
@@ -177,7 +177,7 @@ def test_each_parameter_counts_its_own_steps(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", NAMES)
 def test_any_layout(name, layout, reset_grad, dtype):
-    """ANCHORS 3.1: torch's fused CPU optimizers walk two layouts as if they were one."""
+    """Torch's fused CPU optimizers walk two layouts as if they were one."""
     kind, which = layout.split()
 
     def arrange(t: Tensor) -> Tensor:

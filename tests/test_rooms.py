@@ -123,12 +123,16 @@ def test_what_a_configuration_may_set_is_what_the_class_takes(name):
 
 
 def test_the_guide_names_what_is_there():
-    """Paths, and `module.name`s of deepfast, wherever CONTRIBUTING.md names one."""
+    """Each file, folder and module that CONTRIBUTING.md names is there, and its rooms are in the order of ROOMS."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 130, "two pages"
-    quoted = re.findall(r"`([^`\n]+)`", text)
-    paths = [word for word in quoted if re.fullmatch(r"[\w.<>*/-]+", word) and ("/" in word or "." in word)]
-    assert len(paths) > 40
+    quoted = re.findall(r"`([^`]+)`", text)
+    paths = [path for span in quoted for path in span.split() if "/" in path and not path.startswith("-")]
+    assert len(paths) > 50
     for path in paths:
-        pattern = re.sub(r"<\w+>", "*", path)
-        assert any(ROOT.glob(pattern.rstrip("/"))), path
+        assert any(ROOT.glob(re.sub(r"<\w+>", "*", path).rstrip("/"))), path
+    for name in (span for span in quoted if span.startswith("deepfast.")):
+        assert name in MODULES, name
+    listed = re.findall(r"`(?:deepfast/)?(\w+)(?:/|\.py)`", text[: text.index("## How a gradient travels")])
+    assert [name for name in listed if name in ROOMS] == [name for name in ROOMS if name in listed]
+    assert set(ROOMS) - {"__main__"} <= set(listed)

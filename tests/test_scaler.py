@@ -131,7 +131,7 @@ def test_a_step_without_a_scaler_and_with_one_are_the_same():
 
 
 def test_200_overflows_stop_at_the_floor():
-    """ANCHORS 3.3: without one the scale reaches 0 and the next finite step writes NaN."""
+    """Without one the scale reaches 0 and the next finite step writes NaN."""
     p, optimizer = setup()
     scaler = deepfast.LossScaler()
     for _ in range(200):
@@ -146,7 +146,7 @@ def test_200_overflows_stop_at_the_floor():
 
 @pytest.mark.parametrize("cls", [deepfast.AdamW, torch.optim.SGD])
 def test_a_step_is_unscaled_with_the_scale_its_backward_used(cls):
-    """ANCHORS 3.4: a scale that is moved between backward and step must not reach the gradients."""
+    """A scale that is moved between backward and step must not reach the gradients."""
     p, optimizer = setup(torch.float32, cls)
     q, other = setup(torch.float32, cls)
     scaler, constant = deepfast.LossScaler(init_scale=8.0), deepfast.LossScaler(init_scale=8.0)

@@ -55,7 +55,7 @@ def test_state_dict_has_torchs_keys(name, options):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NAMES)
 def test_loading_keeps_fp32_states_fp32(name, dtype):
-    """ANCHORS 3.8: torch casts loaded moments to the parameter's dtype."""
+    """Torch casts loaded moments to the parameter's dtype."""
     ours = parameters(dtype)
     first = trained(OURS[name], ours, **TYPICAL[name])
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]

@@ -1,5 +1,5 @@
 // Collectives over peer memory as an operator: one launch on the current stream. Who has which memory, and what is done
-// with tensors that do not lie there, is deepfast/comm/peers.py's affair.
+// with tensors that do not lie there, is deepfast/comm/gpus.py's affair.
 #pragma once
 
 #include <string>

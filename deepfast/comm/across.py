@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deepfast import ops
 from deepfast.comm.by_torch import ByTorch
-from deepfast.comm.peers import OnPeers, symmetric_memory
+from deepfast.comm.gpus import OnPeers, symmetric_memory
 from deepfast.comm.values import HALVES, check_summed, nothing, tell
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from deepfast import build
-from deepfast.comm import hosts
+from deepfast.comm import rendezvous
 
 
 def register_backend() -> None:
@@ -35,5 +35,5 @@ def _create(options: Any, _: Any) -> Any:
         nccl_options = dist.ProcessGroupNCCL.Options()
         nccl_options._timeout = timeout
         nccl = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", options.store), rank, size, nccl_options)
-    _, native, _ = hosts.connect(dist.PrefixStore("deepfast", options.store), rank, size, timeout)
+    _, native, _ = rendezvous.connect(dist.PrefixStore("deepfast", options.store), rank, size, timeout)
     return build.load_comm().ProcessGroup(rank, size, native, gloo, nccl)

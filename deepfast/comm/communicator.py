@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, library
 
-from deepfast.comm import across, hosts
+from deepfast.comm import across, rendezvous
 
 _made: Counter[str] = Counter()  # communicators of each group, so that each has keys of its own in the store
 _numbers = itertools.count()
@@ -56,7 +56,7 @@ class Communicator:
         store = dist.PrefixStore(f"deepfast/{number}", group.get_group_store())
         self.rank, self.size, self.timeout = group.rank(), group.size(), timeout
         self._group = group
-        self._peers, self._native, self._hosts = hosts.connect(store, self.rank, self.size, timeout)
+        self._peers, self._native, self._hosts = rendezvous.connect(store, self.rank, self.size, timeout)
         self._peers.heed_signals()
         self._devices: dict[torch.device, Any] = {}
         self._side: dict[torch.device, torch.cuda.Stream] = {}

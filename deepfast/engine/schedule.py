@@ -41,13 +41,13 @@ def factor(step: int, section: SchedulerSection, peak: float, warmup_steps: int,
         share = position / warmup_steps if linear else math.log(position + 1) / math.log(warmup_steps)
     elif section.type == "WarmupLR":
         share = 1.0
+    elif section.type == "WarmupDecayLR":
+        share = max((total_steps - position) / max(total_steps - warmup_steps, 1), 0.0)
+    elif cosine:
+        progress = min((position - warmup_steps + 1) / max(total_steps - warmup_steps, 1), 1.0)
+        floor, share = params.cos_min_ratio, (1.0 + math.cos(math.pi * progress)) / 2.0
     else:
-        left = max(total_steps - warmup_steps, 1)
-        if cosine:
-            progress = min((position - warmup_steps + 1) / left, 1.0)
-            floor, share = params.cos_min_ratio, (1.0 + math.cos(math.pi * progress)) / 2.0
-        else:
-            share = max((total_steps - position) / left, 0.0)
+        raise RuntimeError(f"the schedule {section.type!r} has no curve")
     return floor + (1.0 - floor) * share
 
 

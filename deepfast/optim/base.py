@@ -17,8 +17,8 @@ from deepfast.optim.loading import Loadable
 from deepfast.optim.options import ALIVE, asked_for
 from deepfast.optim.plan import Planned
 from deepfast.optim.shards import is_flat_shard
-from deepfast.optim.shared import Shared, Verdict, check_seen
 from deepfast.optim.watched import States
+from deepfast.optim.wrapped import Shared, Verdict, check_seen
 
 
 class Optimizer(Loadable, Planned):
@@ -44,7 +44,7 @@ class Optimizer(Loadable, Planned):
         found_inf: a tensor that is > 0 where the step is to be skipped (set likewise), or None.
     """
 
-    # In common with a wrapper of the optimizer (shared.py): what a scaler or the engine hands over, what came of it.
+    # In common with a wrapper of the optimizer (wrapped.py): what a scaler or the engine hands over, what came of it.
     grad_norm: Any = Shared(None)
     grad_scale: Any = Shared()
     found_inf: Any = Verdict()

@@ -19,7 +19,7 @@ class Declared(torch.optim.Optimizer):
     """The first layer of :class:`deepfast.optim.Optimizer`. A subclass of that one answers what is asked here."""
 
     master, max_grad_norm, reset_grad, backend = Option(), Option(), Option(), Option()
-    _shared: dict[str, Any]  # see shared.py
+    _shared: dict[str, Any]  # see wrapped.py
 
     def _check(self, group: dict[str, Any]) -> None:
         """Raises ValueError for a hyperparameter out of range."""
