@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import signal
@@ -329,8 +330,9 @@ def test_the_key_holds_all_that_matters(monkeypatch):
     keys.append(key())
     monkeypatch.setattr(torch.version, "cuda", "99.9")
     keys.append(key())
-    monkeypatch.setattr(build, "KERNEL_FLAGS", (*build.KERNEL_FLAGS, "-DX"))
-    keys.append(key())
+    for flags in ("KERNEL_FLAGS", "BINDING_FLAGS", "LINK_FLAGS"):
+        monkeypatch.setattr(build.libraries, flags, (*getattr(build.libraries, flags), "-DX"))
+        keys.append(key())
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ANOTHER")
     keys.append(key())
     assert len(set(keys)) == len(keys)
@@ -347,24 +349,24 @@ def test_each_arm_cpu_has_its_own_library(monkeypatch, tmp_path):
         build.interface_key.cache_clear()
         return build.interface_key()
 
-    def flags() -> list[str]:
-        return build.compile_commands(build.CPU, [build.compiler()], [])["cpu/step.cpp"]
+    def flags() -> tuple[str, ...]:
+        return build.cxx_flags(build.CPU)
 
     before = key()
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
-    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     elsewhere = key()
-    monkeypatch.setattr(build, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(build.targets, "CPUINFO", tmp_path / "cpuinfo")
     assert key() == elsewhere, "there the CPU's description decides nothing"
     assert "-mcpu=native" not in flags()
-    monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     keys = [key()]  # without the file
     core = "processor\t: {}\nBogoMIPS\t: {}\nFeatures\t: {}\nCPU implementer\t: 0x41\nCPU part\t: {}\n\n"
     for said in (("fp asimd", "0xd0c"), ("fp asimd sve", "0xd0c"), ("fp asimd sve", "0xd40")):
-        build.CPUINFO.write_text(core.format(0, "50.00", *said) + core.format(1, "50.00", *said))
+        build.targets.CPUINFO.write_text(core.format(0, "50.00", *said) + core.format(1, "50.00", *said))
         keys.append(key())
     assert len(set(keys)) == len(keys)
-    build.CPUINFO.write_text(core.format(0, "48.00", *said))  # fewer cores of the same kind, another clock
+    build.targets.CPUINFO.write_text(core.format(0, "48.00", *said))  # fewer cores of the same kind, another clock
     assert key() == keys[-1]
     assert "-mcpu=native" in flags()
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")

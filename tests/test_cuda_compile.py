@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import python, run
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 from deepfast import build, reference
 
@@ -42,7 +43,13 @@ def compiled(tmp_path_factory, nvcc):
     folder = tmp_path_factory.mktemp("cuda")
     said, accesses = "", {}
     for name in build.CUDA.kernels:
-        command = build.compile_commands(build.CUDA, [cxx, nvcc], build.arch_flags(ARCHITECTURES))[name]
+        command = [
+            *nvcc.command,
+            *COMMON_NVCC_FLAGS,
+            *build.nvcc_flags(cxx.program, ARCHITECTURES),
+            "-c",
+            build.CSRC / name,
+        ]
         obj = folder / f"{Path(name).stem}.o"
         done = run(*command, "--threads", 2, "-Xptxas", "-v", "-o", obj)
         assert done.returncode == 0, done.stderr
@@ -133,7 +140,9 @@ def test_other_kernels_do_so_too(compiled, kernel, loads, stores, under_way, arc
 def test_arithmetic_is_what_the_formulas_say(nvcc, tmp_path, name):
     """IEEE division and roots, denormals kept, and no multiply-add that is not written as one."""
     ptx = tmp_path / "kernels.ptx"
-    done = run(*nvcc.command, *build.CUDA_FLAGS, "-arch=compute_90", "-ptx", build.CSRC / name, "-o", ptx)
+    done = run(
+        *nvcc.command, *COMMON_NVCC_FLAGS, *build.CUDA_FLAGS, "-arch=compute_90", "-ptx", build.CSRC / name, "-o", ptx
+    )
     assert done.returncode == 0, done.stderr
     text = ptx.read_text()
     assert not re.search(r"\.approx|\.ftz|div\.full", text)
@@ -231,4 +240,4 @@ def test_a_prebuilt_library_serves_the_gpu_that_is_here_whatever_would_be_compil
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: here)
-    assert build._fits(build.CUDA, Path(f"nvcc-0123-{made_for}/{build.CUDA.file}")) == fits
+    assert build.fits(build.CUDA, Path(f"nvcc-0123-{made_for}/{build.CUDA.file}")) == fits
