@@ -284,6 +284,34 @@ NO_GPU = "without the CUDA kernels: no GPU to compile for: set TORCH_CUDA_ARCH_L
 NO_HEADER = "without the Comm kernels: could not compile the Comm kernels: comm.cpp:1: fatal error: Python.h"
 
 
+def test_torchs_machinery_gets_what_it_needs_and_leaves_nothing_behind(tmp_path):
+    """No ninja on the path, a compiler of several words, spaces in the folder; and what each file is compiled with."""
+    words = tmp_path / "words"
+    cxx = compiler_that(tmp_path, f'echo "$@" >> {words}; {MAKES_ALL}')
+    cache = tmp_path / "a cache"
+    code = (
+        "import os, sys, logging; from deepfast import build; before = dict(os.environ); build.build()\n"
+        "from torch.utils import cpp_extension\n"
+        "assert dict(os.environ) == before and cpp_extension.CUDA_HOME is None\n"
+        "assert logging.getLogger('torch.utils.cpp_extension').level == logging.NOTSET"
+    )
+    env = {"CXX": f"{cxx} -m64", "PATH": str(tmp_path), "CC": "none", "DEEPFAST_CACHE_DIR": str(cache),
+           "DEEPFAST_BUILD_VERBOSE": "1"}  # fmt: skip
+    done = python(code, env=env)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in cache.glob("*/*/*")} == {"libdeepfast_cpu.so", "libdeepfast_cpu.sha256"}
+    assert done.stdout == "", "that is the program's"
+    assert "-c " in done.stderr
+    assert "step.cpp" in done.stderr
+    commands = {re.search(r"(\w+\.cpp|-shared)", line)[0]: line.split() for line in words.read_text().splitlines()}
+    assert set(commands) == {*(Path(name).name for name in build.CPU.sources), "-shared"}
+    for name, command in commands.items():
+        assert command[0] == "-m64"
+        assert (command[-1] == "-O1") == (name == "ops.cpp")
+        if name != "-shared":
+            assert {*build.cxx_flags(build.CPU), "-fPIC"} <= {*command}
+
+
 @pytest.mark.parametrize("way", AHEAD)
 @pytest.mark.parametrize(
     ("body", "gpus", "there", "said", "codes"),
@@ -312,6 +340,7 @@ def test_ahead_is_compiled_what_can_be(tmp_path, clone, way, body, gpus, there, 
         assert "without the" not in done.stderr
     wheels = list((tmp_path / "wheel").glob("*.whl"))
     names = zipfile.ZipFile(wheels[0]).namelist() if wheels else map(str, (tmp_path / "cache").rglob("*"))
+    assert not any("none-any" in wheel.name for wheel in wheels), "it is for this platform"
     made = [Path(name).name for name in names if "/build-" not in name]
     if wheels or way != "DEEPFAST_PREBUILD":
         assert {name[12:-3] for name in made if name.endswith(".so")} == there
@@ -380,7 +409,8 @@ def test_import_is_lazy():
     done = python(
         "import sys, deepfast; assert 'torch' not in sys.modules; import torch; before = set(sys.modules);"
         "deepfast.AdamW; new = set(sys.modules) - before; assert 'deepfast.ops' in new;"
-        "print([m for m in new if 'cpp_extension' in m or m.startswith(('pydantic', 'numpy', 'transformers'))])"
+        "print([m for m in new if 'cpp_extension' in m"
+        " or m.startswith(('pydantic', 'numpy', 'transformers', 'ninja', 'filelock'))])"
     )
     assert done.stdout.strip() == "[]", done.stderr
     assert python("import deepfast; deepfast.nonsense").stderr.strip().endswith("has no attribute 'nonsense'")

@@ -164,20 +164,21 @@ print(build.find(build.CUDA), found.Plan)
 
 
 def test_the_library_builds_and_loads_without_a_gpu(nvcc, tmp_path, quick):
-    """With a stand-in for the one function that torch's CUDA build would give."""
+    """With stand-ins for what torch's CUDA build would give: one function."""
     cxx = build.compiler()
     assert cxx is not None
     (tmp_path / "stub.cpp").write_text(STUB)
-    stub = tmp_path / "libtorch_cuda.so"
-    done = run(*cxx.command, "-shared", "-fPIC", tmp_path / "stub.cpp", "-o", stub)
-    assert done.returncode == 0, done.stderr
+    for stub in ("libtorch_cuda.so", "libc10_cuda.so"):
+        done = run(*cxx.command, "-shared", "-fPIC", tmp_path / "stub.cpp", "-o", tmp_path / stub)
+        assert done.returncode == 0, done.stderr
     env = {**quick, "LIBRARY_PATH": str(tmp_path), "LD_LIBRARY_PATH": str(tmp_path), "TORCH_CUDA_ARCH_LIST": "9.0",
-           "DEEPFAST_CACHE_DIR": str(tmp_path / "cache")}  # fmt: skip
+           "CC": "not for nvcc", "DEEPFAST_CACHE_DIR": str(tmp_path / "cache")}  # fmt: skip
     code = BUILD % nvcc.version
     first = python(code, env=env)
     assert first.returncode == 0, first.stderr
     assert "compiling the CUDA kernels for sm_90 with nvcc" in first.stderr
     assert "sm_90/libdeepfast_cuda.so" in first.stdout
+    assert b"libcudart.so" not in Path(first.stdout.split()[0]).read_bytes(), "it is linked in"
     again = python(code, env=env)
     assert again.stdout.split()[0] == first.stdout.split()[0]
     assert "compiling" not in again.stderr

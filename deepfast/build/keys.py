@@ -17,17 +17,7 @@ from pathlib import Path
 import torch
 
 from deepfast.build.compilers import Compiler, compiler, nvcc
-from deepfast.build.libraries import (
-    BINDING_FLAGS,
-    COMM,
-    CPU,
-    CSRC,
-    CUDA,
-    CUDA_FLAGS,
-    Library,
-    cxx_flags,
-    link_flags,
-)
+from deepfast.build.libraries import COMM, CPU, CSRC, CUDA, Library, all_flags
 from deepfast.build.said import BuildError
 from deepfast.build.targets import architectures, capability, instruction_set
 
@@ -45,9 +35,9 @@ def interface_key(library: Library = CPU) -> str:
     files = sorted(p for p in CSRC.rglob("*") if p.suffix in library.suffixes)
     sources = [part for p in files for part in (str(p.relative_to(CSRC)).encode(), p.read_bytes())]
     abi = f"{torch.__version__} {torch.version.cuda} {torch.compiled_with_cxx11_abi()} {platform.machine()}"
-    flags = " ".join((*cxx_flags(library), *BINDING_FLAGS, *link_flags(library)))
+    flags = " ".join(all_flags(library))
     if library == CUDA:
-        return f"{platform.machine()}-cuda-{digest(*sources, flags, *CUDA_FLAGS, abi)}"
+        return f"{platform.machine()}-cuda-{digest(*sources, flags, abi)}"
     if library == COMM:
         abi += f" {sys.implementation.cache_tag}"
     cpu = instruction_set()[1]

@@ -90,3 +90,8 @@ def nvcc_flags(host: str, names: tuple[str, ...]) -> tuple[str, ...]:
 
 def link_flags(library: Library) -> tuple[str, ...]:
     return (*LINK_FLAGS, *library.links)
+
+
+def all_flags(library: Library) -> tuple[str, ...]:
+    """What a library is made with, but for torch's own flags and what its compilers are told about the machine."""
+    return (*cxx_flags(library), *BINDING_FLAGS, *link_flags(library), *(CUDA_FLAGS if library == CUDA else ()))
