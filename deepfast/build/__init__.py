@@ -8,6 +8,8 @@ description of the three), keys.py (their names), cache.py (where they are kept)
 making.py (once, whatever happens). setup.py compiles ahead from the same description.
 """
 
+# ruff: noqa: F401 (what others use)
+
 from __future__ import annotations
 
 import functools
@@ -39,49 +41,6 @@ from deepfast.build.machinery import captured, machinery
 from deepfast.build.making import build, build_all, locate
 from deepfast.build.said import BuildError, failure, flag, say
 from deepfast.build.targets import INSTRUCTION_SETS, arch_flags, architectures, capability, check_covered
-
-__all__ = [
-    "COMM",
-    "COMMON_FLAGS",
-    "CPU",
-    "CSRC",
-    "CUDA",
-    "CUDA_FLAGS",
-    "INSTRUCTION_SETS",
-    "KERNEL_FLAGS",
-    "PREBUILT",
-    "BuildError",
-    "Compiler",
-    "Library",
-    "arch_flags",
-    "architectures",
-    "build",
-    "build_all",
-    "cache_dir",
-    "capability",
-    "captured",
-    "check_covered",
-    "compiler",
-    "compiler_key",
-    "cxx_flags",
-    "failure",
-    "find",
-    "fits",
-    "flag",
-    "interface_key",
-    "link_flags",
-    "load",
-    "load_comm",
-    "locate",
-    "machinery",
-    "max_jobs",
-    "nvcc",
-    "nvcc_flags",
-    "say",
-    "seal",
-    "toolchain",
-    "wanted",
-]
 
 
 def load(library: Library = CPU) -> Path:

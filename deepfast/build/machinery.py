@@ -52,7 +52,7 @@ def machinery(folder: Path, compilers: list[Compiler]) -> Iterator[Any]:
     if cuda and (runtime := _static_runtime(cuda[0])):
         (folder / "libcudart.a").symlink_to(runtime)
     changes = {
-        "PATH": os.pathsep.join((str(folder), os.environ.get("PATH", os.defpath))),
+        "PATH": os.pathsep.join((str(folder.absolute()), os.environ.get("PATH", os.defpath))),
         "CXX": script.name,
         "CC": None,  # else nvcc would be given that beside our -ccbin
         "PYTORCH_NVCC": shlex.join(cuda[0].command) if cuda else None,
