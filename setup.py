@@ -87,19 +87,14 @@ def setup_with_kernels(folder: Path) -> None:
                 return places[kind]
 
             def build_extension(self, ext: Extension) -> None:
-                log = folder / "log"
                 try:
-                    with build.captured(log):
-                        super().build_extension(ext)
+                    super().build_extension(ext)
                     build.seal(Path(self.get_ext_fullpath(ext.name)))
                 except (RuntimeError, CompileError, LinkError) as error:
-                    reason = build.failure(log.read_text(errors="replace") or str(error))
-                    said = f"could not compile the {ext.name} kernels: {reason}"
+                    said = f"could not compile the {ext.name} kernels: {build.reason(folder, error)}"
                     if ext.name == build.CPU.kind:
                         raise SystemExit(f"DEEPFAST_PREBUILD={PREBUILD}: {said}") from error
                     build.say(f"without the {ext.name} kernels: {said}")
-                finally:
-                    print(log.read_text(errors="replace"))
 
         made = [extension(library) for library in build.wanted() if library.kind in places]
         setup(packages=packages(), ext_modules=made, cmdclass={"build_py": BuildAfresh, "build_ext": Prebuild})

@@ -18,18 +18,23 @@ from pathlib import Path
 from typing import Any
 
 from deepfast.build.compilers import Compiler, max_jobs
-from deepfast.build.libraries import BINDING_FLAGS, CSRC, CUDA, Library, cxx_flags, link_flags, nvcc_flags
-from deepfast.build.said import failure, flag
+from deepfast.build.libraries import BINDING_FLAGS, COMM, CPU, CSRC, CUDA, Library, cxx_flags, link_flags, nvcc_flags
+from deepfast.build.said import BuildError, failure, flag
 from deepfast.build.targets import architectures
 
-LOG = "log"
-# torch takes $CXX for one word, and gives all C++ sources of a library the same flags; and not every ninja and shell
-# tell what ended a compiler.
-_CXX = """#!/bin/sh
-case "$*" in */bindings/*) set -- "$@" {bindings};; esac
-{command} "$@"
+LOG, FAILED = "log", "failed"  # all that was called and said; what was said by who failed
+_CXX, _NVCC = "deepfast-c++", "deepfast-nvcc"
+# What torch calls in a compiler's place. It takes $CXX for one word, gives all C++ sources of a library the same flags,
+# and leaves it to ninja and the shell to tell what ended a compiler; and what a good build said would be lost.
+_SCRIPT = """#!/bin/sh
+set -- {command} "$@"
+case "$*" in {bindings}) set -- "$@" {flags};; esac
+said=$("$@" 2>&1)
 code=$?
-[ $code -gt 128 ] && echo "the compiler was killed by signal $((code - 128))"
+[ $code -le 128 ] || said="the compiler was killed by signal $((code - 128))"
+printf '%s\\n' "$ $*" "$said" >>"${{0%/*}}/log"
+[ $code -eq 0 ] || printf '%s\\n' "$said" >>"${{0%/*}}/failed"
+printf '%s' "$said"
 exit $code
 """
 
@@ -40,10 +45,14 @@ def machinery(folder: Path, compilers: list[Compiler]) -> Iterator[Any]:
 
     ``folder``, an empty one, gets what it is to find on its path; it becomes the folder to link from for CUDA.
     """
-    cxx, *cuda = compilers
-    script = folder / "deepfast-c++"
-    script.write_text(_CXX.format(command=shlex.join(cxx.command), bindings=" ".join(BINDING_FLAGS)))
-    script.chmod(0o755)
+    cuda = compilers[1:]
+    here = folder.absolute()
+    bindings = "|".join(f"*/{name}*" for library in (CPU, CUDA, COMM) for name in library.bindings)
+    flags = " ".join(BINDING_FLAGS)
+    (here / LOG).touch()
+    for name, compiler in zip((_CXX, _NVCC), compilers, strict=False):
+        (here / name).write_text(_SCRIPT.format(command=shlex.join(compiler.command), bindings=bindings, flags=flags))
+        (here / name).chmod(0o755)
     with contextlib.suppress(ImportError):  # ninja may also come without its Python package
         import ninja
 
@@ -52,13 +61,13 @@ def machinery(folder: Path, compilers: list[Compiler]) -> Iterator[Any]:
     if cuda and (runtime := _static_runtime(cuda[0])):
         (folder / "libcudart.a").symlink_to(runtime)
     changes = {
-        "PATH": os.pathsep.join((str(folder.absolute()), os.environ.get("PATH", os.defpath))),
-        "CXX": script.name,
+        "PATH": os.pathsep.join((str(here), os.environ.get("PATH", os.defpath))),
+        "CXX": _CXX,
         "CC": None,  # else nvcc would be given that beside our -ccbin
-        "PYTORCH_NVCC": shlex.join(cuda[0].command) if cuda else None,
+        "PYTORCH_NVCC": _NVCC,
         "MAX_JOBS": str(max_jobs()),
         "TORCH_DONT_CHECK_COMPILER_ABI": "1",  # it knows no script; a compiler without C++20 says so itself
-        "TORCH_NO_COMPILER_WRAPPER": "1",  # ccache where $CXX says so: its key holds a compiler's age
+        "TORCH_NO_COMPILER_WRAPPER": "1",  # ccache if $CXX says so: to it our script is a new compiler each time
         "LC_ALL": "C",  # errors are found by their English names
     }
     logger = logging.getLogger("torch.utils.cpp_extension")
@@ -100,23 +109,12 @@ def _static_runtime(nvcc: Compiler) -> Path | None:
     return next((path for folder in folders if (path := Path(folder, "libcudart_static.a")).is_file()), None)
 
 
-@contextlib.contextmanager
-def captured(log: Path) -> Iterator[None]:
-    """What this process and its children say goes to ``log``: torch gives ninja file descriptor 1, by its number."""
-    with log.open("wb") as file:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        kept = [os.dup(1), os.dup(2)]
-        try:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-            yield
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for fd, old in enumerate(kept, start=1):
-                os.dup2(old, fd)
-                os.close(old)
+def reason(folder: Path, error: Exception) -> BuildError:
+    """Why the machinery in ``folder`` failed: what the compiler said, or else torch."""
+    said = folder / FAILED
+    found = failure(said.read_text(encoding="utf-8", errors="replace") if said.is_file() else str(error))
+    said.unlink(missing_ok=True)
+    return found
 
 
 def compile_library(library: Library, compilers: list[Compiler], folder: Path) -> Path:
@@ -125,28 +123,24 @@ def compile_library(library: Library, compilers: list[Compiler], folder: Path) -
     Raises:
         BuildError: with the compiler's first error; all that was said is in the folder's ``LOG``.
     """
-    log, verbose = folder / LOG, flag("DEEPFAST_BUILD_VERBOSE")
-    cxx, cuda = compilers[0], library == CUDA
+    cuda = library == CUDA
     with machinery(folder, compilers) as cpp_extension:
         try:
-            # Standalone: only then it is not loaded. It may be for another machine, and comes to its place first.
-            with captured(log) if verbose else contextlib.nullcontext():
-                made = cpp_extension.load(
-                    library.file.removesuffix(".so"),
-                    [str(CSRC / name) for name in library.sources],
-                    extra_cflags=[*cxx_flags(library)],
-                    extra_cuda_cflags=[*nvcc_flags(cxx.program, architectures())] if cuda else None,
-                    extra_ldflags=["-shared", "-L.", *link_flags(library)],
-                    build_directory=str(folder),
-                    verbose=verbose,
-                    is_python_module=False,
-                    is_standalone=True,
-                )
+            # Standalone: only that is not loaded here. It may be for another machine, and it comes to its place first.
+            # (It finds torch's libraries where they are now; -ltorch_python is left to Library.links.)
+            made = cpp_extension.load(
+                library.file.removesuffix(".so"),
+                [str(CSRC / name) for name in library.sources],
+                extra_cflags=[*cxx_flags(library)],
+                extra_cuda_cflags=[*nvcc_flags(compilers[0].program, architectures())] if cuda else None,
+                extra_ldflags=["-shared", "-L.", *link_flags(library)],
+                build_directory=str(folder),
+                is_python_module=False,
+                is_standalone=True,
+            )
         except RuntimeError as error:
-            with log.open("a", encoding="utf-8") as file:
-                file.write(str(error))
-            raise failure(log.read_text(encoding="utf-8", errors="replace")) from error
+            raise reason(folder, error) from error
         finally:
-            if verbose:
-                print(log.read_text(encoding="utf-8", errors="replace"), file=sys.stderr)
+            if flag("DEEPFAST_BUILD_VERBOSE") and (folder / LOG).is_file():
+                print((folder / LOG).read_text(encoding="utf-8", errors="replace"), file=sys.stderr)
     return Path(made)

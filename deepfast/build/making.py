@@ -65,8 +65,7 @@ def _build_into(folder: Path, target: Path, library: Library, compilers: list[Co
         made = compile_library(library, compilers, work)
     except BuildError as error:
         log = failed.with_suffix(".log")
-        if (work / LOG).is_file():
-            shutil.copyfile(work / LOG, log)
+        shutil.copyfile(work / LOG, log)
         message = f"could not compile {what}: {error} (log: {log}); mend that and run: python -m deepfast build"
         if not error.passing:
             failed.write_text(message)

@@ -31,17 +31,14 @@ _PASSING = (  # what may be otherwise the next time
 
 
 def failure(log: str) -> BuildError:
-    """The reason of a failed build, found in what ninja and the compilers said."""
+    """The reason of a failed build, found in what a compiler said."""
     for pattern in (
         r"^the compiler was killed by signal \d+$",  # by our own script: see machinery.py
         r"^.*\b(?:fatal )?error: .*$",
         r"^.*undefined reference.*$",
         r"^.*cannot find.*$",
-        r"(?<=\n)FAILED: .*\n.*\n(?!ninja: )(.+)",  # else the first that the command says which failed
+        r"^.*\S.*$",
     ):
         if found := re.search(pattern, log, re.MULTILINE):
-            said = found.group(found.lastindex or 0)
-            break
-    else:
-        said = "the compiler said nothing" if "FAILED: " in log else log
-    return BuildError(said.strip(), passing=re.search(_PASSING, log) is not None)
+            return BuildError(found.group().strip(), passing=re.search(_PASSING, log) is not None)
+    return BuildError("the compiler said nothing")
