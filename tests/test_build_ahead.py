@@ -39,7 +39,7 @@ def test_prebuilt_and_installed(tmp_path, clone, quick):
 
 
 MAKES_ALL = 'while [ $# -gt 1 ]; do [ "$1" = -o ] && echo made > "$2"; shift; done'
-FAILS_AT = 'case "$*" in *{}*) echo "{}:1: fatal error: Python.h: No such file"; exit 1;; esac; ' + MAKES_ALL
+FAILS_AT = 'case "$*" in *{}*) echo "{}:1: fatal error: Python.h: No such file"; exit 255;; esac; ' + MAKES_ALL
 CUDA_TORCH = """
 import sys, torch
 torch.version.cuda, torch.cuda.is_available = "13.0", lambda: False

@@ -31,7 +31,7 @@ set -- {command} "$@"
 case "$*" in {bindings}) set -- "$@" {flags};; esac
 said=$("$@" 2>&1)
 code=$?
-[ $code -le 128 ] || said="the compiler was killed by signal $((code - 128))"
+[ $code -le 128 ] || [ $code -gt 192 ] || said="the compiler was killed by signal $((code - 128))"
 printf '%s\\n' "$ $*" "$said" >>"${{0%/*}}/log"
 [ $code -eq 0 ] || printf '%s\\n' "$said" >>"${{0%/*}}/failed"
 printf '%s' "$said"
