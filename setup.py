@@ -22,12 +22,13 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, LinkError
 
 ROOT = Path(__file__).resolve().parent
+PREBUILT = "deepfast/prebuilt"
 PREBUILD = os.environ.get("DEEPFAST_PREBUILD", "")
 
 
 class BuildAfresh(build_py):
     def run(self) -> None:
-        shutil.rmtree(Path(self.build_lib, "deepfast", "prebuilt"), ignore_errors=True)  # of an earlier build
+        shutil.rmtree(Path(self.build_lib, PREBUILT), ignore_errors=True)  # of an earlier build
         super().run()
 
 
@@ -54,8 +55,8 @@ def setup_with_kernels(folder: Path) -> None:
         except build.BuildError as error:
             left_out[library.kind] = error
         else:
-            tools = max(tools, needed, key=len)
-            places[library.kind] = f"deepfast/prebuilt/{build.interface_key(library)}/{own}/{library.file}"
+            tools = max(tools, needed, key=len)  # nvcc, too, where it is wanted and here
+            places[library.kind] = f"{PREBUILT}/{build.interface_key(library)}/{own}/{library.file}"
     if build.CPU.kind in left_out:
         raise SystemExit(f"DEEPFAST_PREBUILD={PREBUILD}: {left_out[build.CPU.kind]}")
 
@@ -81,7 +82,13 @@ def setup_with_kernels(folder: Path) -> None:
             def run(self) -> None:
                 for kind, error in left_out.items():
                     build.say(f"without the {kind} kernels: {error}")
+                # Objects of an earlier build may be another compiler's: to ninja it is the same command.
+                shutil.rmtree(self.build_temp, ignore_errors=True)
                 super().run()
+
+            def copy_extensions_to_source(self) -> None:
+                """For an editable install, which is the clone itself."""
+                shutil.copytree(Path(self.build_lib, PREBUILT), ROOT / PREBUILT, dirs_exist_ok=True)
 
             def get_ext_filename(self, kind: str) -> str:
                 return places[kind]

@@ -91,6 +91,21 @@ def test_without_ninja_it_is_said_and_not_remembered(tmp_path):
     assert not list(cache.glob("*.failed"))
 
 
+@pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
+def test_nothing_older_is_put_into_a_wheel(tmp_path, clone, hook):
+    """ninja takes another compiler for the same, by its name. (An editable install is the clone itself.)"""
+    words = tmp_path / "words"
+    env = {"CXX": compiler_that(tmp_path, f'echo "$@" >> {words}; {MAKES_ALL}'), "DEEPFAST_PREBUILD": "1"}
+    code = f"import sys; from setuptools import build_meta; build_meta.{hook}(sys.argv[1])"
+    for times in (1, 2):
+        done = run(sys.executable, "-c", code, tmp_path, env=env, cwd=clone)
+        assert done.returncode == 0, done.stderr
+        assert len(re.findall(r"/step\.cpp -o", words.read_text())) == times
+    where = {"build_wheel": clone / "build", "build_editable": clone / "deepfast" / "prebuilt"}[hook]
+    assert {path.name for path in where.rglob("*.so")} == {build.CPU.file, build.COMM.file}
+    assert not list(clone.glob("*.so"))
+
+
 @pytest.mark.parametrize("way", AHEAD)
 @pytest.mark.parametrize(
     ("body", "gpus", "there", "said", "codes"),
