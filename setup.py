@@ -43,6 +43,7 @@ def setup_with_kernels(folder: Path) -> None:
     sys.path.insert(0, str(ROOT))
     try:
         from deepfast import build
+        from deepfast.build.machinery import machinery, reason
     except ModuleNotFoundError as error:
         raise SystemExit(f"DEEPFAST_PREBUILD={PREBUILD}: {error}: pip install --no-build-isolation") from error
 
@@ -60,7 +61,7 @@ def setup_with_kernels(folder: Path) -> None:
     if build.CPU.kind in left_out:
         raise SystemExit(f"DEEPFAST_PREBUILD={PREBUILD}: {left_out[build.CPU.kind]}")
 
-    with build.machinery(folder, tools) as cpp_extension:
+    with machinery(folder, tools) as cpp_extension:
 
         def extension(library: build.Library) -> Extension:
             # -g0: the flags that Python itself was compiled with come first, -g among them.
@@ -98,7 +99,7 @@ def setup_with_kernels(folder: Path) -> None:
                     super().build_extension(ext)
                     build.seal(Path(self.get_ext_fullpath(ext.name)))
                 except (RuntimeError, CompileError, LinkError) as error:
-                    said = f"could not compile the {ext.name} kernels: {build.reason(folder, error)}"
+                    said = f"could not compile the {ext.name} kernels: {reason(folder, error)}"
                     if ext.name == build.CPU.kind:
                         raise SystemExit(f"DEEPFAST_PREBUILD={PREBUILD}: {said}") from error
                     build.say(f"without the {ext.name} kernels: {said}")

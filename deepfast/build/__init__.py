@@ -37,7 +37,6 @@ from deepfast.build.libraries import (
     nvcc_flags,
     wanted,
 )
-from deepfast.build.machinery import machinery, reason
 from deepfast.build.making import build, build_all, locate
 from deepfast.build.said import BuildError, flag, say
 from deepfast.build.targets import INSTRUCTION_SETS, arch_flags, architectures, capability, check_covered

@@ -16,7 +16,6 @@ from deepfast.build.cache import cache_dir, find, intact, locked, publish
 from deepfast.build.compilers import Compiler
 from deepfast.build.keys import interface_key, toolchain
 from deepfast.build.libraries import CPU, CUDA, Library, wanted
-from deepfast.build.machinery import LOG, compile_library
 from deepfast.build.said import BuildError, flag, say
 from deepfast.build.targets import architectures, capability, check_covered
 
@@ -56,6 +55,8 @@ def build(root: Path | None = None, library: Library = CPU, *, retry: bool = Fal
 
 
 def _build_into(folder: Path, target: Path, library: Library, compilers: list[Compiler], failed: Path) -> None:
+    from deepfast.build.machinery import LOG, compile_library  # of use to nobody who finds what he looks for
+
     what, machine = f"the {library.kind} kernels", ", ".join(architectures()) if library == CUDA else capability()
     say(f"compiling {what} for {machine} with {compilers[-1]} into {target} (once for this machine and torch)")
     start = time.perf_counter()
