@@ -25,7 +25,7 @@ from deepfast.build.targets import architectures
 LOG, FAILED = "log", "failed"  # all that was called and said; what was said by who failed
 _CXX, _NVCC = "deepfast-c++", "deepfast-nvcc"
 # What torch calls in a compiler's place. It takes $CXX for one word, gives all C++ sources of a library the same flags,
-# and leaves it to ninja and the shell to tell what ended a compiler; and what a good build said would be lost.
+# and leaves it to ninja and the shell to tell what ended a compiler. Warnings of what was compiled go to the log only.
 _SCRIPT = """#!/bin/sh
 set -- {command} "$@"
 case "$*" in {bindings}) set -- "$@" {flags};; esac
@@ -33,8 +33,9 @@ said=$("$@" 2>&1)
 code=$?
 [ $code -le 128 ] || [ $code -gt 192 ] || said="the compiler was killed by signal $((code - 128))"
 printf '%s\\n' "$ $*" "$said" >>"${{0%/*}}/log"
-[ $code -eq 0 ] || printf '%s\\n' "$said" >>"${{0%/*}}/failed"
-printf '%s' "$said"
+[ $code -eq 0 ] && exit
+printf '%s\\n' "$said" >>"${{0%/*}}/failed"
+printf '%s\\n' "$said"
 exit $code
 """
 
