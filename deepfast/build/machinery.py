@@ -142,6 +142,6 @@ def compile_library(library: Library, compilers: list[Compiler], folder: Path) -
         except RuntimeError as error:
             raise reason(folder, error) from error
         finally:
-            if flag("DEEPFAST_BUILD_VERBOSE") and (folder / LOG).is_file():
+            if flag("DEEPFAST_BUILD_VERBOSE"):
                 print((folder / LOG).read_text(encoding="utf-8", errors="replace"), file=sys.stderr)
     return Path(made)
