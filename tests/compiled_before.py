@@ -22,16 +22,22 @@ def key(command: list[str], source: Path) -> str:
     csrc = source.parent.parent
     files = [source, *sorted(csrc.rglob("*.h"))]
     parts = [part for p in files for part in (str(p.relative_to(csrc)).encode(), p.read_bytes())]
-    return hashlib.sha256(b"\0".join([*(w.encode() for w in command if w != str(source)), *parts])).hexdigest()
+    words = [word.encode() for word in command if word != str(source)]
+    return hashlib.sha256(b"\0".join([*words, *parts])).hexdigest()
+
+
+def without(command: list[str], *options: str) -> list[str]:
+    """The command without these options, which have an argument, and without what they would need (-MMD)."""
+    pairs = zip(command, ["", *command], strict=False)
+    return [word for word, before in pairs if word not in (*options, "-MMD") and before not in options]
 
 
 def main(folder: Path, command: list[str]) -> int:
     if "-c" not in command:
         return subprocess.run(command, check=False).returncode
-    at = command.index("-o")
-    out, compile_it = command[at + 1], [*command[:at], *command[at + 2 :]]
+    out, compile_it = command[command.index("-o") + 1], without(command, "-o", "-MF")
     folder.mkdir(exist_ok=True)
-    kept = folder / key(compile_it, Path(compile_it[compile_it.index("-c") + 1]))
+    kept = folder / key(compile_it, Path(next(word for word in compile_it if word.endswith(".cpp"))))
     with FileLock(f"{kept}.lock"):
         if not kept.exists():
             with tempfile.NamedTemporaryFile(dir=folder) as made:

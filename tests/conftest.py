@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,26 @@ def quick(tmp_path_factory) -> dict[str, str]:
 
     command = [sys.executable, TESTS / "compiled_before.py", shared_folder(tmp_path_factory, "objects")]
     return {"CXX": shlex.join([*map(str, command), *build.compiler().command])}
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """The sources, to be spoilt or installed."""
+    for name in ("deepfast", "csrc", "kernels"):
+        shutil.copytree(
+            ROOT / name, tmp_path / "clone" / name, ignore=shutil.ignore_patterns("__pycache__", "prebuilt")
+        )
+    for name in ("setup.py", "pyproject.toml", "README.md", "ds_train.py"):
+        shutil.copy(ROOT / name, tmp_path / "clone")
+    return tmp_path / "clone"
+
+
+def compiler_that(tmp_path: Path, body: str) -> str:
+    """A C++ compiler that has a version, and else does what is said in shell."""
+    script = tmp_path / "c++"
+    script.write_text(f'#!/bin/sh\ncase "$*" in *-dumpversion*) echo 12;; *) {body};; esac\n')
+    script.chmod(0o755)
+    return str(script)
 
 
 @pytest.fixture(scope="session")

@@ -71,16 +71,17 @@ def variant(made: Path, source: Path, folder: Path) -> Path:
 
 def gpu_program(folder: Path, name: str, architectures: Sequence[str]) -> Path:
     """One of ``PROGRAMS`` for GPUs ("sm_90"; "compute_90": PTX), with the flags that the kernels are built with."""
+    from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
+
     nvcc = build.nvcc()
     if isinstance(nvcc, str):
         raise RuntimeError(nvcc)
-    cxx, arch = build.compiler(), build.arch_flags(tuple(architectures))
-    kernels = {**build.compile_commands(build.CUDA, [cxx, nvcc], arch), **build.compile_commands(build.CPU, [cxx], [])}
-    commands = {_object(build.CSRC / source): kernels[source] for source in PROGRAMS[name]}
-    own = TESTS / f"{name}.cu"
-    link = [*nvcc.command, "-ccbin", cxx.program, "-cudart", "static", "-Xcompiler", "-fopenmp"]
+    device = [*nvcc.command, *COMMON_NVCC_FLAGS, *build.nvcc_flags(build.compiler().program, tuple(architectures))]
+    kernel = {".cu": device, ".cpp": [*_cxx(), *build.cxx_flags(build.CPU)]}
+    commands = {_object(path): [*kernel[path.suffix], "-c", path] for path in map(build.CSRC.joinpath, PROGRAMS[name])}
+    own, link = TESTS / f"{name}.cu", [*device, "-cudart", "static", "-Xcompiler", "-fopenmp"]
     # What is expected is computed on the host: no multiply-add there that is not written as one.
-    commands[_object(own)] = [*link, *build.CUDA_FLAGS, *arch, "-Xcompiler", "-ffp-contract=off", "-c", own]
+    commands[_object(own)] = [*link, "-Xcompiler", "-ffp-contract=off", "-c", own]
     return _made(folder / f"gpu_{name}" / name, commands, link)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import python, run
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 from deepfast import build, reference
 
@@ -42,7 +43,13 @@ def compiled(tmp_path_factory, nvcc):
     folder = tmp_path_factory.mktemp("cuda")
     said, accesses = "", {}
     for name in build.CUDA.kernels:
-        command = build.compile_commands(build.CUDA, [cxx, nvcc], build.arch_flags(ARCHITECTURES))[name]
+        command = [
+            *nvcc.command,
+            *COMMON_NVCC_FLAGS,
+            *build.nvcc_flags(cxx.program, ARCHITECTURES),
+            "-c",
+            build.CSRC / name,
+        ]
         obj = folder / f"{Path(name).stem}.o"
         done = run(*command, "--threads", 2, "-Xptxas", "-v", "-o", obj)
         assert done.returncode == 0, done.stderr
@@ -133,7 +140,9 @@ def test_other_kernels_do_so_too(compiled, kernel, loads, stores, under_way, arc
 def test_arithmetic_is_what_the_formulas_say(nvcc, tmp_path, name):
     """IEEE division and roots, denormals kept, and no multiply-add that is not written as one."""
     ptx = tmp_path / "kernels.ptx"
-    done = run(*nvcc.command, *build.CUDA_FLAGS, "-arch=compute_90", "-ptx", build.CSRC / name, "-o", ptx)
+    done = run(
+        *nvcc.command, *COMMON_NVCC_FLAGS, *build.CUDA_FLAGS, "-arch=compute_90", "-ptx", build.CSRC / name, "-o", ptx
+    )
     assert done.returncode == 0, done.stderr
     text = ptx.read_text()
     assert not re.search(r"\.approx|\.ftz|div\.full", text)
@@ -155,20 +164,21 @@ print(build.find(build.CUDA), found.Plan)
 
 
 def test_the_library_builds_and_loads_without_a_gpu(nvcc, tmp_path, quick):
-    """With a stand-in for the one function that torch's CUDA build would give."""
+    """With stand-ins for what torch's CUDA build would give: one function."""
     cxx = build.compiler()
     assert cxx is not None
     (tmp_path / "stub.cpp").write_text(STUB)
-    stub = tmp_path / "libtorch_cuda.so"
-    done = run(*cxx.command, "-shared", "-fPIC", tmp_path / "stub.cpp", "-o", stub)
-    assert done.returncode == 0, done.stderr
+    for stub in ("libtorch_cuda.so", "libc10_cuda.so"):
+        done = run(*cxx.command, "-shared", "-fPIC", tmp_path / "stub.cpp", "-o", tmp_path / stub)
+        assert done.returncode == 0, done.stderr
     env = {**quick, "LIBRARY_PATH": str(tmp_path), "LD_LIBRARY_PATH": str(tmp_path), "TORCH_CUDA_ARCH_LIST": "9.0",
-           "DEEPFAST_CACHE_DIR": str(tmp_path / "cache")}  # fmt: skip
+           "CC": "not for nvcc", "DEEPFAST_CACHE_DIR": str(tmp_path / "cache")}  # fmt: skip
     code = BUILD % nvcc.version
     first = python(code, env=env)
     assert first.returncode == 0, first.stderr
     assert "compiling the CUDA kernels for sm_90 with nvcc" in first.stderr
     assert "sm_90/libdeepfast_cuda.so" in first.stdout
+    assert b"libcudart.so" not in Path(first.stdout.split()[0]).read_bytes(), "it is linked in"
     again = python(code, env=env)
     assert again.stdout.split()[0] == first.stdout.split()[0]
     assert "compiling" not in again.stderr
@@ -231,4 +241,4 @@ def test_a_prebuilt_library_serves_the_gpu_that_is_here_whatever_would_be_compil
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: here)
-    assert build._fits(build.CUDA, Path(f"nvcc-0123-{made_for}/{build.CUDA.file}")) == fits
+    assert build.fits(build.CUDA, Path(f"nvcc-0123-{made_for}/{build.CUDA.file}")) == fits

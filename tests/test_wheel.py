@@ -29,13 +29,18 @@ def made(what: str, source: Path, out: Path) -> Path:
     return out / done.stdout.splitlines()[-1]
 
 
+def ignored_by_git(folder: str, names: list[str]) -> set[str]:
+    lines = (ROOT / ".gitignore").read_text().split()
+    here = [Path(line).name for line in lines if not line.startswith("/") or Path(folder) == ROOT]
+    return shutil.ignore_patterns(".git", *here)(folder, names)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> SimpleNamespace:
     """The sdist and the wheel of a copy of the clone, the wheel of the sdist, and the folder it is installed in."""
     tmp = tmp_path_factory.mktemp("wheel")
     clone, unpacked, site = tmp / "clone", tmp / "unpacked", tmp / "site"
-    ignored = [Path(line).name for line in (ROOT / ".gitignore").read_text().split()]
-    shutil.copytree(ROOT, clone, symlinks=True, ignore=shutil.ignore_patterns(".git", *ignored))
+    shutil.copytree(ROOT, clone, symlinks=True, ignore=ignored_by_git)
     sdist = made("build_sdist", clone, tmp / "sdist")
     with tarfile.open(sdist) as file:
         file.extractall(unpacked, filter="data")
