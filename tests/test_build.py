@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import HANGS, TESTS, compiler_that, python, run
+from conftest import HANGS, SITE, TESTS, compiler_that, python, run
 
 from deepfast import build
 
@@ -73,7 +73,7 @@ def test_two_lines_on_stderr_and_none_from_the_cache(tmp_path, built, quick):
 
 
 def test_kill_9_in_the_middle_of_a_build(tmp_path):
-    """ANCHORS 3.13: a lock that outlives its process hangs the next one."""
+    """A lock that outlives its process hangs the next one."""
     victim = start(tmp_path)
     deadline = time.monotonic() + HANGS
     while not list(tmp_path.glob("*.build-*")):
@@ -203,7 +203,7 @@ def test_a_killed_compiler_or_a_full_disk_is_not_remembered(tmp_path, body, says
 
 
 def test_two_instruction_sets_in_one_cache(tmp_path, quick):
-    """ANCHORS 3.13: on a shared home, each machine must find its own."""
+    """On a shared home, each machine must find its own."""
     for capability in ("avx2", "default"):
         env = {**quick, "DEEPFAST_CACHE_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": capability}
         done = python(STEP, env=env)
@@ -219,6 +219,19 @@ def test_a_damaged_library_is_compiled_again(tmp_path, built):
     done = python(STEP, env={"DEEPFAST_CACHE_DIR": str(tmp_path / "cache")})
     assert "compiled in" in done.stderr
     assert float(done.stdout) == pytest.approx(0.899)
+
+
+def test_a_torch_whose_path_holds_a_space(tmp_path):
+    import torch
+
+    folder = tmp_path / "with a space"
+    folder.mkdir()
+    (folder / "torch").symlink_to(Path(torch.__file__).parent)
+    env = {"DEEPFAST_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": f"{folder}{os.pathsep}{SITE}"}
+    done = python("import torch; print(torch.__file__)\n" + USE, env=env)
+    where, library, why_not = done.stdout.splitlines()
+    assert where.startswith(str(folder))
+    assert library.startswith(str(folder)), why_not
 
 
 def test_jit_can_be_forbidden(tmp_path, built):

@@ -78,16 +78,22 @@ def machinery(folder: Path, compilers: list[Compiler]) -> Iterator[Any]:
     try:
         from torch.utils import cpp_extension
 
-        home = cpp_extension.CUDA_HOME
-        if cuda:
-            cpp_extension.CUDA_HOME = str(Path(cuda[0].program).parents[1])
-        try:
+        with _replaced(cpp_extension, CUDA_HOME=str(Path(cuda[0].program).parents[1]) if cuda else None):
             yield cpp_extension
-        finally:
-            cpp_extension.CUDA_HOME = home
     finally:
         _set_environment(before)
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, **values: Any) -> Iterator[None]:
+    """Those of the module's values that are not None, meanwhile."""
+    before = {name: getattr(module, name) for name, value in values.items() if value is not None}
+    vars(module).update((name, values[name]) for name in before)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
 
 
 def _set_environment(values: dict[str, str | None]) -> None:
@@ -129,16 +135,17 @@ def compile_library(library: Library, compilers: list[Compiler], folder: Path) -
         try:
             # Standalone: only that is not loaded here. It may be for another machine, and it comes to its place first.
             # (It finds torch's libraries where they are now; -ltorch_python is left to Library.links.)
-            made = cpp_extension.load(
-                library.file.removesuffix(".so"),
-                [str(CSRC / name) for name in library.sources],
-                extra_cflags=[*cxx_flags(library)],
-                extra_cuda_cflags=[*nvcc_flags(compilers[0].program, architectures())] if cuda else None,
-                extra_ldflags=["-shared", "-L.", *link_flags(library)],
-                build_directory=str(folder),
-                is_python_module=False,
-                is_standalone=True,
-            )
+            with _replaced(cpp_extension, TORCH_LIB_PATH=shlex.quote(cpp_extension.TORCH_LIB_PATH)):  # it forgets to
+                made = cpp_extension.load(
+                    library.file.removesuffix(".so"),
+                    [str(CSRC / name) for name in library.sources],
+                    extra_cflags=[*cxx_flags(library)],
+                    extra_cuda_cflags=[*nvcc_flags(compilers[0].program, architectures())] if cuda else None,
+                    extra_ldflags=["-shared", "-L.", *link_flags(library)],
+                    build_directory=str(folder),
+                    is_python_module=False,
+                    is_standalone=True,
+                )
         except RuntimeError as error:
             raise reason(folder, error) from error
         finally:
