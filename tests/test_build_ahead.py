@@ -58,9 +58,9 @@ def test_torchs_machinery_gets_what_it_needs_and_leaves_nothing_behind(tmp_path)
     cxx = compiler_that(tmp_path, f'echo a warning; echo "$@" >> {words}; {MAKES_ALL}')
     cache = tmp_path / "a cache"
     code = (
-        "import os, sys, logging; from deepfast import build; before = dict(os.environ); build.build()\n"
-        "from torch.utils import cpp_extension\n"
-        "assert dict(os.environ) == before and cpp_extension.CUDA_HOME is None\n"
+        "import os, sys, logging; from deepfast import build; from torch.utils import cpp_extension as torchs\n"
+        "before = dict(os.environ), torchs.CUDA_HOME, torchs.TORCH_LIB_PATH; build.build()\n"
+        "assert (dict(os.environ), torchs.CUDA_HOME, torchs.TORCH_LIB_PATH) == before\n"
         "assert logging.getLogger('torch.utils.cpp_extension').level == logging.NOTSET"
     )
     env = {"CXX": f"{cxx} -m64", "PATH": str(tmp_path), "CC": "none", "DEEPFAST_CACHE_DIR": cache.name,
