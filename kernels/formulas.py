@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from deepfast import reference
+
 FLOAT_MAX = tl.constexpr(float.fromhex("0x1.fffffep127"))
 SQUARABLE = tl.constexpr(float.fromhex("0x1.fffffep63"))  # its square is below FLOAT_MAX
 
@@ -244,11 +246,11 @@ def transition(
 
 
 class Rule(NamedTuple):
-    """A row of the table of rules, the twin of ``csrc/math/rules.h``."""
+    """A row of the table of rules, the twin of ``csrc/math/rules.h``. What it keeps and counts, the reference says."""
 
     moments: int
-    hyper: int  # values in a row of hyperparameters, the gradient's sign included
     counts_steps: bool
+    hyper: int  # values in a row of hyperparameters, the gradient's sign included
     prepare: Callable[..., Any]
     constants: int  # how many prepare returns
     update: Callable[..., Any]
@@ -257,12 +259,16 @@ class Rule(NamedTuple):
     direction: Callable[..., Any] | None = None
 
 
+def _rule(name: str, *row: Any) -> Rule:
+    return Rule(reference.RULES[name].moments, reference.RULES[name].counts_steps, *row)
+
+
 RULES = {
-    "adam": Rule(2, 7, True, adam_prepare, 7, adam),
-    "adam_amsgrad": Rule(3, 7, True, adam_prepare, 7, adam_amsgrad),
-    "sgd": Rule(0, 6, False, sgd_prepare, 5, sgd),
-    "sgd_momentum": Rule(1, 6, True, sgd_prepare, 5, sgd_momentum),
-    "lion": Rule(1, 5, False, lion_prepare, 4, lion),
-    "lamb": Rule(2, 8, True, lamb_prepare, 7, lamb, lamb_direct, lamb_direction),
-    "adagrad": Rule(1, 5, True, adagrad_prepare, 3, adagrad),
+    "adam": _rule("adam", 7, adam_prepare, 7, adam),
+    "adam_amsgrad": _rule("adam_amsgrad", 7, adam_prepare, 7, adam_amsgrad),
+    "sgd": _rule("sgd", 6, sgd_prepare, 5, sgd),
+    "sgd_momentum": _rule("sgd_momentum", 6, sgd_prepare, 5, sgd_momentum),
+    "lion": _rule("lion", 5, lion_prepare, 4, lion),
+    "lamb": _rule("lamb", 8, lamb_prepare, 7, lamb, lamb_direct, lamb_direction),
+    "adagrad": _rule("adagrad", 5, adagrad_prepare, 3, adagrad),
 }

@@ -11,7 +11,7 @@ from deepfast import reference
 
 from . import squares
 from .codec import encode, load, pointer
-from .formulas import Rule
+from .formulas import RULES, Rule
 from .table import (
     COLUMNS,
     DTYPES,
@@ -33,6 +33,8 @@ from .table import (
 BLOCK = tl.constexpr(STEP_BLOCK)
 RESET, WRITTEN = tl.constexpr(reference.RESET), tl.constexpr(reference.WRITTEN)
 CONSTANTS = tl.constexpr(8)  # a row of constants: the gradient's multiplier, and what a rule's prepare returns
+if max(rule.constants for rule in RULES.values()) >= CONSTANTS.value:
+    raise RuntimeError("deepfast: a rule prepares more constants than a row holds")
 WARPS = 4
 
 

@@ -124,6 +124,26 @@ TYPICAL = {
     "LAMB": {},
     "Adagrad": {"initial_accumulator_value": 0.1},
 }
+# What each rule takes, after the gradient's sign.
+HYPER = {
+    "adam": [0.1, 0.9, 0.99, 1e-8, 0.01, 0.02],
+    "adam_amsgrad": [0.1, 0.9, 0.99, 1e-8, 0.01, 0.02],
+    "sgd": [0.1, 0.0, 0.0, 0.01, 0.0],
+    "sgd_momentum": [0.1, 0.9, 0.5, 0.01, 0.0],
+    "lion": [0.1, 0.9, 0.99, 0.01],
+    "lamb": [0.1, 0.9, 0.99, 1e-6, 0.01, 0.0, 10.0],
+    "adagrad": [0.1, 0.5, 0.01, 1e-10],
+}
+# What a configuration adds to a learning rate.
+CONFIGURED = {
+    "Adam": {"adam_w_mode": False, "weight_decay": 0.1},
+    "SGD": {"momentum": 0.9, "nesterov": True},
+    "Lion": {"betas": [0.9, 0.95]},
+    "LAMB": {"eps": 1e-5},
+    "Adagrad": {"lr_decay": 0.1},
+}
+# What the sign of a complex number is, or its norm, neither the papers nor torch say.
+REAL_ONLY = ("Lion", "LAMB")
 SHAPES = [(64, 33), (5,), (), (0, 3), (3000, 7), (1, 4097)]
 HALVES = (torch.float16, torch.bfloat16)
 # Three ways to run the same tests. On a CPU: "cuda" is what the fixture cuda_on_host gives. On a GPU, with
@@ -158,7 +178,7 @@ def difference(a: list[nn.Parameter], b: list[nn.Parameter]) -> float:
 
 
 def decided(oracle: torch.optim.Optimizer, p: Tensor) -> Tensor:
-    """Where Lion's sign has never hung by a rounding error (there, either sign is right); True for all others."""
+    """Where a sign has never hung by a rounding error (there, either one is right); True for all without a sign."""
     return oracle.state[p].get("closest", torch.tensor(1.0)) > 1e-6
 
 

@@ -119,6 +119,7 @@ struct Hypers {
       if (name == "lion") row = {lr, below_one(), below_one(), decay};
       if (name == "lamb") row = {lr, below_one(), below_one(), eps, decay, 0.0, chance(50) ? 10.0 : INFINITY};
       if (name == "adagrad") row = {lr, chance(50) ? 0.0 : 0.5, decay, eps};
+      require(static_cast<int64_t>(row.size()) + 1 == stride, "no row of hyperparameters for " + name);
       cuda::Hyper on_device = {};
       if (chance(30)) {
         on_device.lr_is_fp64 = chance(50);

@@ -11,6 +11,7 @@ from conftest import ROOT
 
 from deepfast.engine import config, schedule
 from deepfast.errors import ConfigError
+from deepfast.optimizers import OPTIMIZERS
 from deepfast.train.defaults import trainer_defaults
 
 SEED = json.loads((ROOT / "examples" / "config.json").read_text())
@@ -69,7 +70,7 @@ BAD = [
     ({"optimizer": {"params": {"betas": [0.9, 1.0]}}}, "betas.1=1.0 must lie in [0, 1)"),
     (
         {"optimizer": {"type": "Lamb"}},
-        "optimizer.type=\"Lamb\": it must be 'AdamW', 'Adam', 'SGD', 'Lion', 'LAMB' or 'Adagrad'",
+        f'optimizer.type="Lamb": it must be {", ".join(map(repr, [*OPTIMIZERS][:-1]))} or {[*OPTIMIZERS][-1]!r}',
     ),
     (
         {"optimizer": {"params": {"momentum": 0.9}}},

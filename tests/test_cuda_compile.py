@@ -78,15 +78,12 @@ def machine_code(obj: Path, arch: str) -> dict[str, Counter]:
     return kernels
 
 
-# As the compiler spells the rules in a kernel's name.
+# As the compiler spells the rules in a kernel's name: Adam<true> is 4AdamILb1E.
 SPELLED = {
-    "adam": "4AdamILb0E",
-    "adam_amsgrad": "4AdamILb1E",
-    "sgd": "3SGDILb0E",
-    "sgd_momentum": "3SGDILb1E",
-    "lion": "4LionE",
-    "lamb": "4LAMBE",
-    "adagrad": "7AdagradE",
+    rule: f"{len(name)}{name}" + (f"ILb{int(variant == 'true')}E" if variant else "E")
+    for rule, name, variant in re.findall(
+        r'RULE\("(\w+)", (\w+?)(?:<(\w+)>)?\)', (build.CSRC / "math/rules.h").read_text(encoding="utf-8")
+    )
 }
 
 
@@ -104,7 +101,7 @@ def test_nothing_is_spilled(compiled):
 @pytest.mark.parametrize("rule", reference.RULES)
 def test_steps_move_16_bytes_at_a_time(compiled, rule, arch):
     counts = next(v for (a, k), v in compiled[1].items() if a == arch and f"step_kernelINS_{SPELLED[rule]}" in k)
-    moments, reads_grad = reference.RULES[rule].moments, rule != "lamb"
+    moments, reads_grad = reference.RULES[rule].moments, reference.RULES[rule].adapt is None
     # Of the six combinations of weight (fp32; master; 16 bits) and gradient (fp32; 16 bits): the fp32 streams.
     # A gradient is read once more where it is written back, and stored there or where it is reset.
     loads = sum(int(wide) + moments + (1 if g and reads_grad else 0) + g for wide in (1, 1, 0) for g in (1, 0))

@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+from cases import CONFIGURED, NAMES
 from conftest import run
 from engines import CONFIG, batches, engine, equal, model, state, train
 from torch import nn
@@ -16,20 +17,11 @@ from torch import nn
 import deepfast
 from deepfast.errors import ConfigError, UserError
 
-OPTIMIZERS = {
-    "AdamW": {},
-    "Adam": {"adam_w_mode": False, "weight_decay": 0.1},
-    "SGD": {"momentum": 0.9, "nesterov": True},
-    "Lion": {"betas": [0.9, 0.95]},
-    "LAMB": {"eps": 1e-5},
-    "Adagrad": {"lr_decay": 0.1},
-}
-
 
 @pytest.mark.parametrize("precision", [{}, {"fp16": {"enabled": True, "loss_scale": 8.0}}])
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", NAMES)
 def test_every_optimizer_from_the_configuration_and_from_a_checkpoint(tmp_path, kind, precision):
-    config = {**CONFIG, **precision, "optimizer": {"type": kind, "params": {"lr": 0.01, **OPTIMIZERS[kind]}}}
+    config = {**CONFIG, **precision, "optimizer": {"type": kind, "params": {"lr": 0.01, **CONFIGURED.get(kind, {})}}}
     e, optimizer, *_ = deepfast.initialize(model=model(), config=config)
     assert type(optimizer).__name__ == kind
     data = batches(12)

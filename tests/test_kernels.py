@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import HYPER
 from conftest import ROOT, python
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -224,18 +225,6 @@ def test_accumulate_any_layout(layout):
     grads = b.t().contiguous().t() if layout == "grads" else b
     native.accumulate_([sums], [grads], 1.0, False)
     torch.testing.assert_close(sums, expected)
-
-
-# What each rule takes, after the gradient's sign.
-HYPER = {
-    "adam": [0.1, 0.9, 0.99, 1e-8, 0.01, 0.02],
-    "adam_amsgrad": [0.1, 0.9, 0.99, 1e-8, 0.01, 0.02],
-    "sgd": [0.1, 0.0, 0.0, 0.01, 0.0],
-    "sgd_momentum": [0.1, 0.9, 0.5, 0.01, 0.0],
-    "lion": [0.1, 0.9, 0.99, 0.01],
-    "lamb": [0.1, 0.9, 0.99, 1e-6, 0.01, 0.0, 10.0],
-    "adagrad": [0.1, 0.5, 0.01, 1e-10],
-}
 
 
 def step_arguments(dtype=torch.float32, rule="adam"):

@@ -12,13 +12,13 @@ import os
 
 import pytest
 import torch
-from cases import EVERY, NAMES, OURS, TYPICAL, VARIANTS, give_gradients, kept, parameters
+from cases import EVERY, HYPER, NAMES, OURS, TYPICAL, VARIANTS, give_gradients, kept, parameters
 from checks import failures, heard_of_ranks
 from comm_ranks import wanted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from played import exact_fma
-from test_kernels import HYPER, step_arguments, wrong
+from test_kernels import step_arguments, wrong
 from torch import Tensor, nn
 
 import deepfast

@@ -18,6 +18,12 @@ using Stream = void*;  // cudaStream_t
 // A row of hyperparameters: the gradient's sign (-1 to maximize) and what the rule's prepare() takes, the learning rate
 // first. Where `lr` is not null, it is read on the device and stands for values[1].
 constexpr int kMaxHyper = 8;
+static_assert([] {
+  for (const RuleInfo& rule : kRules) {
+    if (rule.hyper > kMaxHyper) return false;
+  }
+  return true;
+}());
 struct Hyper {
   double values[kMaxHyper];
   const void* lr;

@@ -132,10 +132,13 @@ def compile_library(library: Library, compilers: list[Compiler], folder: Path) -
     """
     cuda = library == CUDA
     with machinery(folder, compilers) as cpp_extension:
+        quoted = shlex.quote(cpp_extension.TORCH_LIB_PATH)  # it forgets to
+        # From torch 2.14 on: not every file system has locks, and nobody else comes into the folder.
+        unlocked = contextlib.nullcontext if hasattr(cpp_extension, "FileLock") else None
         try:
             # Standalone: only that is not loaded here. It may be for another machine, and it comes to its place first.
             # (It finds torch's libraries where they are now; -ltorch_python is left to Library.links.)
-            with _replaced(cpp_extension, TORCH_LIB_PATH=shlex.quote(cpp_extension.TORCH_LIB_PATH)):  # it forgets to
+            with _replaced(cpp_extension, TORCH_LIB_PATH=quoted, FileLock=unlocked):
                 made = cpp_extension.load(
                     library.file.removesuffix(".so"),
                     [str(CSRC / name) for name in library.sources],

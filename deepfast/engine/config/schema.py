@@ -67,7 +67,8 @@ class OptimizerSection(Section):
 
     def chosen(self) -> tuple[str, dict[str, Any]]:
         """The class's name in :mod:`deepfast.optim` and its arguments; DeepSpeed's default is no weight decay."""
-        arguments = self.params.model_dump(include=set(OPTIMIZERS[self.type].split()), exclude_none=True)
+        ours = set(OPTIMIZERS[self.type].split())
+        arguments = self.params.model_dump(include=ours, exclude_unset=True, exclude_none=True)
         name = "AdamW" if self.type == "Adam" and self.params.adam_w_mode else self.type
         return name, {"weight_decay": 0.0, **arguments}
 
