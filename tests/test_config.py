@@ -209,3 +209,10 @@ def test_every_schedule_has_a_curve(kind):
     rates = [schedule.factor(step, section, 1.0, 3, 20) for step in range(20)]
     assert max(rates) == 1.0
     assert rates[0] < 1.0
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_what_a_configuration_leaves_open_is_the_optimizers_own(kind):
+    """But for weight decay: DeepSpeed's default is none."""
+    section = config.load({"train_batch_size": 1, "optimizer": {"type": kind, "params": {"lr": 0.5}}}).optimizer
+    assert section.chosen()[1] == {"lr": 0.5, "weight_decay": 0.0}
