@@ -74,7 +74,7 @@ CARRY_PYTHON ?= python3.12
 CARRY_TORCH  ?= torch==2.11.0
 .venv-gpu/.torch:
 	$(CARRY_PYTHON) -m venv .venv-gpu
-	.venv-gpu/bin/python -m pip install --quiet "$(CARRY_TORCH)"
+	.venv-gpu/bin/python -m pip install --quiet "$(CARRY_TORCH)" ninja
 	@touch $@
 
 gpu-carry: .venv-gpu/.torch

@@ -254,8 +254,13 @@ def test_packages_that_are_missing_come_from_the_wheels_that_were_carried(tmp_pa
     for name in ("pytest", "no_such_package"):
         with zipfile.ZipFile(tmp_path / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
             wheel.writestr(f"{name}.py", "")
+            wheel.writestr(f"{name}-1.0.data/scripts/{name}", "#!/bin/sh")
     monkeypatch.setattr(gpu, "CARRIED", tmp_path)
     assert gpu.unpacked_wheels(tmp_path / "into") == [tmp_path / "into"]
-    assert [path.name for path in (tmp_path / "into").iterdir()] == ["no_such_package.py"]
+    assert {path.name for path in (tmp_path / "into").iterdir()} == {
+        "no_such_package.py",
+        "no_such_package-1.0.data",
+    }
+    assert run(tmp_path / "into" / "no_such_package-1.0.data" / "scripts" / "no_such_package").returncode == 0
     monkeypatch.setattr(gpu, "CARRIED", tmp_path / "none")
     assert gpu.unpacked_wheels(tmp_path / "into") == []

@@ -179,6 +179,8 @@ def unpacked_wheels(into: Path) -> list[Path]:
     missing = [w for w in wheels if not importable(w.name.split("-")[0])]
     for wheel in missing:
         zipfile.ZipFile(wheel).extractall(into)
+    for program in into.glob("*.data/scripts/*"):  # ninja
+        program.chmod(0o755)
     return [into] if missing else []
 
 
@@ -206,7 +208,9 @@ def main() -> int:
 def session(chosen: argparse.Namespace, scratch: Path, rehearsed: bool) -> int:
     commit = chosen.commit or said_by("git", "describe", "--always", "--dirty")
     path = [ROOT, TOOLS, TESTS, *unpacked_wheels(scratch / "wheels"), os.environ.get("PYTHONPATH")]
-    env = {"PYTHONPATH": os.pathsep.join(str(p) for p in path if p)}
+    scripts = (scratch / "wheels").glob("*.data/scripts")
+    env = {"PYTHONPATH": os.pathsep.join(str(p) for p in path if p),
+           "PATH": os.pathsep.join([*map(str, scripts), os.environ.get("PATH", os.defpath)])}  # fmt: skip
     if not rehearsed:
         env["DEEPFAST_CACHE_DIR"] = str(scratch / "cache")  # builds are cold, but for what was carried
     home, kind = (chosen.rehearse.resolve(), "") if rehearsed else (CARRIED, "gpu_")  # as tests/on_host.py names them
