@@ -62,6 +62,7 @@ class Engine(Resumable):
         self._own_optimizer, self._own_scheduler = optimizer is None, lr_scheduler is None
         parameters = module.parameters() if parameters is None else parameters
         self.optimizer = choose(optimizer, parameters, config, self.dtype)
+        self._sharded = {}
         self.lr_scheduler = lr_scheduler(self.optimizer) if callable(lr_scheduler) else lr_scheduler
         if self.lr_scheduler is None:
             self.lr_scheduler = schedule.from_config(config, self.optimizer)

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from deepfast.engine import checkpoint, schedule
 from deepfast.engine.config import Config
+from deepfast.engine.parts import Part
 from deepfast.scaler import LossScaler
 
 log = logging.getLogger("deepfast")
@@ -35,9 +36,15 @@ class Resumable(nn.Module):
     _skipped: int
     _own_optimizer: bool  # the configuration describes it
     _own_scheduler: bool
+    _sharded: dict[Tensor, Part]  # what the optimizer holds instead of whole parameters
+
+    def _parts(self) -> list[Part]:
+        """This rank's part of each parameter that the optimizer steps, in the order of its groups."""
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return [self._sharded.get(p) or Part.all_of(p) for p in held]
 
     def _params(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        return [part.whole for part in self._parts()]
 
     def save_checkpoint(
         self, save_dir: str | os.PathLike[str], tag: str | None = None, client_state: dict[str, Any] | None = None
