@@ -135,8 +135,8 @@ class Communicator {
     TORCH_CHECK(!hosts_, "deepfast: the ranks do not share a host");
     std::vector<int64_t> out;
     run([&] {
-      peers_->begin({cpu::Announcement::kAddresses, type_of(t), type_of(t), t.numel(), 1.0, false,
-                     peers_->heap_offset(t.const_data_ptr())});
+      peers_->begin({cpu::Announcement::kAddresses, Element::kInt32, Element::kInt32, static_cast<int64_t>(t.nbytes()),
+                     1.0, false, peers_->heap_offset(t.const_data_ptr())});
       peers_->meet();
       peers_->check_agreement();
       TORCH_CHECK(peers_->all_in_heap(), "deepfast: a tensor lies in no shared memory");

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any
 
@@ -10,24 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepfast import build, ops
+from deepfast import ops
 from deepfast.engine.buckets import Buckets
 from deepfast.engine.layout import Layout
 from deepfast.optim import memory
-
-log = logging.getLogger("deepfast")
-
-
-def communicator() -> Any:
-    """For sums over the ranks; None where torch.distributed has to take them."""
-    from deepfast.comm import Communicator
-
-    try:
-        return Communicator()
-    except build.BuildError as error:
-        log.warning("gradients are reduced by torch.distributed: %s", error)
-        return None
-
 
 class Sums:
     """What the micro-batches of one step, and all ranks, have in common: who has a gradient, and the total weight."""
@@ -123,7 +108,7 @@ class GradientSums(Sums):
         self._begun = False  # whether buckets of this step have been handed over
         self._reduced = False
 
-    def begin(self, weight: float | None, last: bool) -> None:
+    def begin(self, weight: float | None, last: bool, sync: bool = True) -> None:
         """Before a micro-batch's backward pass. last: its buckets may be reduced as they fill."""
         adding = self._weigh(weight)
         if self._begun:
