@@ -21,7 +21,7 @@ from torch import nn
 
 import deepfast
 
-RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 DTYPES = {"fp32": {}, "bf16": {"bf16": True}, "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8}}}
 ACCUMULATION = {"one": 1, "several": 3}
 STEPS = 3
@@ -172,7 +172,9 @@ def check_stages(name):
         assert engine.skipped_steps == ("spoil" in options)
         fresh = dict(Net().to(engine.dtype).named_parameters())
         masters = {n: found.get(f"{n}.master", p.detach()) for n, p in engine.module.named_parameters()}
-        moved = {n for n, p in fresh.items() if not torch.equal(in_memory(masters[n]), in_memory(p).to(masters[n].dtype))}
+        moved = {
+            n for n, p in fresh.items() if not torch.equal(in_memory(masters[n]), in_memory(p).to(masters[n].dtype))
+        }
         assert moved.isdisjoint({"never", "frozen.weight", "frozen.bias", "empty"})
         still = fresh.keys() - moved - {"never", "frozen.weight", "frozen.bias", "empty"}
         assert not still, still

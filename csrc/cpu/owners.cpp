@@ -81,7 +81,7 @@ void add_to_owners(Peers& peers, const std::vector<Segment>& segments, float* su
     throw std::runtime_error("deepfast: statistics are of at most 2^35 elements");
   }
   const DType type = static_cast<DType>(how.in);
-  const int64_t size = size_of(type), mine = how.chunk * rank;
+  const int64_t size = size_of(type), mine = std::min(how.chunk * rank, how.numel);
   const int64_t offset = how.everywhere ? peers.heap_offset(sum - mine) : -1;
   if (how.everywhere && offset < 0) throw std::runtime_error("deepfast: sums for all ranks lie in no shared memory");
   Announcement announcement = {

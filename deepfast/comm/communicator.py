@@ -156,8 +156,9 @@ class Communicator:
     ) -> None:
         """Adds the ranks' gradients, in rank order, to the sums of those that own them; on a CPU, and one host.
 
-        Rank r owns elements [r * chunk, (r + 1) * chunk) of a bucket. One micro-batch after the other, this is the order
-        in which one process adds up the same micro-batches, dealt out in turn: any number of ranks gets the same bits.
+        Rank r owns elements [r * chunk, (r + 1) * chunk) of a bucket. One micro-batch after the other, this is the
+        order in which one process adds up the same micro-batches, dealt out in turn: any number of ranks gets the same
+        bits.
 
         Args:
             total: float32, the owned elements; with ``everywhere`` the whole bucket, in memory from :meth:`empty`.

@@ -84,7 +84,9 @@ class Engine(Resumable):
     def _stage(self) -> int:
         stage = self.config.zero_optimization.stage
         if stage > 2:
-            log.warning("zero_optimization.stage=3 is not built yet: stage 2 is taken, and weights are whole on every rank")
+            log.warning(
+                "zero_optimization.stage=3 is not built yet: stage 2 is taken, and weights are whole on every rank"
+            )
         return min(stage, 2)
 
     def _note_parts(self) -> None:
@@ -117,8 +119,8 @@ class Engine(Resumable):
             self._note_parts()
         if self._sums is None and self._backwards and self.dtype in HALF:
             self._reduction.sums = GradientSums(self._params())  # a second loss in one step: from here on, sum in fp32
-            self._sums.begin(None, last=False)
-            self._sums.add()
+            self._reduction.sums.begin(None, last=False)
+            self._reduction.sums.add()
         self._backwards += 1
         last = self._sync and self.is_gradient_accumulation_boundary()
         if self._sums is not None:

@@ -23,7 +23,7 @@ class OwnedSums(Sums):
     The order is that of one process which has all the micro-batches: whatever the number of ranks, and whether the
     owners keep their part (``sharded``) or show it to all, the sums have the same bits.
 
-    Inside ``no_sync`` a rank sums alone, in memory of its own for all gradients; its sum then counts as one micro-batch.
+    Inside ``no_sync`` a rank sums alone, in memory of its own for all gradients; that sum counts as one micro-batch.
 
     Args:
         params: real ones, on the CPU.

@@ -114,12 +114,14 @@ class Reduction:
 
     def _say(self, stage: int) -> None:
         layouts, ranks = self.sums.layouts, self.sums.ranks
-        owned = [sum(end - begin for begin, end in (l.owned(r) for l in layouts)) for r in range(ranks)]
+        owned = [sum(end - begin for begin, end in (one.owned(r) for one in layouts)) for r in range(ranks)]
         numel = sum(p.numel() for p in self.sums.params)
         if dist.get_rank() == 0:
-            log.info("ZeRO stage %d: of %s parameters each of %d ranks keeps the optimizer's state of %s, and all weights",
-                     stage, _millions(numel), ranks,
-                     " to ".join(dict.fromkeys(map(_millions, (min(owned), max(owned))))))  # fmt: skip
+            kept = " to ".join(dict.fromkeys(map(_millions, (min(owned), max(owned)))))
+            log.info(
+                "ZeRO stage %d: all weights are on each of %d ranks, and of the optimizer's state, %s parameters', %s",
+                stage, ranks, _millions(numel), kept,
+            )  # fmt: skip
 
 
 def _millions(numel: int) -> str:
@@ -128,12 +130,10 @@ def _millions(numel: int) -> str:
 
 def _check(params: list[Tensor], optimizer: torch.optim.Optimizer, stage: int) -> None:
     for p in params:
-        if p.is_complex():
-            raise ConfigError(f"a parameter of shape {tuple(p.shape)} is {p.dtype}: ranks sum real gradients only")
         if stage and hasattr(p, "_local_tensor"):
             raise ConfigError("zero_optimization.stage: a parameter is a DTensor, and sharded already: set it to 0")
     if stage and not isinstance(optimizer, Optimizer):
         raise ConfigError(
-            f"zero_optimization.stage={stage}: {type(optimizer).__name__} cannot be sharded: take deepfast's, or torch's "
-            "Adam, AdamW or SGD, which deepfast's replace; or set the stage to 0"
+            f"zero_optimization.stage={stage}: {type(optimizer).__name__} cannot be sharded: take deepfast's, or "
+            "torch's Adam, AdamW or SGD, which deepfast's replace; or set the stage to 0"
         )

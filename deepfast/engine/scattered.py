@@ -1,4 +1,4 @@
-"""Sharded sums of gradients where ranks do not see each other's memory: scattered by NCCL, gloo or GPUs' collectives."""
+"""Sharded sums of gradients where ranks do not see each other's memory: scattered by NCCL, gloo or collectives."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from deepfast.engine.sums import Sums, late
 from deepfast.optim import memory
 
 _SMALL_BLOCK = 256  # elements: where ranks are many, whole blocks of the statistics would leave most of them nothing
+
+
+# torch 2.13 has given them other names.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class ScatteredSums(Sums):
@@ -116,7 +120,7 @@ class ScatteredSums(Sums):
             if self.comm is not None:
                 self.comm.reduce_scatter(out, whole.view(self.ranks, -1))
             else:
-                dist.reduce_scatter_tensor(out, whole)
+                _reduce_scatter(out, whole)
             if add:
                 owned.add_(out)
 

@@ -15,12 +15,13 @@ from deepfast.optim import memory
 from deepfast.optim.parts import Parts
 
 _ALIGN = 64  # bytes
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name since torch 2.13
 
 
 class Shards(Parts):
     """Cuts parameters into parts, one a rank, and tells all ranks the new weights.
 
-    Ranks that share a host's memory write their part to all others in the step itself; else parts are gathered after it.
+    Ranks that see each other's memory write their part to all others in the step itself; else parts are gathered.
 
     Args:
         comm: a communicator, or None: torch.distributed.
@@ -93,7 +94,7 @@ class Shards(Parts):
                 if self.comm is not None:
                     self.comm.all_gather(piece, own)
                 else:
-                    dist.all_gather_into_tensor(piece.view(-1), own)
+                    _all_gather(piece.view(-1), own)
         elif self.reach:
             self.comm.all_reduce_(torch.zeros(1))
         torch.autograd.graph.increment_version(list(self.parts))
@@ -122,5 +123,5 @@ def _of_its_own(flat: Tensor) -> Tensor:
     if flat.device.type != "cpu" or not flat.numel():
         return flat
     place = (ctypes.c_char * flat.nbytes).from_address(flat.data_ptr())
-    place.owner = flat
+    place.owner = flat  # type: ignore[attr-defined]  # kept alive with it
     return torch.frombuffer(place, dtype=flat.dtype)

@@ -14,6 +14,7 @@ from deepfast.engine.buckets import Buckets
 from deepfast.engine.layout import Layout
 from deepfast.optim import memory
 
+
 class Sums:
     """What the micro-batches of one step, and all ranks, have in common: who has a gradient, and the total weight."""
 

@@ -140,7 +140,14 @@ class Planned(Stateful):
         backend = ops.select(backend_name, p.device, p.dtype, dtype)
         parts = self._parts
         sinks = parts.sinks(p) if parts else ()
-        key = (id(backend), p.device, rule, shards, layer, sinks)  # what lies in one place is stepped one after the other
+        key = (
+            id(backend),
+            p.device,
+            rule,
+            shards,
+            layer,
+            sinks,
+        )  # what lies in one place is stepped one after the other
         if key not in launches:
             moments, counts = self._moments(group), self._counts_steps(group)
             launches[key] = Launch(backend, p.device, rule, moments, counts, shards, parts)
