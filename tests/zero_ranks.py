@@ -155,8 +155,8 @@ CASES = {
 ALONE = {}  # what one process has kept
 
 
-def before_there_are_ranks():
-    for name, (config, accumulation, options) in CASES.items():
+def before_there_are_ranks(cases=CASES):
+    for name, (config, accumulation, options) in cases.items():
         ALONE[name] = kept(run(config, 0, accumulation, size=1, dist_init_required=False, **options))
 
 

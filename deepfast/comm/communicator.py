@@ -135,10 +135,9 @@ class Communicator:
             raise ValueError(f"deepfast: numel must not be negative, got {numel}")
         return self._on(torch.device(device or "cpu")).empty(numel, dtype)
 
-    @property
-    def on_one_host(self) -> bool:
-        """Whether all ranks share this host's memory."""
-        return len(self._hosts) == 1
+    def reaches(self, device: torch.device) -> bool:
+        """Whether each rank can write to what the others have on ``device``: :meth:`displacements`. For a GPU all ask."""
+        return len(self._hosts) == 1 and hasattr(self._on(device), "addresses")
 
     def add_to_owners(
         self,
@@ -178,7 +177,8 @@ class Communicator:
     def displacements(self, t: Tensor) -> list[int]:
         """By how many bytes each other rank's ``t`` lies behind this one's, as this process sees it.
 
-        All ranks of one host call it, each with memory of its own from :meth:`empty`; good while that lives.
+        All ranks call it, where they reach each other, with memory of their own from :meth:`empty`; good while that
+        lives.
         """
         addresses = self._impl(t).addresses(t)
         return [a - addresses[self.rank] for r, a in enumerate(addresses) if r != self.rank]

@@ -59,8 +59,8 @@ class Reduction:
         _check(params, self._optimizer, stage)
         self._comm = comm = communicator()
         device = params[0].device
-        reach = comm is not None and comm.on_one_host and device.type == "cpu"
-        if reach:
+        reach = comm is not None and comm.reaches(device)
+        if reach and device.type == "cpu":
             self.sums = OwnedSums(params, comm, sharded=stage > 0)
         elif stage == 0:
             self.sums = GradientSums(params, comm)

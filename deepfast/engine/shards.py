@@ -96,7 +96,7 @@ class Shards(Parts):
                 else:
                     _all_gather(piece.view(-1), own)
         elif self.reach:
-            self.comm.all_reduce_(torch.zeros(1))
+            self.comm.all_reduce_(torch.zeros(1, device=self._device))
         torch.autograd.graph.increment_version(list(self.parts))
         for launch in launches:
             launch.settle()
