@@ -136,7 +136,7 @@ class Communicator:
         return self._on(torch.device(device or "cpu")).empty(numel, dtype)
 
     def reaches(self, device: torch.device) -> bool:
-        """Whether each rank can write to what the others have on ``device``: :meth:`displacements`. For a GPU all ask."""
+        """Whether each rank can write to what the others have on ``device``. (Of a GPU all ranks ask together.)"""
         return len(self._hosts) == 1 and hasattr(self._on(device), "addresses")
 
     def add_to_owners(
