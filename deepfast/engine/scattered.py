@@ -9,16 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepfast import ops
+from deepfast.comm.by_torch import scatter_tensor
 from deepfast.engine.buckets import Buckets
 from deepfast.engine.layout import BLOCK, Layout
 from deepfast.engine.sums import Sums, late
 from deepfast.optim import memory
+from deepfast.optim.state import HALF
 
 _SMALL_BLOCK = 256  # elements: where ranks are many, whole blocks of the statistics would leave most of them nothing
-
-
-# torch 2.13 has given them other names.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class ScatteredSums(Sums):
@@ -88,7 +86,11 @@ class ScatteredSums(Sums):
     def _take(self, bucket: int) -> None:
         """A bucket whose gradients are all there."""
         members, layout = self.buckets.members[bucket], self.layouts[bucket]
-        whole = self._whole[0 if self._each else bucket][: layout.chunk * self.ranks]
+        numel = layout.chunk * self.ranks
+        if self._narrow(members):
+            whole = self._whole[0].view(self.params[members[0]].dtype)[:numel]
+        else:
+            whole = self._whole[0 if self._each else bucket][:numel]
         if self._each or self._empty[bucket]:
             if self._side is not None:
                 torch.cuda.current_stream(self.device).wait_stream(self._side)  # the bucket before has gone
@@ -100,8 +102,10 @@ class ScatteredSums(Sums):
                 for at, i in ((layout.offsets[nth], i) for nth, i, _ in used)
             ]
             grads = [grad for *_, grad in used]
-            backend = ops.select(ops.forced(), self.device, *(g.dtype for g in grads))
-            backend.accumulate_(views, grads, self._adding, False)
+            if whole.dtype != torch.float32:
+                torch._foreach_copy_(views, grads)
+            else:
+                self._add_to(views, grads)
         for _, i, _ in used:
             self.present[i], self.params[i].grad = True, None
         if self._each:
@@ -109,6 +113,18 @@ class ScatteredSums(Sums):
         elif self._last:
             self._scatter(bucket, whole, add=False)
         self._empty[bucket] = False
+
+    def _narrow(self, members: list[int]) -> bool:
+        """Whether a micro-batch's gradients go to the others in 16 bits, as they are: these add them up in fp32."""
+        if not self._each or self.comm is None or self.weighted:
+            return False
+        dtype = self.params[members[0]].dtype
+        grads = [self.params[i].grad for i in members]
+        return dtype in HALF and all(grad is None or grad.dtype == dtype for grad in grads)
+
+    def _add_to(self, views: list[Tensor], grads: list[Tensor]) -> None:
+        backend = ops.select(ops.forced(), self.device, *(g.dtype for g in grads))
+        backend.accumulate_(views, grads, self._adding, False)
 
     def _scatter(self, bucket: int, whole: Tensor, add: bool) -> None:
         owned = self._owned[bucket]
@@ -120,7 +136,7 @@ class ScatteredSums(Sums):
             if self.comm is not None:
                 self.comm.reduce_scatter(out, whole.view(self.ranks, -1))
             else:
-                _reduce_scatter(out, whole)
+                scatter_tensor(out, whole)
             if add:
                 owned.add_(out)
 

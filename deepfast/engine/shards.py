@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from deepfast.comm.by_torch import gather_tensor
 from deepfast.engine.layout import Layout
 from deepfast.engine.parts import Part
 from deepfast.optim import memory
 from deepfast.optim.parts import Parts
 
 _ALIGN = 64  # bytes
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name since torch 2.13
 
 
 class Shards(Parts):
@@ -94,7 +94,7 @@ class Shards(Parts):
                 if self.comm is not None:
                     self.comm.all_gather(piece, own)
                 else:
-                    _all_gather(piece.view(-1), own)
+                    gather_tensor(piece.view(-1), own)
         elif self.reach:
             self.comm.all_reduce_(torch.zeros(1, device=self._device))
         torch.autograd.graph.increment_version(list(self.parts))
