@@ -41,6 +41,12 @@ class Layout:
         blocks = -(-end // block)
         return cls(tuple(offsets), end, -(-blocks // ranks) * block)
 
+    def gaps(self, params: Sequence[Tensor], end: int) -> list[tuple[int, int]]:
+        """The elements [begin, end) in between, and behind, that belong to no parameter; up to ``end``."""
+        ends = [at + p.numel() for at, p in zip(self.offsets, params, strict=True)]
+        pairs = zip([0, *ends], [*self.offsets, end], strict=True)
+        return [(begin, until) for begin, until in pairs if begin < until]
+
     def owned(self, rank: int) -> tuple[int, int]:
         """The elements [begin, end) of the bucket that ``rank`` owns."""
         return min(rank * self.chunk, self.numel), min((rank + 1) * self.chunk, self.numel)

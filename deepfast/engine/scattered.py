@@ -91,23 +91,25 @@ class ScatteredSums(Sums):
             whole = self._whole[0].view(self.params[members[0]].dtype)[:numel]
         else:
             whole = self._whole[0 if self._each else bucket][:numel]
-        if self._each or self._empty[bucket]:
+        fresh = self._each or self._empty[bucket]
+        params = [self.params[i] for i in members]
+        places = [whole[at : at + p.numel()] for at, p in zip(layout.offsets, params, strict=True)]
+        if fresh:
             if self._side is not None:
                 torch.cuda.current_stream(self.device).wait_stream(self._side)  # the bucket before has gone
-            whole.zero_()
-        used = [(nth, i, grad) for nth, i in enumerate(members) if (grad := self.params[i].grad) is not None]
-        if used:
-            views = [
-                memory.view_like(whole[at : at + self.params[i].numel()], self.params[i])
-                for at, i in ((layout.offsets[nth], i) for nth, i, _ in used)
-            ]
-            grads = [grad for *_, grad in used]
-            if whole.dtype != torch.float32:
-                torch._foreach_copy_(views, grads)
-            else:
-                self._add_to(views, grads)
-        for _, i, _ in used:
-            self.present[i], self.params[i].grad = True, None
+            unused = [place for place, p in zip(places, params, strict=True) if p.grad is None]
+            for place in (*unused, *(whole[begin:end] for begin, end in layout.gaps(params, numel))):
+                place.zero_()
+        given = [(memory.view_like(place, p), p.grad) for place, p in zip(places, params, strict=True)]
+        views, grads = [v for v, g in given if g is not None], [g for _, g in given if g is not None]
+        if grads and whole.dtype != torch.float32:
+            torch._foreach_copy_(views, grads)
+        elif grads:
+            backend = ops.select(ops.forced(), self.device, *{g.dtype for g in grads})
+            backend.accumulate_(views, grads, self._adding, fresh)
+        for i, p in zip(members, params, strict=True):
+            self.present[i] |= p.grad is not None
+            p.grad = None
         if self._each:
             self._scatter(bucket, whole, add=not self._empty[bucket])
         elif self._last:
@@ -121,10 +123,6 @@ class ScatteredSums(Sums):
         dtype = self.params[members[0]].dtype
         grads = [self.params[i].grad for i in members]
         return dtype in HALF and all(grad is None or grad.dtype == dtype for grad in grads)
-
-    def _add_to(self, views: list[Tensor], grads: list[Tensor]) -> None:
-        backend = ops.select(ops.forced(), self.device, *(g.dtype for g in grads))
-        backend.accumulate_(views, grads, self._adding, False)
 
     def _scatter(self, bucket: int, whole: Tensor, add: bool) -> None:
         owned = self._owned[bucket]
