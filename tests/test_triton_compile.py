@@ -17,9 +17,9 @@ from triton.compiler import ASTSource
 from deepfast import reference
 from deepfast.kernels import collectives, formulas, refresh, statistics, step
 
-ARGUMENTS = {"rows": "*i64", "sinks": "*i64", "owners": "*i32", "constants": "*fp32", "record": "*fp32", "partial": "*fp64",
+ARGUMENTS = {"rows": "*i64", "owners": "*i32", "constants": "*fp32", "record": "*fp32", "partial": "*fp64",
             "directions": "*fp64", "first": "i32", "end": "i32", "shared": ("i64",) * 8, "numel": "i64", "place": "i64",
-            "factor": "i64", "statistics": "*fp64", "found_inf": "*fp32", "status": "i64"}  # fmt: skip
+            "factor": "i64", "statistics": "*fp64", "found_inf": "*fp32", "status": "i64", "sinks": "*i64"}  # fmt: skip
 
 
 CUBIN = "kernel.cubin"
