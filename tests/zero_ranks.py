@@ -53,10 +53,22 @@ class Net(nn.Module):
         return self.tied(self.head(x * self.sometimes if both else x))
 
 
-def run(config, stage, accumulation, *, size=None, optimizer="AdamW", spoil=None, net=Net, steps=STEPS, **options):
+def run(
+    config,
+    stage,
+    accumulation,
+    *,
+    size=None,
+    optimizer="AdamW",
+    spoil=None,
+    net=Net,
+    steps=STEPS,
+    arguments=(),
+    **options,
+):
     """Trains; returns the engine and the losses of this rank. spoil(step, micro-batch) -> a factor of the loss."""
     size = SIZE if size is None else size
-    arguments = {k: v for k, v in {"lr": 0.01, **TYPICAL[optimizer]}.items() if v is not None}
+    arguments = {"lr": 0.01, **TYPICAL[optimizer], **dict(arguments)}
     engine, *_ = deepfast.initialize(
         model=net(),
         optimizer=lambda params: getattr(deepfast, optimizer)(params, **arguments),
@@ -150,6 +162,7 @@ CASES = {
     "clipped fp16": ({**DTYPES["fp16"], "gradient_clipping": 0.05}, 1, {}),
     "overflow": (DTYPES["fp16"], 2, {"spoil": overflows}),
     "static scale": ({**DTYPES["fp16"], "train_loss_scale": 128.0}, 1, {"spoil": overflows}),
+    "no master": (DTYPES["fp16"], 1, {"optimizer": "SGD", "arguments": {"master": "none", "lr": 0.1}}),
     **{f"{name} bf16": ({**DTYPES["bf16"], "gradient_clipping": 0.5}, 1, {"optimizer": name}) for name in NAMES},
 }
 ALONE = {}  # what one process has kept

@@ -117,15 +117,13 @@ class Reduction:
         owned = [sum(end - begin for begin, end in (one.owned(r) for one in layouts)) for r in range(ranks)]
         numel = sum(p.numel() for p in self.sums.params)
         if dist.get_rank() == 0:
-            kept = " to ".join(dict.fromkeys(map(_millions, (min(owned), max(owned)))))
-            log.info(
-                "ZeRO stage %d: all weights are on each of %d ranks, and of the optimizer's state, %s parameters', %s",
-                stage, ranks, _millions(numel), kept,
-            )  # fmt: skip
+            kept = " to ".join(dict.fromkeys(map(_count, (min(owned), max(owned)))))
+            log.info("ZeRO stage %d over %d ranks: each has all weights, and the optimizer's state of %s of %s parameters",
+                     stage, ranks, kept, _count(numel))  # fmt: skip
 
 
-def _millions(numel: int) -> str:
-    return f"{numel / 1e6:.3g}M" if numel >= 1e4 else str(numel)
+def _count(numel: int) -> str:
+    return f"{numel / 1e6:.3f}M"
 
 
 def _check(params: list[Tensor], optimizer: torch.optim.Optimizer, stage: int) -> None:
