@@ -239,7 +239,7 @@ def test_two_ranks_train_the_same_global_batch(place, changes):
     done = train(place, launch=TORCHRUN)
     assert done.returncode == 0, done.stderr
     assert "gradient_accumulation_steps=2 over 2 ranks: 1 each" in done.stdout
-    sharded = re.search(r"ZeRO stage 2 over 2 ranks: .* state of 0\.\d+M.* of 0\.\d+M parameters", done.stdout)
+    sharded = re.search(r"ZeRO stage 2 over 2 ranks: .* the state of 0\.\d+M.* of 0\.\d+M parameters", done.stdout)
     assert (sharded is not None) == ("zero_optimization" in changes), done.stdout
     assert losses(place, "two") == losses(place, "one"), "to the last bit"
     norms = [[row["grad_norm"] for row in metrics(place, name)] for name in ("one", "two")]

@@ -118,7 +118,7 @@ class Reduction:
         numel = sum(p.numel() for p in self.sums.params)
         if dist.get_rank() == 0:
             kept = " to ".join(dict.fromkeys(map(_count, (min(owned), max(owned)))))
-            log.info("ZeRO stage %d over %d ranks: each has all weights, and the optimizer's state of %s of %s parameters",
+            log.info("ZeRO stage %d over %d ranks: all weights, and the state of %s of %s parameters, on each",
                      stage, ranks, kept, _count(numel))  # fmt: skip
 
 
