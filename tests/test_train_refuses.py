@@ -105,12 +105,12 @@ def test_bad_data_and_models_take_nothing_away(place, name, spoil, message):
 
 def test_damaged_checkpoints(place):
     assert train(place).returncode == 0
-    path = place / "output" / "checkpoints" / "step8" / "optimizer.safetensors"
+    path = place / "output" / "checkpoints" / "step8" / "optimizer-0.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     line = says_one_line(train(place, "--resume"))
-    assert "step8/optimizer.safetensors is damaged" in line
+    assert "step8/optimizer-0.safetensors is damaged" in line
     assert "'step6' is intact: resume from that one" in line
     assert "there are: step8, step6" in says_one_line(train(place, "--resume", "step7"))
     done = train(place, "--resume", "step6")

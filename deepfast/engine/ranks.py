@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 
 from deepfast.errors import UserError
+
+T = TypeVar("T")
 
 
 def launched() -> tuple[int, int | None]:
@@ -55,7 +57,7 @@ def _leave() -> None:
 
 
 class SharedError(UserError):
-    """One that rank 0 has raised, and prints."""
+    """One that another rank has raised, and prints."""
 
 
 def on_rank_0(work: Callable[[], None]) -> None:
@@ -71,3 +73,37 @@ def on_rank_0(work: Callable[[], None]) -> None:
         dist.broadcast_object_list(failure, 0)
     if failure[0] is not None:
         raise error or SharedError(failure[0])
+
+
+def on_every_rank(work: Callable[[], T], shared: type[SharedError] = SharedError) -> T:
+    """Does ``work`` on all ranks, and returns what it has on this one; where it fails on one, it fails on all.
+
+    Raises:
+        Exception: what ``work`` has raised here; ``shared``, with its text, where it was another rank's. Where several
+            have failed it is that of the lowest.
+    """
+    failure: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:  # of whatever kind: nobody is to wait for this rank
+        failure = error
+    if dist.is_initialized():
+        said: list[str | None] = [None] * dist.get_world_size()
+        try:
+            dist.all_gather_object(said, None if failure is None else str(failure) or type(failure).__name__)
+        except RuntimeError as broken:  # somebody has died
+            raise failure or broken from None
+        failed = next((rank for rank, text in enumerate(said) if text is not None), None)
+        if failed not in (None, dist.get_rank()):
+            raise shared(f"{said[failed]} (rank {failed})")
+    if failure is not None:
+        raise failure
+    return result
+
+
+def of_rank_0(value: T) -> T:
+    """The value that rank 0 has."""
+    held = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(held, 0)
+    return held[0]
