@@ -119,11 +119,10 @@ def test_damaged_checkpoints(place):
 
 
 def test_a_full_disk_is_one_line(place):
-    """/dev/full stands for it: the checkpoint's first file cannot be written."""
     code = (
         "import sys, deepfast.engine.checkpoint as c, deepfast.train as t\n"
-        "def full(path, data): raise OSError(28, 'No space left on device', str(path))\n"
-        "c.write_json = full\n"
+        "def full(path, *data): raise OSError(28, 'No space left on device', str(path))\n"
+        "c.write_tensors = full\n"
         "sys.exit(t.main(['--config', 'config.json', '--set', 'num_train_steps=3']))"
     )
     done = run(sys.executable, "-c", code, cwd=place)

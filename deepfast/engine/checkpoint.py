@@ -164,18 +164,19 @@ def commit(directory: Path, tag: str, sums: dict[str, str]) -> Path:
     folder, target, old = staging(directory, tag), directory / tag, _old(directory, tag)
     write_text(folder / CHECKSUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
     _sync(folder)
-    latest = directory / ".latest.tmp"
-    write_text(latest, tag + "\n")  # before anything is seen: there may be no room for it
-    if target.exists():  # the same step again: the old one goes only when the new one is there
-        os.rename(target, old)
+    named = directory / ".latest.tmp"
     try:
+        write_text(named, tag + "\n")  # before anything is seen: there may be no room for it
+        if target.exists():  # the same step again: the old one goes only when the new one is there
+            os.rename(target, old)
         os.rename(folder, target)
+        _sync(directory)
+        os.replace(named, directory / "latest")
+        _sync(directory)
     except OSError:
         _take_back(directory, tag)
+        named.unlink(missing_ok=True)
         raise
-    _sync(directory)
-    os.replace(latest, directory / "latest")
-    _sync(directory)
     shutil.rmtree(old, ignore_errors=True)
     return target
 

@@ -8,6 +8,7 @@ slip in the place of that one; one that could not says why, or takes it away: ev
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import logging
 import threading
@@ -124,7 +125,8 @@ class Save:
         """Leaves the disk as it was before."""
         self._error = error
         if self.rank == 0:
-            checkpoint.discard(self.folder)
+            with contextlib.suppress(OSError):  # else the next one clears it away
+                checkpoint.discard(self.folder)
             return
         for path in self.folder.glob(f"*-{self.rank}.*"):  # makes room for the slip
             path.unlink(missing_ok=True)
