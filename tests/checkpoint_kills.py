@@ -201,7 +201,6 @@ if __name__ == "__main__":
         raise SystemExit(ops.BUILD_ERROR)
     if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
         raise SystemExit(main())
-    dist.init_process_group("gloo")
+    deepfast.init_distributed()
     first, e = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0", made()
     live(Path(sys.argv[1]), e, suicide=LAST // 2 if first and e.rank == 1 else None)
-    dist.destroy_process_group()

@@ -44,7 +44,7 @@ def test_torchrun_starts_it_again_and_it_ends_as_if_nothing_had_been(killed, tmp
     command = [*torchrun(2), "--max-restarts", 1, TESTS / "checkpoint_kills.py", tmp_path]
     done = run(*command, **SETTINGS)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "Signal 9 (SIGKILL)" in done.stderr, "once it was killed"
+    assert done.stderr.count("exitcode: -9") == 1
     assert (tmp_path / "latest").read_text().strip() == f"step{LAST}"
     assert differences(tmp_path / f"step{LAST}", place / "told") == []
     # As one rank it goes on from there.
