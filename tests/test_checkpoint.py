@@ -210,16 +210,18 @@ def test_saving_again_and_pruning(tmp_path):
     assert e.load_checkpoint(tmp_path)[0] == str(tmp_path / "b")
 
 
-def test_no_pickle_is_read(tmp_path, monkeypatch):
+def test_no_pickle_is_written_or_read(tmp_path, monkeypatch):
     import pickle
 
-    e = engine()
-    e.save_checkpoint(tmp_path)
-    assert not [p for p in tmp_path.rglob("*") if p.suffix in (".pt", ".bin", ".pkl")]
-
     def refuse(*_, **__):
-        raise AssertionError("unpickled")
+        raise AssertionError("a pickle")
 
-    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
-        monkeypatch.setattr(module, name, refuse)
+    for name in ("load", "loads", "Unpickler", "dump", "dumps", "Pickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    for name in ("load", "save"):
+        monkeypatch.setattr(torch, name, refuse)
+    e = engine()
+    train(e, batches(4))
+    e.save_checkpoint(tmp_path)
+    assert {p.suffix for p in tmp_path.rglob("*.*")} == {".safetensors", ".json", ".sha256"}
     e.load_checkpoint(tmp_path)

@@ -138,7 +138,7 @@ def test_a_full_disk_loses_nothing_whichever_write_finds_it(tmp_path, tag):
         loaded.load_checkpoint(tmp_path)
         assert equal(state(loaded), before) or equal(state(loaded), after), n
         loaded.load_checkpoint(tmp_path, "old")
-    assert failed == n - 2 > 10, "but for making the folder that is there"
+    assert failed >= n - 2 > 10, "all but for making the folder that is there"
 
 
 SMALL_DISK = """

@@ -89,17 +89,12 @@ class Resumable(nn.Module):
         directory = Path(save_dir)
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
 
-        def prepare() -> Snapshot:
-            checkpoint.check_tag(tag)
-            snapshot = self._snapshot(client_state or {})
+        def begin() -> None:
             if self.rank == 0:
-                try:
-                    lay_out(directory, tag, self.world_size)
-                except OSError as error:
-                    raise checkpoint.unwritable(directory / tag, error) from None
-            return snapshot
+                lay_out(directory, tag, self.world_size)
 
-        snapshot = ranks.on_every_rank(prepare, SharedCheckpointError)
+        snapshot = ranks.on_every_rank(lambda: self._snapshot(tag, client_state or {}), SharedCheckpointError)
+        ranks.on_every_rank(begin, SharedCheckpointError)
         self._saving = Save(directory, tag, snapshot, keep, timeout)
         if wait:
             self.wait_for_checkpoint()
@@ -116,26 +111,24 @@ class Resumable(nn.Module):
             saving, self._saving = self._saving, None
             ranks.on_every_rank(saving.check, SharedCheckpointError)
 
-    def _snapshot(self, client_state: dict[str, Any]) -> Snapshot:
+    def _snapshot(self, tag: str, client_state: dict[str, Any]) -> Snapshot:
+        checkpoint.check_tag(tag)
         snapshot = Snapshot(self.rank, self.world_size)
         snapshot.add_model(checkpoint.unique(self.module.state_dict()))
         optimizer = snapshot.add_optimizer(self.optimizer, self._parts(), self._names())
         snapshot.add_random_state()
-        snapshot.state = checkpoint.to_json(
-            {
-                "format": 2,
-                "world_size": self.world_size,
-                "global_steps": self.global_steps,
-                "micro_steps": self.micro_steps,
-                "skipped_steps": self._skipped,
-                "optimizer": optimizer,
-                "scaler": self.scaler.state_dict(),
-                "lr_scheduler": None
-                if self.lr_scheduler is None
-                else _without_callables(self.lr_scheduler.state_dict()),
-                "client_state": client_state,
-            }
-        )
+        state = {
+            "format": 2,
+            "world_size": self.world_size,
+            "global_steps": self.global_steps,
+            "micro_steps": self.micro_steps,
+            "skipped_steps": self._skipped,
+            "optimizer": optimizer,
+            "scaler": self.scaler.state_dict(),
+            "lr_scheduler": None if self.lr_scheduler is None else _without_callables(self.lr_scheduler.state_dict()),
+            "client_state": client_state,
+        }
+        snapshot.state = checkpoint.to_json(state)
         return snapshot
 
     def load_checkpoint(
@@ -155,7 +148,8 @@ class Resumable(nn.Module):
         """
         self.wait_for_checkpoint()
         directory = Path(load_dir)
-        tag = ranks.of_rank_0(checkpoint.latest(directory) if tag is None else str(tag))
+        newest = ranks.on_every_rank(lambda: checkpoint.latest(directory) if tag is None else str(tag))
+        tag = ranks.of_rank_0(newest)  # all load the same, whatever their file systems have heard of
         if tag is None:
             log.warning("%s holds no checkpoint: nothing was loaded", directory)
             return None, {}

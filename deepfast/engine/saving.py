@@ -138,9 +138,14 @@ class Save:
 
 def lay_out(directory: Path, tag: str, world_size: int) -> None:
     """Begins a checkpoint; on rank 0, before any rank's ``Save``."""
-    folder = checkpoint.begin(directory, tag)
-    for rank in range(world_size):
-        _slip(folder, rank).touch()
+    try:
+        folder = checkpoint.begin(directory, tag)
+        for rank in range(world_size):
+            _slip(folder, rank).touch()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            checkpoint.discard(checkpoint.staging(directory, tag))
+        raise unwritable(directory / tag, error) from None
 
 
 def _slip(folder: Path, rank: int) -> Path:
