@@ -267,7 +267,7 @@ def test_one_rank_that_cannot_write_fails_the_checkpoint(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(checkpoint, "write_tensors", full_for_rank_2)
     monkeypatch.setattr(checkpoint, "write_atomically", full_for_rank_2)
-    said = outcomes(engines, tmp_path)
+    said = outcomes(engines, tmp_path, timeout=20)
     why = "No space left on device" if slip == "written" else "rank 2 has failed, and could not say why"
     assert why in said[0]
     assert ("(rank 2)" in said[0]) == (slip == "written")
