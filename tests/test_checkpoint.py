@@ -119,11 +119,12 @@ def test_a_checkpoint_can_be_checked_with_coreutils(tmp_path):
     assert (tmp_path / "latest").read_text().strip() == "a"
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "rank0.safetensors",
-                                  checkpoint.CHECKSUMS])  # fmt: skip
+@pytest.mark.parametrize("name", ["model-0.safetensors", "optimizer-0.safetensors", "random-0.safetensors",
+                                  "state.json", checkpoint.CHECKSUMS])  # fmt: skip
 @pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
 def test_damage_is_named_and_an_intact_one_offered(tmp_path, name, how):
     e = engine()
+    train(e, batches(4))
     e.save_checkpoint(tmp_path, "old")
     e.save_checkpoint(tmp_path, "new")
     path = tmp_path / "new" / name
@@ -165,9 +166,9 @@ def test_checkpoints_that_are_missing_or_do_not_fit(tmp_path, caplog):
     assert equal(state(e), state(engine())), "a load that fails leaves the model alone"
     assert not equal(before, state(foreign))
     text = (tmp_path / "a" / "state.json").read_text()
-    (tmp_path / "a" / "state.json").write_text(text.replace('"format": 1', '"format": 2'))
+    (tmp_path / "a" / "state.json").write_text(text.replace('"format": 2', '"format": 3'))
     (tmp_path / "a" / checkpoint.CHECKSUMS).write_text(run("sha256sum", "state.json", cwd=tmp_path / "a").stdout)
-    with pytest.raises(checkpoint.CheckpointError, match="format 2 is not known"):
+    with pytest.raises(checkpoint.CheckpointError, match="format 3 is not known"):
         e.load_checkpoint(tmp_path)
     with pytest.raises(checkpoint.CheckpointError, match="name of a folder"):
         e.save_checkpoint(tmp_path, "../b")
@@ -200,9 +201,8 @@ def test_what_json_does_not_know_comes_back():
 def test_saving_again_and_pruning(tmp_path):
     e = engine()
     for tag in ("a", "b", "c", "b"):
-        e.save_checkpoint(tmp_path, tag)
-        (tmp_path / ".x.tmp").mkdir(exist_ok=True)
-        checkpoint.prune(tmp_path, keep=2)
+        (tmp_path / ".x.tmp").mkdir()  # left by one that was killed
+        e.save_checkpoint(tmp_path, tag, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "c", "latest"]
     e.load_checkpoint(tmp_path)
     # Killed between the two renames of saving the same tag again: the old one is found.
@@ -210,16 +210,18 @@ def test_saving_again_and_pruning(tmp_path):
     assert e.load_checkpoint(tmp_path)[0] == str(tmp_path / "b")
 
 
-def test_no_pickle_is_read(tmp_path, monkeypatch):
+def test_no_pickle_is_written_or_read(tmp_path, monkeypatch):
     import pickle
 
-    e = engine()
-    e.save_checkpoint(tmp_path)
-    assert not [p for p in tmp_path.rglob("*") if p.suffix in (".pt", ".bin", ".pkl")]
-
     def refuse(*_, **__):
-        raise AssertionError("unpickled")
+        raise AssertionError("a pickle")
 
-    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
-        monkeypatch.setattr(module, name, refuse)
+    for name in ("load", "loads", "Unpickler", "dump", "dumps", "Pickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    for name in ("load", "save"):
+        monkeypatch.setattr(torch, name, refuse)
+    e = engine()
+    train(e, batches(4))
+    e.save_checkpoint(tmp_path)
+    assert {p.suffix for p in tmp_path.rglob("*.*")} == {".safetensors", ".json", ".sha256"}
     e.load_checkpoint(tmp_path)

@@ -105,12 +105,12 @@ def test_bad_data_and_models_take_nothing_away(place, name, spoil, message):
 
 def test_damaged_checkpoints(place):
     assert train(place).returncode == 0
-    path = place / "output" / "checkpoints" / "step8" / "optimizer.safetensors"
+    path = place / "output" / "checkpoints" / "step8" / "optimizer-0.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     line = says_one_line(train(place, "--resume"))
-    assert "step8/optimizer.safetensors is damaged" in line
+    assert "step8/optimizer-0.safetensors is damaged" in line
     assert "'step6' is intact: resume from that one" in line
     assert "there are: step8, step6" in says_one_line(train(place, "--resume", "step7"))
     done = train(place, "--resume", "step6")
@@ -119,11 +119,10 @@ def test_damaged_checkpoints(place):
 
 
 def test_a_full_disk_is_one_line(place):
-    """/dev/full stands for it: the checkpoint's first file cannot be written."""
     code = (
         "import sys, deepfast.engine.checkpoint as c, deepfast.train as t\n"
-        "def full(path, data): raise OSError(28, 'No space left on device', str(path))\n"
-        "c.write_json = full\n"
+        "def full(path, *data): raise OSError(28, 'No space left on device', str(path))\n"
+        "c.write_tensors = full\n"
         "sys.exit(t.main(['--config', 'config.json', '--set', 'num_train_steps=3']))"
     )
     done = run(sys.executable, "-c", code, cwd=place)

@@ -1,7 +1,8 @@
 """Checkpoints that survive a crash at any moment, can be checked with ``sha256sum -c``, and hold no pickle.
 
-``<dir>/<tag>/`` holds ``.safetensors`` files, ``state.json`` and ``checksums.sha256``. It is written under another
-name and appears by one rename; ``<dir>/latest`` names the newest and is replaced in the same way.
+``<dir>/<tag>/`` holds ``.safetensors`` files, ``state.json`` and ``checksums.sha256``. It is put together under another
+name and appears by one rename, when all of it is on the disk; ``<dir>/latest`` names the newest and is replaced in the
+same way.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,35 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
+def write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    _sync(path)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replaces the file, so that a reader sees the old text or the new."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
+    write_text(temporary, text)
     os.replace(temporary, path)
     _sync(path.parent)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Writes contiguous tensors on the host that share no memory; ``about`` goes into the file's header."""
+    try:
+        save_file(tensors, path, about)
+    except SafetensorError as error:  # which has the system's error in its text alone
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+    path.chmod(0o644)  # safetensors leaves it to its owner alone
+
+
+def seal(path: Path) -> str:
+    """The sha256 sum of a file that from here on stays on the disk."""
+    _sync(path)
+    return _sha256(path)
 
 
 def _sha256(path: Path) -> str:
@@ -54,22 +77,40 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def unwritable(target: Path, why: OSError | str) -> CheckpointError:
+    if isinstance(why, OSError):
+        why = f"{why.strerror or why}{f': {why.filename}' if why.filename else ''}"
+    return CheckpointError(f"{target}: cannot be written: {why}")
+
+
+def check_tag(tag: str) -> None:
+    if not tag or "/" in tag or tag.startswith(".") or tag == "latest":
+        raise CheckpointError(f"{tag!r} cannot name a checkpoint: it is to be the name of a folder")
+
+
 def staging(directory: Path, tag: str) -> Path:
     return directory / f".{tag}.tmp"
 
 
 def begin(directory: Path, tag: str) -> Path:
-    """An empty folder in which the checkpoint ``tag`` is put together."""
+    """An empty folder in which the checkpoint ``tag`` is put together. What killed writers have left goes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.glob(".*.tmp"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    for old in directory.glob(".*.old"):
+        _take_back(directory, old.name[1 : -len(".old")])
+        shutil.rmtree(old, ignore_errors=True)
     folder = staging(directory, tag)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir()
     return folder
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    # safetensors wants contiguous tensors that share no memory; saving a view would drag its whole storage along.
-    save_file({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, path)
-    path.chmod(0o644)  # safetensors leaves it to its owner alone
+def discard(folder: Path) -> None:
+    """Removes a folder, which nobody sees half removed."""
+    gone = folder.with_name(f".{folder.name.strip('.')}.gone.tmp")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(folder, gone)
+        shutil.rmtree(gone)
 
 
 def plain(value: Any) -> Any:
@@ -110,31 +151,45 @@ def restore(value: Any) -> Any:
     return {k: restore(v) for k, v in value.items()}
 
 
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(plain(data), indent=1), encoding="utf-8")
+def to_json(data: dict[str, Any]) -> str:
+    return json.dumps(plain(data), indent=1)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     return restore(json.loads(path.read_text(encoding="utf-8")))
 
 
-def commit(directory: Path, tag: str) -> Path:
-    """Publishes what was put together after ``begin``; from here on ``latest`` names it."""
-    folder, target = staging(directory, tag), directory / tag
-    files = sorted(p for p in folder.iterdir())
-    (folder / CHECKSUMS).write_text("".join(f"{_sha256(p)}  {p.name}\n" for p in files), encoding="utf-8")
-    for path in (*files, folder / CHECKSUMS, folder):
-        _sync(path)
-    if target.exists():  # the same step again: the old one goes only when the new one is there
-        old = directory / f".{tag}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(target, old)
+def commit(directory: Path, tag: str, sums: dict[str, str]) -> Path:
+    """Publishes what was put together after ``begin`` and has these sums; from here on ``latest`` names it."""
+    folder, target, old = staging(directory, tag), directory / tag, _old(directory, tag)
+    write_text(folder / CHECKSUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+    _sync(folder)
+    named = directory / ".latest.tmp"
+    try:
+        write_text(named, tag + "\n")  # before anything is seen: there may be no room for it
+        if target.exists():  # the same step again: the old one goes only when the new one is there
+            os.rename(target, old)
         os.rename(folder, target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(folder, target)
-    write_atomically(directory / "latest", tag + "\n")
+        _sync(directory)
+        os.replace(named, directory / "latest")
+        _sync(directory)
+    except OSError:
+        _take_back(directory, tag)
+        named.unlink(missing_ok=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _old(directory: Path, tag: str) -> Path:
+    return directory / f".{tag}.old"
+
+
+def _take_back(directory: Path, tag: str) -> None:
+    """After a kill between the two renames of commit(): the old one is the checkpoint again."""
+    if _old(directory, tag).is_dir() and not (directory / tag).exists():
+        with contextlib.suppress(FileNotFoundError):  # another rank was faster
+            os.rename(_old(directory, tag), directory / tag)
 
 
 def tags(directory: Path) -> list[str]:
@@ -154,8 +209,8 @@ def latest(directory: Path) -> str | None:
     return next(iter(tags(directory)), None)
 
 
-def fault(folder: Path) -> str | None:
-    """What is wrong with the checkpoint, naming the file; None if it is intact."""
+def fault(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """What is wrong with the checkpoint, naming the file; None if it is intact. Each rank looks at a share of it."""
     sums = folder / CHECKSUMS
     try:
         lines = sums.read_text(encoding="utf-8").splitlines()
@@ -163,7 +218,7 @@ def fault(folder: Path) -> str | None:
         return f"{sums} cannot be read ({getattr(error, 'strerror', None) or 'not text'})"
     if not lines:
         return f"{sums} is empty"
-    for line in lines:
+    for line in lines[rank::ranks]:
         expected, _, name = line.partition("  ")
         if not name or "/" in name:
             return f"{sums} is damaged"
@@ -175,20 +230,18 @@ def fault(folder: Path) -> str | None:
     return None
 
 
-def verify(directory: Path, tag: str) -> Path:
-    """The folder of an intact checkpoint.
+def verify(directory: Path, tag: str, rank: int = 0, ranks: int = 1) -> Path:
+    """The folder of an intact checkpoint; of several ranks, each looks at a share of it.
 
     Raises:
         CheckpointError: names what is missing or damaged, and the newest intact checkpoint there is.
     """
-    folder, old = directory / tag, directory / f".{tag}.old"
-    if old.is_dir() and not folder.exists():  # killed between the two renames of commit()
-        with contextlib.suppress(FileNotFoundError):  # another rank was faster
-            os.rename(old, folder)
+    folder = directory / tag
+    _take_back(directory, tag)
     if not folder.is_dir():
         others = ", ".join(tags(directory)) or "none"
         raise CheckpointError(f"{folder}: no such checkpoint (there are: {others})")
-    wrong = fault(folder)
+    wrong = fault(folder, rank, ranks)
     if wrong is None:
         return folder
     intact = next((t for t in tags(directory) if t != tag and fault(directory / t) is None), None)
@@ -204,12 +257,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Deletes all but the newest ``keep`` checkpoints, and what killed writers left."""
+    """Deletes all but the newest ``keep`` checkpoints. What is being written is none yet."""
     for tag in tags(directory)[keep:]:
         if tag != latest(directory):
-            shutil.rmtree(directory / tag)
-    for leftover in (*directory.glob(".*.tmp"), *directory.glob(".*.old")):
-        shutil.rmtree(leftover, ignore_errors=True)
+            discard(directory / tag)
 
 
 def unique(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -223,24 +274,3 @@ def unique(state: dict[str, Any]) -> dict[str, Tensor]:
             kept[name] = t
         seen.add(place)
     return kept
-
-
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, the rest) of an optimizer's state_dict; the rest goes to JSON."""
-    state = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    rest: dict[str, Any] = {}
-    for index, values in state["state"].items():
-        for name, value in values.items():
-            (tensors if isinstance(value, Tensor) else rest)[f"{index}.{name}"] = value
-    return tensors, {"state": rest, "param_groups": state["param_groups"]}
-
-
-def unpack_optimizer(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    """The state_dict that ``pack_optimizer`` took apart."""
-    state: dict[int, dict[str, Any]] = {}
-    pairs: Iterable[tuple[str, Any]] = (*tensors.items(), *rest["state"].items())
-    for key, value in pairs:
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": rest["param_groups"]}

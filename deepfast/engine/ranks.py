@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 
 from deepfast.errors import UserError
+
+T = TypeVar("T")
 
 
 def launched() -> tuple[int, int | None]:
@@ -42,10 +45,25 @@ def init_distributed(*_args: Any, **_options: Any) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world is not None and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        _join("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cpu":
             atexit.register(_leave)
     return device
+
+
+def _join(backend: str) -> None:
+    """Joins the default group; after a restart, past the addresses that the dead ranks have left.
+
+    torchrun's agent keeps one store for all restarts, and torch takes what it finds there: who is faster than its
+    neighbour calls on a process that is gone. On one host the number of restarts tells lives apart. Several hosts each
+    count their own; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun begin a new store.
+    """
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if life == "0" or os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        dist.init_process_group(backend)
+        return
+    store, rank, size = next(dist.rendezvous("env://"))
+    dist.init_process_group(backend, store=dist.PrefixStore(f"life{life}", store), rank=rank, world_size=size)
 
 
 def _leave() -> None:
@@ -55,7 +73,7 @@ def _leave() -> None:
 
 
 class SharedError(UserError):
-    """One that rank 0 has raised, and prints."""
+    """One that another rank has raised, and prints."""
 
 
 def on_rank_0(work: Callable[[], None]) -> None:
@@ -71,3 +89,56 @@ def on_rank_0(work: Callable[[], None]) -> None:
         dist.broadcast_object_list(failure, 0)
     if failure[0] is not None:
         raise error or SharedError(failure[0])
+
+
+def on_every_rank(work: Callable[[], T], shared: type[SharedError] = SharedError) -> T:
+    """Does ``work`` on all ranks, and returns what it has on this one; where it fails on one, it fails on all.
+
+    Raises:
+        Exception: what ``work`` has raised here; ``shared``, with its text, where it was another rank's. Where several
+            have failed it is that of the lowest.
+    """
+    failure: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:  # of whatever kind: nobody is to wait for this rank
+        failure = error
+    if dist.is_initialized():
+        try:
+            lowest, text = _lowest_failure(None if failure is None else str(failure) or type(failure).__name__)
+        except RuntimeError as broken:  # somebody has died
+            raise failure or broken from None
+        if lowest not in (None, dist.get_rank()):
+            raise shared(f"{text} (rank {lowest})")
+    if failure is not None:
+        raise failure
+    return result
+
+
+_agreements = itertools.count()
+
+
+def _lowest_failure(own: str | None) -> tuple[int | None, str]:
+    """(rank, text) of the first rank that has one; (None, "") where none has.
+
+    Through the group's store and a barrier, not through tensors: this may be the last thing that a script does, and a
+    thread of gloo's that lets go of a tensor, some time after its sum, aborts a Python that is ending.
+    """
+    group: Any = dist.group.WORLD
+    said = dist.PrefixStore(f"deepfast/said/{next(_agreements)}", group.get_group_store())
+    if own is not None:
+        said.set(str(dist.get_rank()), own)
+        said.add("failures", 1)
+    dist.barrier()
+    if said.add("failures", 0) == 0:
+        return None, ""
+    lowest = next(rank for rank in range(dist.get_world_size()) if said.check([str(rank)]))
+    return lowest, said.get(str(lowest)).decode()
+
+
+def of_rank_0(value: T) -> T:
+    """The value that rank 0 has."""
+    held = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(held, 0)
+    return held[0]

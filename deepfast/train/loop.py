@@ -91,6 +91,7 @@ def _train(config: Config, run: Run, tag: str | None, rank: int, stop: Stop) -> 
                 _save(engine, run, config.save_total_limit, reporter, identity)
             if stopped:
                 break
+        engine.wait_for_checkpoint()
     finally:
         if reporter:
             reporter.close()
@@ -132,9 +133,7 @@ def _step(engine: Any, sequences: Any, stop: Stop) -> tuple[float, bool]:
 def _save(engine: Any, run: Run, keep: int, reporter: Reporter | None, identity: dict[str, Any]) -> None:
     if reporter:
         reporter.flush()
-    engine.save_checkpoint(run.checkpoints, f"step{engine.global_steps}", identity)
-    if engine.rank == 0:
-        checkpoint.prune(run.checkpoints, keep)
+    engine.save_checkpoint(run.checkpoints, f"step{engine.global_steps}", identity, wait=False, keep=keep)
 
 
 def _say_goodbye(config: Config, run: Run, module: Any, tokenizer: Any, sequences: Any, device: torch.device) -> None:
