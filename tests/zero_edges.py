@@ -84,6 +84,8 @@ def check_groups_added_later():
                     "zero_optimization": {"stage": stage}},
         )[0]  # fmt: skip
         train(engine, 0, SIZE)
+        with torch.no_grad():
+            net.later.weight += RANK  # the first rank's holds
         engine.optimizer.add_param_group({"params": list(net.later.parameters()), "lr": 0.5})
         net.wants = True
         for step in (1, 2):
@@ -119,6 +121,16 @@ def check_a_parameter_that_has_become_another():
     engine.module.never.data = engine.module.never.data.double()
     with pytest.raises(RuntimeError, match="has become one of shape"):
         train(engine, 1, SIZE)
+
+
+def check_what_backward_still_needs_is_not_overwritten():
+    """A graph of before the step would take the weights of after it, which other ranks have written."""
+    engine = run({}, 2, 1, steps=1)
+    torch.manual_seed(RANK)
+    out = engine(torch.randint(97, (4, 7)), True)
+    train(engine, 1, SIZE)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 def check_an_optimizer_that_has_stepped():
