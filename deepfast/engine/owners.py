@@ -41,7 +41,7 @@ class OwnedSums(Sums):
         self.sums: list[Tensor] = []  # of each bucket: what this rank owns, or all
         self._statistics: list[Tensor] = []
         self._strides: list[tuple[int, ...]] = []
-        self._alone: list[Tensor] | None = None
+        self._alone: list[Tensor] = []  # sums of this rank alone, made when they are first needed
         self.add_params(params)
 
     def add_params(self, params: list[Tensor]) -> None:
@@ -55,6 +55,7 @@ class OwnedSums(Sums):
             self.layouts.append(layout)
             self.sums.append(self._zeros(layout))
             self._statistics.append(torch.zeros(2, dtype=torch.float64))
+        self._alone = []
         self.clear()
 
     def _zeros(self, layout: Layout) -> Tensor:
@@ -68,7 +69,8 @@ class OwnedSums(Sums):
         super().clear()
         self._overwrite = [True] * len(self.sums)  # whether a bucket has nothing of this step yet
         self._adding, self._last, self._sync = 1.0, False, True
-        self._pending = False  # sums of this rank alone that the others have not seen
+        self._was_alone = False  # there are sums of this rank alone, which the others have not seen:
+        self._unseen = [False] * len(self.params)  # of these parameters
         self._agreed = False
 
     def begin(self, weight: float | None, last: bool, sync: bool = True) -> None:
@@ -81,26 +83,29 @@ class OwnedSums(Sums):
     def add(self) -> None:
         """After it: what backward has not handed over is."""
         if self._sync:
-            self.buckets.flush()
+            self._flush()
         else:
             self._add_alone(range(len(self.params)))
-            self._pending = True
+            self._was_alone = True
         again = next((p for p in self.params if p.grad is not None), None)
         if again is not None:
             raise late(again)
         self.weight += self._adding
 
+    def _flush(self) -> None:
+        self.buckets.flush()
+        self._was_alone = False
+
     def _add_alone(self, which: Any) -> None:
-        if self._alone is None:
-            self._alone = memory.zeros_like_each(self.params, torch.float32, self.device)
+        self._alone = self._alone or memory.zeros_like_each(self.params, torch.float32, self.device)
         for overwrite in (True, False):
-            chosen = [i for i in which if self.params[i].grad is not None and self.present[i] != overwrite]
+            chosen = [i for i in which if self.params[i].grad is not None and self._unseen[i] != overwrite]
             grads = [self._gradient(i) for i in chosen]
             if chosen:
                 backend = ops.select(ops.forced(), self.device, *(g.dtype for g in grads if g is not None))
                 backend.accumulate_([self._alone[i] for i in chosen], grads, self._adding, overwrite)
         for i in which:
-            self.present[i] |= self.params[i].grad is not None
+            self._unseen[i] |= self.params[i].grad is not None
             self.params[i].grad = None
 
     def _gradient(self, i: int) -> Tensor | None:
@@ -121,11 +126,11 @@ class OwnedSums(Sums):
     def _sum(self, bucket: int) -> None:
         """A bucket whose gradients are all there: each owner adds its part of them."""
         members, layout, total = self.buckets.members[bucket], self.layouts[bucket], self.sums[bucket]
-        weight = self._adding
-        if self._pending and self._alone is not None:
+        weight, dtype = self._adding, self.params[members[0]].dtype
+        if self._was_alone:
             self._add_alone(members)
-            grads = [self._alone[i] if self.present[i] else None for i in members]
-            weight = 1.0
+            grads = [self._alone[i] if self._unseen[i] else None for i in members]
+            weight, dtype = 1.0, torch.float32
         else:
             grads = [self._gradient(i) for i in members]
         everywhere = self._last and not self.sharded
@@ -136,7 +141,7 @@ class OwnedSums(Sums):
             layout.offsets,
             layout.numel,
             layout.chunk,
-            self.params[members[0]].dtype,
+            dtype,
             weight=weight,
             overwrite=self._overwrite[bucket],
             everywhere=everywhere,
@@ -145,15 +150,15 @@ class OwnedSums(Sums):
         self._overwrite[bucket] = False
         for i, grad in zip(members, grads, strict=True):
             self.present[i] |= grad is not None
+            self._unseen[i] = False
             self.params[i].grad = None
 
     def finish(self) -> Tensor:
         """Before the step. Returns the statistics, fp64 [2], over all parameters and ranks."""
-        if self._pending or not self._last:
+        if self._was_alone or not self._last:
             self._last = True
             self.buckets.watch()
-        self.buckets.flush()
-        self._pending = False
+        self._flush()
         if not self._agreed:
             self._agree()
         self._agreed = True
