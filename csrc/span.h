@@ -29,4 +29,10 @@ struct Span {
   DType grad_dtype;
 };
 
+// Other ranks to whom new weights go, too: how many bytes after this rank's weight each has its own.
+struct Sinks {
+  const int64_t* displacement;  // on the host
+  int64_t count;
+};
+
 }  // namespace deepfast

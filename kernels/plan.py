@@ -112,6 +112,7 @@ class Plan:
         self._table: Table | None = None  # of this step,
         self._last_table: Table | None = None  # and of the last one
         self._last_groups: tuple[list[int], Tensor] | None = None
+        self._sinks: Tensor | None = None
         self._stream = 0  # on which both were made
 
     def needs_norms(self) -> bool:
@@ -188,6 +189,10 @@ class Plan:
         return span_of(
             (address, entry.dtype), (at_grad, grad.dtype), param.numel(), master, addresses, at_step, entry.group
         )
+
+    def send_to(self, displacements: list[int]) -> None:
+        """From now on steps write each new weight so many bytes further on, too: where other ranks have theirs."""
+        self._sinks = upload(displacements, self._device)
 
     def gradient_memory(self) -> list[int]:
         """Of what ``gather`` has found: where each gradient begins and ends."""
@@ -267,7 +272,7 @@ class Plan:
         else:
             norms = None
         groups = self._groups(hyper, lrs)
-        step.step(self._rule, self._on_device(), groups, record, norms, self._after)
+        step.step(self._rule, self._on_device(), groups, record, norms, self._after, self._sinks)
         self._order.write_back()
         written([entry.param for entry, _ in self._active])
         if self._after != KEPT:

@@ -103,7 +103,7 @@ def update(
     row, constants, record, i, mask,
     UPDATE: tl.constexpr, MOMENTS: tl.constexpr, COUNT: tl.constexpr,
     PARAM_TYPE: tl.constexpr, HAS_MASTER: tl.constexpr, GRAD_TYPE: tl.constexpr, PACK: tl.constexpr,
-    AFTER: tl.constexpr,
+    AFTER: tl.constexpr, sinks, SINKS: tl.constexpr,
 ):  # fmt: skip
     """The elements i of a span, where mask says so (None: all)."""
     grad_at = pointer(tl.load(row + GRAD), GRAD_TYPE, PACK) + i
@@ -118,7 +118,11 @@ def update(
         new = UPDATE(values(constants + 1, COUNT), p, g, *moments)
         if HAS_MASTER:
             tl.store(master_at, new[0], mask)
-        tl.store(param_at, encode(new[0], PARAM_TYPE, HAS_MASTER), mask)
+        weight = encode(new[0], PARAM_TYPE, HAS_MASTER)
+        tl.store(param_at, weight, mask)
+        for k in tl.static_range(SINKS):
+            there = tl.load(row + PARAM) + tl.load(sinks + k)
+            tl.store(pointer(there, PARAM_TYPE, PACK) + i, weight, mask)
         for k in tl.static_range(MOMENTS):
             tl.store(moments_at[k], new[1 + k], mask)
         if AFTER == WRITTEN:
@@ -142,6 +146,8 @@ def step_kernel(
     GRAD_TYPE: tl.constexpr,
     PACK: tl.constexpr,
     AFTER: tl.constexpr,
+    sinks,  # int64 [SINKS]: how many bytes after this rank's weights others have theirs; or None
+    SINKS: tl.constexpr,
 ):
     """One program a block of BLOCK elements. Only a span's last block is masked: all others move 16 bytes at once."""
     block = first + tl.program_id(0)
@@ -152,10 +158,10 @@ def step_kernel(
     i = begin + tl.arange(0, BLOCK)
     if begin + BLOCK <= numel:
         update(row, constants + span * CONSTANTS, record, i, None, UPDATE, MOMENTS, COUNT, PARAM_TYPE, HAS_MASTER,
-               GRAD_TYPE, PACK, AFTER)  # fmt: skip
+               GRAD_TYPE, PACK, AFTER, sinks, SINKS)  # fmt: skip
     else:
         update(row, constants + span * CONSTANTS, record, i, i < numel, UPDATE, MOMENTS, COUNT, PARAM_TYPE,
-               HAS_MASTER, GRAD_TYPE, PACK, AFTER)  # fmt: skip
+               HAS_MASTER, GRAD_TYPE, PACK, AFTER, sinks, SINKS)  # fmt: skip
 
 
 @triton.jit
@@ -286,7 +292,8 @@ def prepare(rule: Rule, table: Table, groups: Tensor, record: Tensor, norms: Ten
     return constants
 
 
-def step(rule: Rule, table: Table, groups: Tensor, record: Tensor, norms: Tensor | None, after: int) -> None:
+def step(rule: Rule, table: Table, groups: Tensor, record: Tensor, norms: Tensor | None, after: int,
+         sinks: Tensor | None = None) -> None:  # fmt: skip
     """One step over all spans of ``table``; see :meth:`deepfast.reference.Plan.step`.
 
     Args:
@@ -294,12 +301,14 @@ def step(rule: Rule, table: Table, groups: Tensor, record: Tensor, norms: Tensor
         record: fp32 [3] on the device.
         norms: fp64 [spans, 2] on the device, where the rule needs norms.
         after: what becomes of the gradients.
+        sinks: int64 on the device, or None; see :meth:`deepfast.kernels.plan.Plan.send_to`.
     """
+    count = 0 if sinks is None else len(sinks)
     constants = prepare(rule, table, groups, record, norms, advance=True)
     for kind, first, blocks, _, _ in table.launches:
         launch(step_kernel, blocks, table.device, table.rows, table.owners, first, constants, record,
                rule.update, rule.moments, rule.constants, DTYPES[kind.param], kind.master, DTYPES[kind.grad],
-               kind.pack, int(after), num_warps=WARPS)  # fmt: skip
+               kind.pack, int(after), sinks, count, num_warps=WARPS)  # fmt: skip
 
 
 def norms(rule: Rule, table: Table, groups: Tensor, record: Tensor) -> Tensor:

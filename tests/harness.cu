@@ -218,7 +218,7 @@ void step_case(int rule, const std::vector<int64_t>& numels, int64_t groups) {
     }
     cpu::step(rule, twins.on_cpu.data(), count, hypers.table.data(), hypers.stride, record[0], expected.data(), after);
     const int64_t before = launches();
-    cuda::step(rule, job, steps.workspace, record.data(), got.data(), after, nullptr);
+    cuda::step(rule, job, steps.workspace, record.data(), got.data(), after, {}, nullptr);
     finish("a step");
     if (cuda::step_needs(job).table == 0) require_one_launch(before, "more than one launch");
     steps.check();
@@ -227,7 +227,7 @@ void step_case(int rule, const std::vector<int64_t>& numels, int64_t groups) {
   if (cuda::step_needs(job).table > 0 && steps.known) {  // nothing has changed: nothing is to be sent
     const Array<StepRecord> skip(1, StepRecord{1.0f, 1.0f, 0.0f});
     const int64_t before = launches();
-    cuda::step(rule, job, steps.workspace, skip.data(), nullptr, Afterwards::kKept, nullptr);
+    cuda::step(rule, job, steps.workspace, skip.data(), nullptr, Afterwards::kKept, {}, nullptr);
     finish("a step that is skipped");
     require_one_launch(before, "an unchanged table was sent again");
   }

@@ -323,3 +323,9 @@ def test_collectives_between_processes(tmp_path):
     """Over memory that both map, as the CUDA kernels' test has it: same checks, same reference, same bits."""
     said = heard_of_ranks(2, tmp_path, "comm_ranks.py", "triton")
     assert [failures(said, check) for check in wanted(2, "triton") if failures(said, check)] == []
+
+
+def test_sharded_engines(tmp_path):
+    """The step writes the weights of both, and sums are scattered by the kernels."""
+    said = heard_of_ranks(2, tmp_path, "zero_played.py", "triton")
+    assert [failures(said, check) for check in said[0] if failures(said, check)] == []

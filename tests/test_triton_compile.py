@@ -19,7 +19,7 @@ from deepfast.kernels import collectives, formulas, refresh, statistics, step
 
 ARGUMENTS = {"rows": "*i64", "owners": "*i32", "constants": "*fp32", "record": "*fp32", "partial": "*fp64",
             "directions": "*fp64", "first": "i32", "end": "i32", "shared": ("i64",) * 8, "numel": "i64", "place": "i64",
-            "factor": "i64", "statistics": "*fp64", "found_inf": "*fp32", "status": "i64"}  # fmt: skip
+            "factor": "i64", "statistics": "*fp64", "found_inf": "*fp32", "status": "i64", "sinks": "*i64"}  # fmt: skip
 
 
 CUBIN = "kernel.cubin"
@@ -64,7 +64,8 @@ def test_steps_move_16_bytes_at_a_time(rule, stored, arch, tmp_path):
     fp32 = what.moments + (1 if master or param == tl.float32 else 0)
     pack = 4 if fp32 else 8
     constants = {"UPDATE": what.update, "MOMENTS": what.moments, "COUNT": what.constants, "PARAM_TYPE": param,
-                 "HAS_MASTER": master, "GRAD_TYPE": grad, "PACK": pack, "AFTER": after}  # fmt: skip
+                 "HAS_MASTER": master, "GRAD_TYPE": grad, "PACK": pack, "AFTER": after, "sinks": None,
+                 "SINKS": 0}  # fmt: skip
     ptx, accesses, used = machine_code(step.step_kernel, constants, arch, tmp_path)
     assert "STACK:0" in used
     assert not any(name.startswith(("LDL", "STL")) for name in accesses)
@@ -77,6 +78,17 @@ def test_steps_move_16_bytes_at_a_time(rule, stored, arch, tmp_path):
     assert wide(accesses, "STG") >= each * stores
     assert not re.search(r"\.approx|\.ftz|div\.full", ptx)
     assert not re.search(r"\b(mul|add|sub)\.f(32|64)", ptx), "without .rn the assembler may fuse them"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_weights_go_to_seven_others_16_bytes_at_a_time(arch, tmp_path):
+    adam = formulas.RULES["adam"]
+    constants = {"UPDATE": adam.update, "MOMENTS": 2, "COUNT": adam.constants, "PARAM_TYPE": tl.float32,
+                 "HAS_MASTER": False, "GRAD_TYPE": tl.float32, "PACK": 4, "AFTER": reference.KEPT}  # fmt: skip
+    _, alone, _ = machine_code(step.step_kernel, {**constants, "sinks": None, "SINKS": 0}, arch, tmp_path)
+    _, sent, used = machine_code(step.step_kernel, {**constants, "SINKS": 7}, arch, tmp_path)
+    assert "STACK:0" in used
+    assert wide(sent, "STG") >= wide(alone, "STG") + 2 * 7
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

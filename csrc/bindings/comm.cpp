@@ -52,6 +52,8 @@ PYBIND11_MODULE(deepfast_comm, m) {
       .def("all_reduce_", &Communicator::all_reduce, Released())
       .def("reduce_scatter", &Communicator::reduce_scatter, Released())
       .def("all_gather", &Communicator::all_gather, Released())
+      .def("add_to_owners", &Communicator::add_to_owners, Released())
+      .def("addresses", &Communicator::addresses, Released())
       .def("empty", &Communicator::empty, Released())
       .def("close", &Communicator::close, Released());
   py::class_<ProcessGroup, c10::intrusive_ptr<ProcessGroup>, Backend>(m, "ProcessGroup")

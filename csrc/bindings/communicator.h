@@ -9,6 +9,7 @@
 
 #include "../cpu/collectives.h"
 #include "../cpu/kernels.h"
+#include "../cpu/owners.h"
 #include "elements.h"
 #include "heap.h"
 #include "hosts.h"
@@ -89,6 +90,61 @@ class Communicator {
       if (!data.is_same(out)) out.copy_(data);
       out.unsafeGetTensorImpl()->bump_version();
     });
+  }
+
+  // grads: of a bucket's parameters, each beginning at its offset (elements), none where there is none. dtype: what they
+  // are if they are nothing else. sum: fp32, this rank's chunk of the bucket; or the whole bucket in the heap, and then
+  // every rank gets it whole. (csrc/cpu/owners.h)
+  void add_to_owners(Tensor sum, const std::vector<std::optional<Tensor>>& grads, const std::vector<int64_t>& offsets,
+                     int64_t numel, int64_t chunk, at::ScalarType dtype, double weight, bool overwrite, bool everywhere,
+                     const std::optional<Tensor>& statistics) {
+    TORCH_CHECK(!hosts_, "deepfast: the ranks do not share a host");
+    TORCH_CHECK(grads.size() == offsets.size(), "deepfast: ", offsets.size(), " gradients expected, got ", grads.size());
+    TORCH_CHECK(chunk >= 0 && chunk % kReadBlock == 0 && chunk * ranks_ >= numel, "deepfast: no chunk of ", numel,
+                " elements for ", ranks_, " ranks: ", chunk);
+    const int64_t begin = std::min(chunk * rank_, numel), mine = std::min(chunk, numel - begin);
+    TORCH_CHECK(sum.scalar_type() == at::kFloat && sum.is_contiguous() && sum.numel() == (everywhere ? numel : mine),
+                "deepfast: the sum must be ", everywhere ? numel : mine, " contiguous float32 values");
+    std::optional<Element> in = element_type(dtype);
+    std::vector<cpu::Segment> segments;
+    int64_t end = 0;
+    for (size_t i = 0; i < grads.size(); ++i) {
+      if (!grads[i]) continue;
+      const Tensor& grad = *grads[i];
+      const Element type = type_of(grad);
+      TORCH_CHECK_TYPE(type <= Element::kBFloat16, "deepfast: a gradient has dtype ", grad.scalar_type());
+      TORCH_CHECK(grad.is_non_overlapping_and_dense() && offsets[i] >= end && offsets[i] + grad.numel() <= numel,
+                  "deepfast: a gradient does not lie in its bucket");
+      if (type != in) in = Element::kFloat32;
+      end = offsets[i] + grad.numel();
+      segments.push_back({offsets[i], end, grad.const_data_ptr(), static_cast<DType>(type)});
+    }
+    if (!in || *in > Element::kBFloat16) in = Element::kFloat32;
+    run([&] {
+      Statistics found = {};
+      cpu::add_to_owners(*peers_, segments, sum.mutable_data_ptr<float>() + (everywhere ? begin : 0),
+                         {*in, numel, chunk, static_cast<float>(weight), overwrite, everywhere,
+                          statistics ? &found : nullptr});
+      sum.unsafeGetTensorImpl()->bump_version();
+      tell(sum, found, statistics, std::nullopt);
+    });
+  }
+
+  // Where this process sees each rank's `t`, which lies in memory from `empty`.
+  std::vector<int64_t> addresses(const Tensor& t) {
+    TORCH_CHECK(!hosts_, "deepfast: the ranks do not share a host");
+    std::vector<int64_t> out;
+    run([&] {
+      peers_->begin({cpu::Announcement::kAddresses, Element::kInt32, Element::kInt32, static_cast<int64_t>(t.nbytes()),
+                     1.0, false, peers_->heap_offset(t.const_data_ptr())});
+      peers_->meet();
+      peers_->check_agreement();
+      TORCH_CHECK(peers_->all_in_heap(), "deepfast: a tensor lies in no shared memory");
+      for (int r = 0; r < peers_->ranks(); ++r) {
+        out.push_back(reinterpret_cast<int64_t>(peers_->heap(r) + peers_->said(r).offset));
+      }
+    });
+    return out;
   }
 
   void close() { peers_->close(); }

@@ -41,11 +41,21 @@ class Cpu {
     return out;
   }
 
+  Tensor norms_of_blocks(int rule, const Spans& spans, const Hypers& hypers, const Tensor& record) {
+    int64_t blocks = 0;
+    for (const Span& span : spans) blocks += (span.numel + kStepBlock - 1) / kStepBlock;
+    Tensor out(at::detail::empty_cpu({blocks, 2}, at::kDouble));
+    const Tensor table = filled(hypers);
+    cpu::norms_of_blocks(rule, spans.data(), spans.size(), table.const_data_ptr<double>(), table.size(1), read(record),
+                         static_cast<Norms*>(out.mutable_data_ptr()));
+    return out;
+  }
+
   void step(int rule, const Spans& spans, const Hypers& hypers, const Tensor& record, const double* norms,
-            Afterwards after) {
+            Afterwards after, const std::vector<int64_t>& sinks) {
     const Tensor table = filled(hypers);
     cpu::step(rule, spans.data(), spans.size(), table.const_data_ptr<double>(), table.size(1), read(record),
-              reinterpret_cast<const Norms*>(norms), after);
+              reinterpret_cast<const Norms*>(norms), after, {sinks.data(), static_cast<int64_t>(sinks.size())});
   }
 
   void refresh(const Spans& spans) { cpu::refresh(spans.data(), spans.size()); }

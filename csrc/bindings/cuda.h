@@ -63,13 +63,14 @@ class CudaOn {
   }
 
   void step(int rule, const Spans& spans, const Hypers& hypers, const Tensor& record, const double* norms,
-            Afterwards after) {
+            Afterwards after, const std::vector<int64_t>& sinks) {
     const c10::DeviceGuard guard(device_);
     const std::vector<cuda::Hyper> rows = rows_of(hypers);
     const cuda::Job job = job_of(spans, rows);
     Memory fresh;
     const cuda::Workspace workspace = workspace_in(step_, fresh, cuda::step_needs(job));
-    cuda::step(rule, job, workspace, decided(record), reinterpret_cast<const Norms*>(norms), after, stream());
+    cuda::step(rule, job, workspace, decided(record), reinterpret_cast<const Norms*>(norms), after,
+               {sinks.data(), static_cast<int64_t>(sinks.size())}, stream());
   }
 
   void refresh(const Spans& spans) {

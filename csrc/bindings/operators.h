@@ -108,12 +108,14 @@ struct Operators {
   static void define_plan(torch::Library& library, const char* name) {
     using Tensors = std::vector<Tensor>;
     using P = Plan<Backend>;
-    library.class_<P>(name)
-        .def(torch::init(
+    auto plan = library.class_<P>(name);
+    if constexpr (requires { &Backend::norms_of_blocks; }) plan.def("norms_of_blocks", &P::norms_of_blocks);
+    plan.def(torch::init(
             [](std::string rule, Tensors params, Tensors masters, Tensors moments, Tensors steps, Tensor groups) {
               return c10::make_intrusive<P>(std::move(rule), params, masters, moments, steps, groups);
             }))
         .def("needs_norms", &P::needs_norms)
+        .def("send_to", &P::send_to)
         .def("gather", &P::gather)
         .def("statistics", &P::statistics)
         .def("decide", &P::decide)

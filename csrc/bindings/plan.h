@@ -55,6 +55,9 @@ class Plan : public torch::CustomClassHolder {
 
   bool needs_norms() const { return info_.needs_norms; }
 
+  // From now on steps write each new weight this many bytes further on, too: where other ranks have theirs.
+  void send_to(std::vector<int64_t> displacements) { sinks_ = std::move(displacements); }
+
   // Finds the gradients (each parameter's own, unless they are given) and says how many there are; kStale where the
   // plan does not fit any more: a parameter has changed its type or has been exchanged, or a gradient is none that the
   // kernels take. Masters of weights that somebody else has written to take over what was written.
@@ -119,6 +122,13 @@ class Plan : public torch::CustomClassHolder {
     return backend_.norms(rule_, spans_, {hyper, lrs}, record);
   }
 
+  // The same before they are added up: fp64 [blocks, 2], of all blocks of each gradient's parameter (csrc/math/squares.h).
+  Tensor norms_of_blocks(const Tensor& hyper, const OptionalTensors& lrs, const Tensor& record) {
+    TORCH_CHECK(info_.needs_norms, "deepfast: '", info_.name, "' needs no norms");
+    check(hyper, lrs, record);
+    return backend_.norms_of_blocks(rule_, spans_, {hyper, lrs}, record);
+  }
+
   // lrs: none, or for each group a tensor of one value on the parameters' device that stands for hyper[group, 1].
   void step(const Tensor& hyper, const OptionalTensors& lrs, const Tensor& record, const std::optional<Tensor>& norms) {
     check(hyper, lrs, record);
@@ -127,7 +137,7 @@ class Plan : public torch::CustomClassHolder {
       TORCH_CHECK(norms, "deepfast: '", info_.name, "' needs norms");
       measured = fp64_values(*norms, 2 * static_cast<int64_t>(spans_.size()), "the norms", device_);
     }
-    backend_.step(rule_, spans_, {hyper, lrs}, record, measured, after_);
+    backend_.step(rule_, spans_, {hyper, lrs}, record, measured, after_, sinks_);
     order_.write_back();
     const int64_t count = active_.size();
 #pragma omp parallel for if (count > kManyTensors)
@@ -272,6 +282,7 @@ class Plan : public torch::CustomClassHolder {
   int rule_;
   RuleInfo info_;
   bool masters_ = false;  // whether there are any
+  std::vector<int64_t> sinks_;
   std::vector<Entry> entries_;
   at::Device device_;
   Backend backend_;

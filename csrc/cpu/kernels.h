@@ -19,11 +19,15 @@ Statistics statistics(const Span* spans, int64_t count);
 void norms(int rule, const Span* spans, int64_t count, const double* hyper, int64_t hyper_stride,
            const StepRecord& record, Norms* out);
 
+// The same before they are added up: one for each block of kStepBlock elements of each span.
+void norms_of_blocks(int rule, const Span* spans, int64_t count, const double* hyper, int64_t hyper_stride,
+                     const StepRecord& record, Norms* out);
+
 // One step over the whole table, in one parallel region.
 // hyper: [groups, hyper_stride] fp64, a row being the gradient's sign (-1 to maximize) and what the rule's prepare()
 // takes. norms: [count], for a rule that needs them.
 void step(int rule, const Span* spans, int64_t count, const double* hyper, int64_t hyper_stride,
-          const StepRecord& record, const Norms* norms, Afterwards after);
+          const StepRecord& record, const Norms* norms, Afterwards after, const Sinks& sinks = {});
 
 // Where a master, rounded, is not its 16-bit weight, it becomes the weight: somebody else has written to that. What a
 // master knows beyond 16 bits stays elsewhere.

@@ -233,7 +233,8 @@ void Peers::close() {
 
 void Peers::check_agreement() {
   const auto text = [this](int of) {
-    static const char* kinds[] = {"all-reduce", "reduce-scatter", "all-gather", "broadcast"};
+    static const char* kinds[] = {"all-reduce", "reduce-scatter", "all-gather",
+                                  "broadcast",  "sum for owners", "exchange of addresses"};
     static const char* types[] = {"float32", "float16", "bfloat16", "float64", "int32", "int64"};
     const Announcement& a = said(of);
     return "rank " + std::to_string(names_[of]) + ": " + kinds[a.kind] + " of " + std::to_string(a.numel) + " " +

@@ -27,13 +27,14 @@ struct Missing : std::runtime_error {
 
 // What a rank is about to do. All must say the same, but for where their tensor lies.
 struct Announcement {
-  enum Kind : int32_t { kAllReduce, kReduceScatter, kAllGather, kBroadcast };
+  enum Kind : int32_t { kAllReduce, kReduceScatter, kAllGather, kBroadcast, kAddToOwners, kAddresses };
   Kind kind;
   Element in, out;
   int64_t numel;
   double factor;
   bool measured;   // whether statistics are asked for
   int64_t offset;  // of the input in the rank's heap, in bytes; < 0: it lies elsewhere
+  float weight = 1.0f;  // of this rank's, where each may have its own
 
   bool fits(const Announcement& other) const {
     return kind == other.kind && in == other.in && out == other.out && numel == other.numel && factor == other.factor &&

@@ -29,6 +29,49 @@ void update(const Rule rule, const Streams s, float multiplier, int64_t begin, i
       });
 }
 
+// A block of new weights, and those who get it.
+class Outgoing {
+ public:
+  // The weights come from where they are stored, or, if that is only written and not read, from a place in the cache.
+  Outgoing(const Span& span, int64_t offset, const Sinks& sinks)
+      : span_(span), offset_(offset), sinks_(sinks), size_(size_of(span.param_dtype)) {
+    staged_ = sinks.count > 0 && span.master && span.param_dtype != DType::kFloat32;
+  }
+
+  Span written() {
+    Span span = span_;
+    if (staged_) span.param = place_ - offset_;
+    return span;
+  }
+
+  void send(int64_t n, bool past) const {
+    char* own = static_cast<char*>(span_.param) + offset_ * size_;
+    const char* from = staged_ ? reinterpret_cast<const char*>(place_) : own;
+    if (staged_) copy(from, own, n * size_, past);
+    for (int64_t k = 0; k < sinks_.count; ++k) copy(from, own + sinks_.displacement[k], n * size_, past);
+  }
+
+ private:
+  static void copy(const char* from, char* to, int64_t bytes, bool past) {
+    constexpr int64_t kWide = 2 * kWidth<Pack>;  // bytes of a register's halves
+    int64_t done = 0;
+    if (past && reinterpret_cast<uintptr_t>(to) % kWide == 0) {
+      for (; done + kWide <= bytes; done += kWide) {
+        store_past_caches(load(reinterpret_cast<const uint16_t*>(from + done), Pack()),
+                          reinterpret_cast<uint16_t*>(to + done));
+      }
+    }
+    std::memcpy(to + done, from + done, bytes - done);
+  }
+
+  const Span& span_;
+  const int64_t offset_;
+  const Sinks& sinks_;
+  const int64_t size_;
+  bool staged_;
+  alignas(64) uint16_t place_[kReadBlock];
+};
+
 void reset(const Span& span, int64_t offset, int64_t n) {
   const int64_t size = size_of(span.grad_dtype);
   std::memset(static_cast<char*>(span.grad) + offset * size, 0, n * size);
@@ -66,7 +109,7 @@ struct Table {
 };
 
 template <class Rule>
-void step_with(const Table& table, const StepRecord& record, const Norms* norms, Afterwards after) {
+void step_with(const Table& table, const StepRecord& record, const Norms* norms, Afterwards after, const Sinks& sinks) {
   const Span* spans = table.spans;
   const Blocks blocks(spans, table.count, kReadBlock);  // nothing is added up here: what is large is walked in one go
   if (record.skipped()) {
@@ -85,9 +128,11 @@ void step_with(const Table& table, const StepRecord& record, const Norms* norms,
   const auto step_block = [&](int64_t s, int64_t offset, int64_t n, int64_t) {
     const Span& span = spans[s];
     const float multiplier = record.multiplier * static_cast<float>(*table.row(s));
-    with_streams<Rule>(span, [&](const auto& streams) {
-      update(rules[s], streams, multiplier, offset, n, past_caches && streams.aligned());
+    Outgoing outgoing(span, offset, sinks);
+    with_streams<Rule>(outgoing.written(), [&](const auto& streams) {
+      update(rules[s], streams, multiplier, offset, n, past_caches && !sinks.count && streams.aligned());
     });
+    if (sinks.count) outgoing.send(n, past_caches);
     if (after == Afterwards::kReset) reset(span, offset, n);
     if (after == Afterwards::kWritten) write_unscaled(span, offset, n, record.multiplier);
   };
@@ -121,23 +166,19 @@ Norms measure(const Rule rule, const Streams s, float multiplier, int64_t begin,
 }
 
 template <class Rule>
-void norms_with(const Table& table, const StepRecord& record, Norms* out) {
-  std::fill(out, out + table.count, Norms());
-  if (record.skipped()) return;
+void norms_with(const Table& table, const StepRecord& record, Norms* partial) {
   const Span* spans = table.spans;
   const Blocks blocks(spans, table.count);
+  std::fill(partial, partial + blocks.size(), Norms());
+  if (record.skipped()) return;
   std::vector<Rule> rules(table.count);
   for (int64_t s = 0; s < table.count; ++s) rules[s] = table.same(s) ? rules[s - 1] : table.prepare<Rule>(s, 1.0f);
-  std::vector<Norms> partial(blocks.size());
   blocks.parallel_for([&](int64_t s, int64_t offset, int64_t n, int64_t block) {
     const Span& span = spans[s];
     const float multiplier = record.multiplier * static_cast<float>(*table.row(s));
     partial[block] = with_streams<Rule>(
         span, [&](const auto& streams) { return measure(rules[s], streams, multiplier, offset, n); });
   });
-  for (int64_t s = 0; s < table.count; ++s) {
-    out[s] = fold<Norms>(partial.data() + blocks.first(s), blocks.first(s + 1) - blocks.first(s));
-  }
 }
 
 struct Entry {
@@ -160,12 +201,22 @@ constexpr Entry kEntries[] = {DEEPFAST_RULES(DEEPFAST_ENTRY)};
 
 void norms(int rule, const Span* spans, int64_t count, const double* hyper, int64_t hyper_stride,
            const StepRecord& record, Norms* out) {
+  const Blocks blocks(spans, count);
+  std::vector<Norms> partial(blocks.size());
+  norms_of_blocks(rule, spans, count, hyper, hyper_stride, record, partial.data());
+  for (int64_t s = 0; s < count; ++s) {
+    out[s] = fold<Norms>(partial.data() + blocks.first(s), blocks.first(s + 1) - blocks.first(s));
+  }
+}
+
+void norms_of_blocks(int rule, const Span* spans, int64_t count, const double* hyper, int64_t hyper_stride,
+                     const StepRecord& record, Norms* out) {
   kEntries[rule].norms({spans, count, hyper, hyper_stride}, record, out);
 }
 
 void step(int rule, const Span* spans, int64_t count, const double* hyper, int64_t hyper_stride,
-          const StepRecord& record, const Norms* norms, Afterwards after) {
-  kEntries[rule].step({spans, count, hyper, hyper_stride}, record, norms, after);
+          const StepRecord& record, const Norms* norms, Afterwards after, const Sinks& sinks) {
+  kEntries[rule].step({spans, count, hyper, hyper_stride}, record, norms, after, sinks);
 }
 
 }  // namespace deepfast::cpu

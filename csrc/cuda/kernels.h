@@ -81,9 +81,10 @@ void decide(StepRecord* record, const Statistics* statistics, const Question& qu
 // not empty. Those of a parameter that is cut over several ranks are to be added before `step`.
 void norms(int rule, const Job& job, const Workspace& workspace, const StepRecord* record, Norms* out, Stream stream);
 
-// One step over the whole list, one launch. norms: [count], for a rule that needs them.
+// One step over the whole list, one launch. norms: [count], for a rule that needs them. sinks: in peers' memory.
+constexpr int kMaxSinks = 7;
 void step(int rule, const Job& job, const Workspace& workspace, const StepRecord* record, const Norms* norms,
-          Afterwards after, Stream stream);
+          Afterwards after, const Sinks& sinks, Stream stream);
 
 // Where a master, rounded, is not its 16-bit weight, it becomes the weight.
 void refresh(const Job& job, const Workspace& workspace, Stream stream);

@@ -1,4 +1,6 @@
 // Every rule's step (csrc/math/rules.h) and, where it needs norms, its first pass.
+#include <stdexcept>
+
 #include "norms.cuh"
 
 namespace deepfast::cuda {
@@ -36,10 +38,13 @@ void norms(int rule, const Job& job, const Workspace& workspace, const StepRecor
 }
 
 void step(int rule, const Job& job, const Workspace& workspace, const StepRecord* record, const Norms* norms,
-          Afterwards after, Stream stream) {
+          Afterwards after, const Sinks& sinks, Stream stream) {
+  if (sinks.count > kMaxSinks) throw std::runtime_error("deepfast: a step's weights go to at most 8 ranks");
+  Others others = {};
+  for (; others.count < sinks.count; ++others.count) others.displacement[others.count] = sinks.displacement[others.count];
   Packed packed;
   pack(packed, job, kStepBlock, workspace, stream);
-  kEntries[rule].step(packed, workspace, record, norms, after, stream);
+  kEntries[rule].step(packed, workspace, record, norms, after, others, stream);
 }
 
 }  // namespace deepfast::cuda

@@ -12,6 +12,12 @@ namespace deepfast::cuda {
 template <class Rule>
 constexpr int kStepResident = Rule::kMoments > 2 ? 2 : 3;
 
+// Sinks, as a launch takes them along.
+struct Others {
+  int64_t displacement[kMaxSinks];
+  int count;
+};
+
 enum class Weight { kWide, kMaster, kHalf };  // fp32; 16 bits and an fp32 master; 16 bits alone
 
 // A span's streams, with their types: what is read before an update, and written after it.
@@ -86,9 +92,18 @@ struct Loaded {
   }
 };
 
+// To where each other rank has what `at` is here.
+template <int kSize, class T>
+__device__ void send(T* at, const Pack<T, kSize>& pack, const Others& others) {
+#pragma unroll 1
+  for (int k = 0; k < others.count; ++k) {
+    store<kSize>(reinterpret_cast<T*>(reinterpret_cast<char*>(at) + others.displacement[k]), pack);
+  }
+}
+
 template <class Rule, Weight kWeight, class Grad>
 __device__ void update(const Rule& rule, const Span& span, int64_t begin, int64_t end, float multiplier,
-                       float unscaling, Afterwards after) {
+                       float unscaling, Afterwards after, const Others& others) {
   using S = Streams<Rule, kWeight, Grad>;
   const S streams(span);
   for_each<S::kPack>(begin, end, streams.phase(), [&](int64_t i, auto size) {
@@ -109,7 +124,12 @@ __device__ void update(const Rule& rule, const Span& span, int64_t begin, int64_
       }
     }
     store<kSize>(streams.weight + i, weight);
-    if constexpr (kWeight == Weight::kMaster) store<kSize>(streams.half + i, half);
+    if constexpr (kWeight == Weight::kMaster) {
+      store<kSize>(streams.half + i, half);
+      send<kSize>(streams.half + i, half, others);
+    } else {
+      send<kSize>(streams.weight + i, weight, others);
+    }
     if (after == Afterwards::kReset) {
       store<kSize>(streams.grad + i, Pack<Grad, kSize>{});
     } else if (after == Afterwards::kWritten) {
@@ -186,7 +206,7 @@ inline __device__ void count_steps(const Table& table) {
 template <class Rule>
 __global__ void __launch_bounds__(kThreads, kStepResident<Rule>)
     step_kernel(const __grid_constant__ Packed packed, const StepRecord* record_at, const Norms* norms,
-                Afterwards after, uint32_t* counter) {
+                Afterwards after, const __grid_constant__ Others others, uint32_t* counter) {
   const Table table(packed);
   const StepRecord record = *record_at;
   if (record.skipped()) {
@@ -209,7 +229,8 @@ __global__ void __launch_bounds__(kThreads, kStepResident<Rule>)
     const Rule rule = shared;
     const int64_t begin = share.first() * kStepBlock, end = min(share.last() * kStepBlock, span.numel);
     with_types(span, [&]<Weight kWeight, class Grad>() {
-      update<Rule, kWeight, Grad>(rule, span, begin, end, multiplier_of(record, table, span), record.multiplier, after);
+      update<Rule, kWeight, Grad>(rule, span, begin, end, multiplier_of(record, table, span), record.multiplier, after,
+                                  others);
     });
   }
   if constexpr (Rule::kCountsSteps) {
@@ -219,8 +240,8 @@ __global__ void __launch_bounds__(kThreads, kStepResident<Rule>)
 
 template <class Rule>
 void launch_step(const Packed& packed, const Workspace& workspace, const StepRecord* record, const Norms* norms,
-                 Afterwards after, Stream stream) {
-  launch(step_kernel<Rule>, elementwise_grid(packed.blocks), kThreads, stream, packed, record, norms, after,
+                 Afterwards after, const Others& others, Stream stream) {
+  launch(step_kernel<Rule>, elementwise_grid(packed.blocks), kThreads, stream, packed, record, norms, after, others,
          workspace.counters);
 }
 

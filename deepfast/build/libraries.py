@@ -53,7 +53,7 @@ CUDA = Library(
 )
 COMM = Library(
     "Comm",
-    ("cpu/collectives.cpp", "cpu/peers.cpp", "cpu/statistics.cpp"),
+    ("cpu/collectives.cpp", "cpu/owners.cpp", "cpu/peers.cpp", "cpu/statistics.cpp"),
     ("bindings/comm.cpp",),
     (".h", ".cpp"),
     ("-ltorch_python",),

@@ -9,8 +9,8 @@ from torch import Tensor
 from deepfast.comm.values import HALVES, check_pair, check_summed, tell
 
 # Their names before torch 2.13.
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+gather_tensor = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+scatter_tensor = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 class ByTorch:
@@ -35,7 +35,7 @@ class ByTorch:
         check_pair(t, out, self._size, "reduce_scatter")
         whole = _wide(t, factor).contiguous().view(-1)
         part = torch.empty(out.numel(), dtype=whole.dtype, device=whole.device)
-        _reduce_scatter(part, whole, group=self._group)
+        scatter_tensor(part, whole, group=self._group)
         out.copy_(part.view(out.shape))
         tell(out, None, statistics, found_inf)
 
@@ -43,7 +43,7 @@ class ByTorch:
         check_summed(t, 1.0)
         check_pair(out, t, self._size, "all_gather")
         whole = torch.empty(out.numel(), dtype=t.dtype, device=t.device)
-        _all_gather(whole, t.contiguous().view(-1), group=self._group)
+        gather_tensor(whole, t.contiguous().view(-1), group=self._group)
         out.copy_(whole.view(out.shape))
 
     def close(self) -> None:

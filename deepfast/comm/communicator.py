@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -133,6 +134,54 @@ class Communicator:
         if numel < 0:
             raise ValueError(f"deepfast: numel must not be negative, got {numel}")
         return self._on(torch.device(device or "cpu")).empty(numel, dtype)
+
+    def reaches(self, device: torch.device) -> bool:
+        """Whether each rank can write to what the others have on ``device``. (Of a GPU all ranks ask together.)"""
+        return len(self._hosts) == 1 and hasattr(self._on(device), "addresses")
+
+    def add_to_owners(
+        self,
+        total: Tensor,
+        grads: Sequence[Tensor | None],
+        offsets: Sequence[int],
+        numel: int,
+        chunk: int,
+        dtype: torch.dtype,
+        *,
+        weight: float = 1.0,
+        overwrite: bool = False,
+        everywhere: bool = False,
+        statistics: Tensor | None = None,
+    ) -> None:
+        """Adds the ranks' gradients, in rank order, to the sums of those that own them; on a CPU, and one host.
+
+        Rank r owns elements [r * chunk, (r + 1) * chunk) of a bucket. One micro-batch after the other, this is the
+        order in which one process adds up the same micro-batches, dealt out in turn: any number of ranks gets the same
+        bits.
+
+        Args:
+            total: float32, the owned elements; with ``everywhere`` the whole bucket, in memory from :meth:`empty`.
+            grads: float32, float16 or bfloat16, dense in memory; None where there is none.
+            offsets: where in the bucket each gradient begins; ascending.
+            numel: elements of the bucket. chunk: a multiple of 4096.
+            dtype: what the gradients are if all have it; they are shown to the other ranks so, and else in float32.
+            weight: of this rank's gradients.
+            overwrite: the first of a step: what ``total`` held is forgotten.
+            everywhere: every rank gets the whole sum.
+            statistics: as of :meth:`all_reduce_`, of the whole bucket's sum.
+        """
+        self._native.add_to_owners(
+            total, grads, offsets, numel, chunk, dtype, weight, overwrite, everywhere, statistics
+        )
+
+    def displacements(self, t: Tensor) -> list[int]:
+        """By how many bytes each other rank's ``t`` lies behind this one's, as this process sees it.
+
+        All ranks call it, where they reach each other, with memory of their own from :meth:`empty`; good while that
+        lives.
+        """
+        addresses = self._impl(t).addresses(t)
+        return [a - addresses[self.rank] for r, a in enumerate(addresses) if r != self.rank]
 
     def side_stream(self, device: torch.device) -> torch.cuda.Stream:
         """The stream of this communicator's own on a GPU: for sums beside a backward pass."""

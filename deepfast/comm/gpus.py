@@ -85,6 +85,13 @@ class OnPeers:
         self._at.insert(where, len(self._segments) - 1)
         return own[: numel * dtype.itemsize].view(dtype)
 
+    def addresses(self, t: Tensor) -> list[int]:
+        """Where this process sees each rank's ``t``, which is the same part of peer memory on all."""
+        seen = self._peer_view(t)
+        if seen is None:
+            raise RuntimeError("deepfast: a tensor lies in no peer memory: take it from empty()")
+        return seen[0]
+
     def all_reduce_(self, t: Tensor, factor: float, statistics: Tensor | None, found_inf: Tensor | None) -> None:
         check_summed(t, factor)
         if t.numel() == 0:

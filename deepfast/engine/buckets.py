@@ -6,11 +6,14 @@ import functools
 import weakref
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
 class Buckets:
     """Parameters, the last first (about the order in which their gradients come), in buckets of about ``size`` bytes.
+
+    Of one type each: a bucket's gradients can be moved as they are.
 
     After :meth:`watch`, ``ready(bucket)`` is called for each bucket once all its parameters have a gradient, in the
     order of the buckets, which is the same on all ranks. It is called when the next gradient comes: by then all hooks
@@ -22,19 +25,28 @@ class Buckets:
     """
 
     def __init__(self, params: list[Tensor], size: int, ready: Callable[[int], None]) -> None:
-        self.params, self._ready = params, ready
+        self.params: list[Tensor] = []
+        self._ready, self._size = ready, size
         self.members: list[list[int]] = []
-        room = 0
-        for i in reversed(range(len(params))):
-            numel = params[i].numel()
-            if not self.members or numel > room:
-                self.members.append([])
-                room = size // 4
-            self.members[-1].append(i)
-            room -= numel
-        self._bucket = {i: b for b, members in enumerate(self.members) for i in members}
+        self._bucket: dict[int, int] = {}
         self._hooked: set[int] = set()
         self._watching = False
+        self.add(params)
+
+    def add(self, params: list[Tensor]) -> None:
+        """More parameters, in buckets of their own. Not between :meth:`watch` and :meth:`flush`."""
+        known = len(self.params)
+        self.params.extend(params)
+        filling: dict[torch.dtype, tuple[list[int], int]] = {}  # the bucket that is being filled, and its room
+        for i in reversed(range(known, len(self.params))):
+            p = self.params[i]
+            bucket, room = filling.get(p.dtype, ([], -1))
+            if p.numel() > room:
+                bucket, room = [], self._size // 4
+                self.members.append(bucket)
+            bucket.append(i)
+            filling[p.dtype] = bucket, room - p.numel()
+        self._bucket = {i: b for b, members in enumerate(self.members) for i in members}
         self._waits_for = [0] * len(self.members)
         self.next = len(self.members)
 

@@ -16,9 +16,10 @@ from deepfast.engine import schedule
 from deepfast.engine.config import Config
 from deepfast.engine.optimizer import choose
 from deepfast.engine.precision import Precision, loss_scaler
+from deepfast.engine.reduction import Reduction
 from deepfast.engine.resume import Resumable
 from deepfast.engine.statistics import GradientStatistics
-from deepfast.engine.sums import GradientSums, communicator
+from deepfast.engine.sums import GradientSums
 from deepfast.optim import Optimizer
 from deepfast.optim.state import HALF
 
@@ -70,10 +71,8 @@ class Engine(Resumable):
             raise ValueError("initialize(): ReduceLROnPlateau needs a metric: keep it yourself and step it with one")
         self.scaler = loss_scaler(config, device)
         _, _, accumulation = config.batch_triple()
-        comm = communicator() if self.world_size > 1 else None
-        self._sums = GradientSums(self._params(), comm) if accumulation > 1 or self.world_size > 1 else None
-        ours = isinstance(self.optimizer, Optimizer)
-        self._statistics = GradientStatistics(self._params(), self.optimizer.backend) if ours else None  # type: ignore[attr-defined]
+        self._reduction = Reduction(self._params(), self.optimizer, self._stage(), accumulation)
+        self._note_parts()
         self._backwards = 0  # since the last step
         self._sync = True
         self._applied = False
@@ -81,6 +80,24 @@ class Engine(Resumable):
         self._grad_norm: Tensor | None = None
         self.global_steps = 0
         self.micro_steps = 0
+
+    def _stage(self) -> int:
+        stage = self.config.zero_optimization.stage
+        if stage > 2:
+            log.warning(
+                "zero_optimization.stage=3 is not built yet: stage 2 is taken, and weights are whole on every rank"
+            )
+        return min(stage, 2)
+
+    def _note_parts(self) -> None:
+        shards = self._reduction.shards
+        self._sharded = {} if shards is None else {part.mine: part for part in shards.parts.values()}
+        ours = isinstance(self.optimizer, Optimizer) and self._sums is None
+        self._statistics = GradientStatistics(self._params(), self.optimizer.backend) if ours else None  # type: ignore[attr-defined]
+
+    @property
+    def _sums(self) -> Any:
+        return self._reduction.sums
 
     # One step.
 
@@ -98,14 +115,16 @@ class Engine(Resumable):
         Raises:
             RuntimeError: if some micro-batches of a step have a weight and others not.
         """
+        if self._backwards == 0 and self._reduction.heed(self._params()):
+            self._note_parts()
         if self._sums is None and self._backwards and self.dtype in HALF:
-            self._sums = GradientSums(self._params())  # a second loss in one step: from here on, sum in fp32
-            self._sums.begin(None, last=False)
-            self._sums.add()
+            self._reduction.sums = GradientSums(self._params())  # a second loss in one step: from here on, sum in fp32
+            self._reduction.sums.begin(None, last=False)
+            self._reduction.sums.add()
         self._backwards += 1
         last = self._sync and self.is_gradient_accumulation_boundary()
         if self._sums is not None:
-            self._sums.begin(None if weight is None else float(weight), last)
+            self._sums.begin(None if weight is None else float(weight), last, self._sync)
         elif self._statistics is not None:
             self._statistics.begin()
         self.scaler.scale(loss).backward()
@@ -130,23 +149,27 @@ class Engine(Resumable):
         self.micro_steps += 1
 
     def _optimizer_step(self) -> None:
-        optimizer = self.optimizer
+        optimizer, shards = self.optimizer, self._reduction.shards
         divisor, statistics = 1.0, None
+        if shards is not None:
+            shards.check()
         if self._sums is not None:
             statistics = self._sums.finish()
             divisor = self._sums.divisor(self.gradient_accumulation_steps() * self.world_size)
-            self._sums.hand_over()
+            self._reduction.hand_over()
         elif self._statistics is not None:
             statistics = self._statistics.take()
         if isinstance(optimizer, Optimizer):
             self._grad_norm = self._fused_step(optimizer, divisor, statistics)
         else:
             self._grad_norm = self._foreign_step(optimizer, divisor)
+        if shards is not None:
+            shards.spread(optimizer._launches)  # type: ignore[attr-defined]
         found = self.scaler.found_inf(optimizer)
         self.scaler.update()
         self._applied = found is None or not found.item()
-        for p in self._params():
-            p.grad = None
+        for part in self._parts():
+            part.whole.grad = part.mine.grad = None
         if self._sums is not None:
             self._sums.clear()
         self._backwards = 0
@@ -242,11 +265,11 @@ class Engine(Resumable):
         return self.dtype == torch.bfloat16
 
     def zero_optimization(self) -> bool:
-        """Whether states are sharded: not built yet."""
-        return False
+        return self.zero_optimization_stage() > 0
 
     def zero_optimization_stage(self) -> int:
-        return 0
+        """0: every rank keeps the whole state of the optimizer; 1 and 2: a part of it (and of the gradients' sums)."""
+        return min(self.config.zero_optimization.stage, 2)
 
     def train_batch_size(self) -> int:
         return self.config.batch_triple()[0]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -24,6 +25,13 @@ class Part(NamedTuple):
     @property
     def sharded(self) -> bool:
         return self.mine is not self.whole
+
+    def of(self, t: Any) -> Any:
+        """This part of a tensor that has the parameter's shape, in memory of its own; anything else as it is."""
+        if not isinstance(t, Tensor) or t.shape != self.whole.shape or not self.sharded:
+            return t
+        flat = torch.empty_like(self.whole, dtype=t.dtype).copy_(t)
+        return flat.as_strided((flat.numel(),), (1,))[self.begin : self.end].clone()
 
     @classmethod
     def all_of(cls, p: Tensor) -> Part:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deepfast.engine.config import Config
+from deepfast.errors import ConfigError
 from deepfast.scaler import LossScaler
 
 log = logging.getLogger("deepfast")
@@ -36,6 +37,12 @@ class Precision:
         self.dtype = dtype
         self.compute_dtype = torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
         self.cast_inputs = cast_inputs
+        for name, p in module.named_parameters():
+            if p.is_complex():
+                raise ConfigError(
+                    f"the parameter {name!r} is {p.dtype}, and cast to {dtype} it would lose its imaginary part: keep "
+                    "it as a real one (torch.view_as_real)"
+                )
         module.to(device)
         if self.compute_dtype == dtype:
             module.to(dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any
 
@@ -10,25 +9,64 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepfast import build, ops
+from deepfast import ops
 from deepfast.engine.buckets import Buckets
+from deepfast.engine.layout import Layout
 from deepfast.optim import memory
 
-log = logging.getLogger("deepfast")
+
+class Sums:
+    """What the micro-batches of one step, and all ranks, have in common: who has a gradient, and the total weight."""
+
+    params: list[Tensor]
+    comm: Any
+    ranks: int
+    device: torch.device
+
+    def clear(self) -> None:
+        """Forgets this step's gradients."""
+        self.present = [False] * len(self.params)
+        self.weight = 0.0
+        self.weighted: bool | None = None  # whether this step's micro-batches came with a weight
+
+    def _weigh(self, weight: float | None) -> float:
+        """The weight of a micro-batch that begins."""
+        if self.weighted is not None and self.weighted != (weight is not None):
+            raise RuntimeError("backward(): give every micro-batch of a step a weight, or none")
+        self.weighted = weight is not None
+        return 1.0 if weight is None else weight
+
+    def _agree(self) -> None:
+        """The ranks tell each other which parameters had a gradient, and the weights of their micro-batches."""
+        tail = torch.tensor([*map(float, self.present), self.weight, float(bool(self.weighted))]).to(self.device)
+        if self.comm is None:
+            dist.all_reduce(tail)
+        else:
+            self.comm.all_reduce_(tail)
+        *ranks_with_gradient, self.weight, ranks_with_weight = tail.tolist()
+        if self.comm is not None:
+            self.comm.check()  # on a GPU: this sum has ended, and may have failed
+        if ranks_with_weight not in (0.0, float(self.ranks)):
+            raise RuntimeError("backward(): give the micro-batches of every rank a weight, or of none")
+        self.present = [ranks > 0 for ranks in ranks_with_gradient]
+
+    def divisor(self, micro_batches: int) -> float:
+        """What the sums are to be divided by: the total weight, or the number of micro-batches."""
+        if not self.weighted:
+            return float(micro_batches)
+        if not 0.0 < self.weight < math.inf:
+            raise RuntimeError(f"backward(): the weights of this step add up to {self.weight}")
+        return self.weight
 
 
-def communicator() -> Any:
-    """For sums over the ranks; None where torch.distributed has to take them."""
-    from deepfast.comm import Communicator
-
-    try:
-        return Communicator()
-    except build.BuildError as error:
-        log.warning("gradients are reduced by torch.distributed: %s", error)
-        return None
+def late(p: Tensor) -> RuntimeError:
+    return RuntimeError(
+        f"backward(): the gradient of a parameter of shape {tuple(p.shape)} came twice, the second time after it was "
+        "reduced: use checkpointing with use_reentrant=False"
+    )
 
 
-class GradientSums:
+class GradientSums(Sums):
     """Micro-batches summed in fp32, whatever the gradients' type, and over the ranks bucket by bucket.
 
     One flat buffer: the sums of all parameters, in the order of the buckets. A bucket is reduced, and its statistics
@@ -45,43 +83,38 @@ class GradientSums:
         self.params = params
         self.comm = comm
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
-        self._device = device = params[0].device
+        self.device = device = params[0].device
         self.buckets = Buckets(params, (25 if device.type == "cuda" else 4) << 20, self._reduce)
-        order = [i for members in self.buckets.members for i in members]
-        self.flat, views = memory.flat_like(
-            [params[i] for i in order], torch.float32, self._zeros, memory.PLACE_OF_SUMS
-        )
-        self.sums = [view for _, view in sorted(zip(order, views, strict=True), key=lambda pair: pair[0])]
-        starts = [self.sums[members[0]].storage_offset() for members in self.buckets.members]
-        starts = [start - self.flat.storage_offset() for start in starts]
-        ends = [*starts[1:], self.flat.numel()]
-        self._pieces = [self.flat[start:end] for start, end in zip(starts, ends, strict=True)]
-        self._found = torch.zeros(len(starts), 2, dtype=torch.float64, device=device)
+        self._layouts = [Layout.of([params[i] for i in members], 1) for members in self.buckets.members]
+        lengths = [layout.chunk for layout in self._layouts]
+        place = memory.PLACE_OF_SUMS // torch.float32.itemsize
+        self.flat = self._zeros(place + sum(lengths), torch.float32)[place:]
+        self._pieces = list(self.flat.split(lengths))
+        self.sums: list[Any] = [None] * len(params)
+        for members, layout, piece in zip(self.buckets.members, self._layouts, self._pieces, strict=True):
+            for i, offset in zip(members, layout.offsets, strict=True):
+                self.sums[i] = memory.view_like(piece[offset : offset + params[i].numel()], params[i])
+        self._found = torch.zeros(len(lengths), 2, dtype=torch.float64, device=device)
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.clear()
 
     def _zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
         if self.comm is None:
-            return memory.zeros(numel, dtype, self._device)
-        return self.comm.empty(numel, dtype, self._device).zero_()
+            return memory.zeros(numel, dtype, self.device)
+        return self.comm.empty(numel, dtype, self.device).zero_()
 
     def clear(self) -> None:
-        """Forgets this step's gradients."""
-        self.present = [False] * len(self.params)
-        self.weight = 0.0
-        self.weighted: bool | None = None  # whether this step's micro-batches came with a weight
+        super().clear()
         self._adding = 0.0
         self._begun = False  # whether buckets of this step have been handed over
         self._reduced = False
 
-    def begin(self, weight: float | None, last: bool) -> None:
+    def begin(self, weight: float | None, last: bool, sync: bool = True) -> None:
         """Before a micro-batch's backward pass. last: its buckets may be reduced as they fill."""
-        if self.weighted is not None and self.weighted != (weight is not None):
-            raise RuntimeError("backward(): give every micro-batch of a step a weight, or none")
+        adding = self._weigh(weight)
         if self._begun:
             self._reopen()
-        self.weighted = weight is not None
-        self._adding = 1.0 if weight is None else weight
+        self._adding = adding
         if last:
             self.buckets.watch()
             self._begun = True
@@ -90,12 +123,9 @@ class GradientSums:
         """After it: adds weight times each parameter's gradient, and releases the gradients."""
         if self._begun:
             self.buckets.settle()
-            late = [i for b in range(self.buckets.next) for i in self.buckets.members[b] if self._has_grad(i)]
-            if late and self.ranks > 1:
-                raise RuntimeError(
-                    f"backward(): the gradient of a parameter of shape {tuple(self.params[late[0]].shape)} came twice, "
-                    "the second time after it was reduced: use checkpointing with use_reentrant=False"
-                )
+            again = [i for b in range(self.buckets.next) for i in self.buckets.members[b] if self._has_grad(i)]
+            if again and self.ranks > 1:
+                raise late(self.params[again[0]])
         self._take(range(len(self.params)))
         self.weight += self._adding
 
@@ -144,18 +174,7 @@ class GradientSums:
         if self._side is not None:
             torch.cuda.current_stream(self.flat.device).wait_stream(self._side)
         if self.ranks > 1 and not self._reduced:
-            tail = torch.tensor([*map(float, self.present), self.weight, float(bool(self.weighted))])
-            tail = tail.to(self.flat.device)
-            if self.comm is None:
-                dist.all_reduce(tail)
-            else:
-                self.comm.all_reduce_(tail)
-            *ranks_with_gradient, self.weight, ranks_with_weight = tail.tolist()
-            if self.comm is not None:
-                self.comm.check()  # on a GPU: this sum has ended, and may have failed
-            if ranks_with_weight not in (0.0, float(self.ranks)):
-                raise RuntimeError("backward(): give the micro-batches of every rank a weight, or of none")
-            self.present = [ranks > 0 for ranks in ranks_with_gradient]
+            self._agree()
         self._reduced = True
         return self._found.sum(0)
 
@@ -166,14 +185,6 @@ class GradientSums:
             if dist.get_rank() != 0:
                 self.present, self.weight = [False] * len(self.params), 0.0
         self._begun = self._reduced = False
-
-    def divisor(self, micro_batches: int) -> float:
-        """What the sums are to be divided by: the total weight, or the number of micro-batches."""
-        if not self.weighted:
-            return float(micro_batches)
-        if not 0.0 < self.weight < math.inf:
-            raise RuntimeError(f"backward(): the weights of this step add up to {self.weight}")
-        return self.weight
 
     def hand_over(self) -> None:
         """Makes the sums the parameters' gradients; a parameter that was not used gets none."""

@@ -68,7 +68,7 @@ class Optimizer(Loadable, Planned):
 
     def __getstate__(self) -> dict[str, Any]:
         """torch keeps only defaults, state and groups of an optimizer that is copied or pickled."""
-        own = {"_measure_norm": self._measure_norm, "_launches": [], "_planned": None}
+        own = {"_measure_norm": self._measure_norm, "_launches": [], "_planned": None, "_parts": None}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

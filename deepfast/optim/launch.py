@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deepfast import reference
+from deepfast.optim.parts import Parts
 from deepfast.optim.shards import Shards, is_flat_shard, local, refuse_flat_shards
 
 STALE = reference.Plan.STALE
@@ -27,6 +28,7 @@ class Launch:
     moments: tuple[str, ...]
     counts_steps: bool
     shards: Shards | None
+    parts: Parts | None = None  # whoever has cut the parameters, of which these are this rank's parts
     params: list[Tensor] = dataclasses.field(default_factory=list)
     groups: list[int] = dataclasses.field(default_factory=list)
     waiting: list[Tensor] = dataclasses.field(default_factory=list)  # neither state nor gradient so far
@@ -34,6 +36,7 @@ class Launch:
     overlaps: bool = False  # some parameters lie where others of another launch do
     _after: int = reference.KEPT
     flat: bool = False  # FSDP1's: what is asked of all ranks' gradients has no answer here
+    sends: bool = False  # other ranks' weights are written, too
     passing: bool = False  # in the reference because of a gradient: the next one may be the kernels' again
     _copied: list[Tensor] = dataclasses.field(default_factory=list)  # gradients that lie differently
 
@@ -51,6 +54,10 @@ class Launch:
             # (Of a fake tensor the reference could not read them.)
             self.groups if self.backend is reference else torch.tensor(self.groups, dtype=torch.int32, device="cpu"),
         )
+        sinks = self.parts.sinks(self.params[0]) if self.parts and self.params else ()
+        self.sends = bool(sinks) and hasattr(self._plan, "send_to")
+        if self.sends:
+            self._plan.send_to(list(sinks))
         self.flat = any(map(is_flat_shard, self.params))
         if self.flat and self._plan.needs_norms():
             refuse_flat_shards("layer")
@@ -93,15 +100,20 @@ class Launch:
     def step(self, hyper: Tensor, lrs: list[Tensor | None], record: Tensor) -> None:
         if self.overlaps:
             self._plan.refresh()
-        norms = self._plan.norms(hyper, lrs, record) if self._plan.needs_norms() else None
-        if norms is not None and self.shards is not None:
-            self.shards.sum_(norms)
+        norms = self._norms(hyper, lrs, record) if self._plan.needs_norms() else None
         self._plan.step(hyper, lrs, record, norms)
         if self.shards is not None:
             torch.autograd.graph.increment_version([p for p in self.params if p.grad is not None])
             for grad in self._copied:
                 reference.leave(grad, record, self._after)
             self.settle()
+
+    def _norms(self, *how: Any) -> Tensor:
+        """fp64 [gradients, 2], of the whole parameters."""
+        if self.parts is not None:
+            return self.parts.norms(self._plan, [p for p in self.params if p.grad is not None], *how)
+        found = self._plan.norms(*how)
+        return found if self.shards is None else self.shards.sum_(found)
 
     def settle(self) -> None:
         """What has been written so far is known; see the plans."""

@@ -30,7 +30,6 @@ _BLOCK = 16 << 10
 _ALIGN = 64  # bytes: a cache line, and the widest vector
 _STAGGER = 17 * _ALIGN  # how much later in its page the next stream begins
 _GAP = 4 * _ALIGN  # what is at least between two
-_PLACED = 64 * _PAGE  # bytes: smaller parts of a flat allocation lie as they come
 
 # Neither where torch's allocator places a large tensor (64) nor where a huge page begins.
 PLACE_OF_SUMS = 2 * _STAGGER
@@ -116,33 +115,28 @@ def zeros_like_each(
 
 
 def flat_like(
-    tensors: Sequence[Tensor],
-    dtype: torch.dtype,
-    new: Callable[[int, torch.dtype], Tensor],
-    place: int | None = None,
+    tensors: Sequence[Tensor], dtype: torch.dtype, new: Callable[[int, torch.dtype], Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """One zeroed allocation (1-D), and a view of it for each of ``tensors``, of its shape.
-
-    Each view has its model's strides where that is dense in memory (so the two can be walked side by side), else
-    contiguous ones.
+    """One zeroed allocation (1-D), and a view of it for each of ``tensors``, as :func:`view_like` gives it.
 
     Args:
         new: ``new(numel, dtype)`` gives the memory, zeroed.
-        place: the number of bytes after the start of a page (as if the allocation began at one) at which views begin
-            that are large enough for that to matter. The same wherever the models lie: ranks exchange such memory.
     """
-    step, page = _ALIGN // dtype.itemsize, _PAGE // dtype.itemsize
+    step = _ALIGN // dtype.itemsize
     offsets, total = [], 0
     for t in tensors:
-        if place is not None and t.numel() * dtype.itemsize >= _PLACED:
-            total += (place // dtype.itemsize - total) % page
         offsets.append(total)
         total += -(-t.numel() // step) * step
     flat = new(total, dtype)
-    return flat, [
-        flat[offset : offset + t.numel()].as_strided(t.shape, _strides(t))
-        for t, offset in zip(tensors, offsets, strict=True)
-    ]
+    return flat, [view_like(flat[at : at + t.numel()], t) for t, at in zip(tensors, offsets, strict=True)]
+
+
+def view_like(flat: Tensor, model: Tensor) -> Tensor:
+    """``flat``, which has as many elements, in the model's shape.
+
+    With its strides where those are dense in memory (so the two can be walked side by side), else contiguous.
+    """
+    return flat.as_strided(model.shape, strides_of(model))
 
 
 def layers(tensors: Iterable[Tensor]) -> dict[int, int]:
@@ -172,12 +166,13 @@ def in_order_of(t: Tensor, model: Tensor) -> Tensor:
     """
     if t.shape != model.shape or t.stride() == model.stride() or (t.device.type == "cpu" and t.is_shared()):
         return t
-    strides = _strides(model)
+    strides = strides_of(model)
     if t.stride() == strides or t.untyped_storage().nbytes() > max(t.nbytes + _ALIGN, _BLOCK):
         return t
     return zeros_like_each([model], t.dtype, t.device)[0].copy_(t)
 
 
-def _strides(t: Tensor) -> tuple[int, ...]:
+def strides_of(t: Tensor) -> tuple[int, ...]:
+    """Those of ``t`` where they are dense in memory, else contiguous ones."""
     like = torch.empty_like(t, device="meta")  # keeps the strides exactly where they are dense
     return like.stride() if like.stride() == t.stride() else like.contiguous().stride()

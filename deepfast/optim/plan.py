@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from deepfast import ops, reference
 from deepfast.optim import memory
 from deepfast.optim.launch import Launch
+from deepfast.optim.parts import Parts
 from deepfast.optim.shards import Shards, local
 from deepfast.optim.state import Stateful, is_wrapper
 from deepfast.optim.watched import look, unwatched
@@ -27,6 +28,7 @@ class Planned(Stateful):
     """The part of :class:`deepfast.optim.Optimizer` that finds, for each step, the gradients and who takes them."""
 
     _launches: list[Launch]
+    _parts: Parts | None = None  # set by an engine whose ranks step a part of each parameter
     _planned: tuple[Any, list[Tensor], list[Tensor]] | None  # what the launches were made from
 
     @torch._disable_dynamo
@@ -136,9 +138,19 @@ class Planned(Stateful):
         if is_wrapper(local(p)):
             backend_name = usual = "reference"
         backend = ops.select(backend_name, p.device, p.dtype, dtype)
-        key = (id(backend), p.device, rule, shards, layer)  # what lies in one place is stepped one after the other
+        parts = self._parts
+        sinks = parts.sinks(p) if parts else ()
+        key = (
+            id(backend),
+            p.device,
+            rule,
+            shards,
+            layer,
+            sinks,
+        )  # what lies in one place is stepped one after the other
         if key not in launches:
-            launches[key] = Launch(backend, p.device, rule, self._moments(group), self._counts_steps(group), shards)
+            moments, counts = self._moments(group), self._counts_steps(group)
+            launches[key] = Launch(backend, p.device, rule, moments, counts, shards, parts)
             launches[key].overlaps = layer is not None
         launches[key].passing |= backend is reference and ops.select(usual, p.device, p.dtype) is not reference
         return launches[key]

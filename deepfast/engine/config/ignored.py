@@ -70,8 +70,6 @@ def take_out(data: dict[str, Any]) -> list[str]:
             elif key in ZERO_UNUSED:
                 zero.pop(key)
                 unused.append(f"zero_optimization.{key}")
-        if zero.get("stage"):
-            unused.append("zero_optimization.stage")
     return unused
 
 

@@ -94,7 +94,10 @@ class DataTypes(Section):
 
 
 class Zero(Section):
-    stage: Literal[0, 1, 2, 3] = Field(0, description="not built yet: every rank keeps the whole state")
+    stage: Literal[0, 1, 2, 3] = Field(
+        0,
+        description="1, 2: each rank keeps a part of the optimizer's state and of the gradients' sums; 3 runs as 2",
+    )
 
 
 class Config(Section):
