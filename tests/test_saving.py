@@ -141,6 +141,26 @@ def test_a_full_disk_loses_nothing_whichever_write_finds_it(tmp_path, tag):
     assert failed >= n - 2 > 10, "all but for making the folder that is there"
 
 
+def test_all_of_it_is_on_the_disk_before_it_is_seen(tmp_path, monkeypatch):
+    synced, before, fsync, rename = [], [], os.fsync, os.rename
+
+    def note(fd):
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    def look(source, target):
+        before.extend(synced if target == tmp_path / "a" else ())
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "rename", look)
+    path = engine().save_checkpoint(tmp_path, "a")
+    staging = checkpoint.staging(tmp_path, "a")
+    assert {str(staging / file.name) for file in path.iterdir()} <= set(before)
+    assert str(staging) in before[before.index(str(staging / checkpoint.CHECKSUMS)) :]
+    assert {str(tmp_path), str(tmp_path / ".latest.tmp")} <= set(synced)
+
+
 SMALL_DISK = """
 import resource, signal, sys
 from engines import CONFIG
