@@ -44,6 +44,7 @@ def made() -> deepfast.Engine:
         "gradient_accumulation_steps": 1,
         "fp16": {"enabled": True, "initial_scale_power": 20, "loss_scale_window": 20, "hysteresis": 1},
         "optimizer": {"params": {"lr": 0.01}},
+        "zero_optimization": {"stage": 2},
         "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 5, "total_num_steps": LAST}},
     }
     e = deepfast.initialize(model=module, config=config)[0]
