@@ -45,10 +45,11 @@ def heard(out: Path, *arguments: object) -> dict[str, str]:
     return json.loads(out.read_text())
 
 
-def heard_of_ranks(ranks: int, place: Path, *arguments: object) -> list[dict[str, str]]:
+def heard_of_ranks(ranks: int, place: Path, *arguments: object, **env: str) -> list[dict[str, str]]:
     """The same of each rank; they write to ``place``, rank.json."""
     script, *rest = arguments
-    done = run(*torchrun(ranks), ROOT / "tests" / script, place, *rest, **SETTINGS)
+    settings = {**SETTINGS, "env": {**SETTINGS["env"], **env}}
+    done = run(*torchrun(ranks), ROOT / "tests" / script, place, *rest, **settings)
     files = [place / f"{rank}.json" for rank in range(ranks)]
     assert (done.returncode, [file.exists() for file in files]) == (0, [True] * ranks), done.stderr[-3000:]
     return [json.loads(file.read_text()) for file in files]

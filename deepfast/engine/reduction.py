@@ -49,8 +49,8 @@ class Reduction:
         self.shards: Shards | None = None
         self.sums: Any = None
         self._comm = None
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
-        if ranks > 1:
+        self._ranks = dist.get_world_size() if dist.is_initialized() else 1
+        if self._ranks > 1:
             self._start(params, stage)
         elif accumulation > 1:
             self.sums = GradientSums(params)
@@ -93,7 +93,7 @@ class Reduction:
         if not new:
             return False
         self._known.update(new)
-        if self._comm is not None or self.shards is not None:
+        if self._ranks > 1:
             for p in new:
                 dist.broadcast(p.data, 0)
         if isinstance(self.sums, GradientSums):
