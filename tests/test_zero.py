@@ -78,7 +78,7 @@ def test_gpus_played_on_the_host(cuda_on_host, tmp_path):
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_between_hosts(tmp_path, compiled):
-    """Without kernels, and so without a communicator, ranks of one host are as strange to each other as those of two."""
+    """Without kernels there is no communicator: ranks of one host are as strange to each other as those of two."""
     missing = {} if compiled else {"DEEPFAST_DISABLE_JIT": "1", "DEEPFAST_CACHE_DIR": str(tmp_path / "empty")}
     said = heard_of_ranks(2, tmp_path, "zero_edges.py", "hosts", **missing)
     assert set(ON_HOSTS) == said[0].keys()
