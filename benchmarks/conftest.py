@@ -22,6 +22,14 @@ def elements(request) -> int:
     return request.config.getoption("--elements")
 
 
+@pytest.fixture(scope="module")
+def ranks(request):
+    """This process among torchrun's; imported where it is asked for."""
+    from ranks import joined
+
+    yield from joined(request.config.getoption("--device"), request.path.name)
+
+
 def pytest_configure(config):
     if os.environ.get("RANK", "0") != "0":  # of several ranks the first one writes
         config.option.benchmark_json = None
