@@ -15,6 +15,7 @@ collect_ignore = ["bench_gpu.py"]  # a script
 def pytest_addoption(parser):
     parser.addoption("--elements", type=int, default=64 << 20, help="of the tensors that fill the memory")
     parser.addoption("--device", default="cpu", help="of bench_comm.py: cpu or cuda")
+    parser.addoption("--tokens", type=int, default=128, help="of bench_zero.py's memory: of each rank's sequence")
 
 
 @pytest.fixture
