@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
+import gc
 from collections.abc import Callable, Iterator
 
 import footprint
 import measure
 import pytest
 import torch
-import torch.distributed as dist
 from measure import BLOCK, G1, G2, P
 from peers import DECAY, EPS, LR, NORM, NORMS
 from ranks import DTYPES, RANKS, Given, Ranks
@@ -58,19 +57,15 @@ def which_of(rank: int, which: int) -> int:
 
 
 @contextlib.contextmanager
-def training(name: str, module: nn.Module, dtype: torch.dtype) -> Iterator[Training]:
-    """A skip where the peer is not there or says that it does not run here; afterwards its memory is free."""
-    trainer = TRAINERS[name]
+def running(name: str) -> Iterator[None]:
+    """A skip where the peer is not there, or says that it does not run here."""
+    package = TRAINERS[name].package
     try:
-        trainer.load()
-        made = trainer.make(module, dtype)
+        yield
     except (ImportError, NotImplementedError, RuntimeError, ValueError) as problem:
-        if trainer.package == "deepfast":
+        if package == "deepfast":
             raise
-        measure.absent(trainer.package, problem)
-    yield made
-    del made
-    footprint.trim()
+        measure.absent(package, problem)
 
 
 Turn = tuple[Callable[[], object], Callable[[], object]]  # what comes before a round, and the round
@@ -96,28 +91,35 @@ def from_backward(training: Training, module: Given) -> Turn:
 
 def contest(benchmark, ranks: Ranks, name: str, dtype: torch.dtype, elements: int, turn: Callable[..., Turn]) -> None:
     """The contender's two steps that are checked, and its rounds."""
+    gc.collect()  # the cycles of engines before hold gigabytes
     weights, flat = (measure.huge(elements, dtype) for _ in range(2))
     shape = (TENSORS, -1, min(2048, elements // TENSORS))
     measure.fill([weights], P)
     module = Given(list(weights.view(shape)), list(flat.view(shape)))
     before, *after = expected(dtype, elements // BLOCK)
-    tolerance = NORMS if not name.startswith("deepfast") else 1e-4 if dtype == torch.float32 else 0.002  # roundings
-    with training(name, module, dtype) as contender:
-        prepare, run = turn(contender, module)
+    trainer = TRAINERS[name]
+    with running(name):
+        trainer.load()
+        prepare, run = turn(trainer.make(module, dtype), module)
 
-        def ready(which: int = G1) -> None:  # some write into the gradients
-            measure.fill([flat], which_of(ranks.comm.rank, which))
-            prepare()
+    def ready(which: int = G1) -> None:  # some write into the gradients
+        measure.fill([flat], which_of(ranks.comm.rank, which))
+        prepare()
 
-        for which, right in zip((G1, G2), after, strict=True):
-            ready(which)
-            seconds = ranks.seconds(run)
-            error = measure.error(module.parameters(), before, right)
-            ranks.check(error <= tolerance, name, f"its updates are off by {error:.2g}")
-        rounds = min(MOST, max(LEAST, int(PATIENCE / seconds)))
-        stage = int(name.rpartition("_")[2]) if "_" in name else 0
-        moved = int(elements * floor(dtype, stage))
-        ranks.timed(benchmark, run, moved, rounds, measure.streaming(elements), ready)
+    for which, right in zip((G1, G2), after, strict=True):
+        ready(which)
+        seconds = ranks.seconds(run)
+        error = measure.error(module.parameters(), before, right)
+        ranks.check(error <= tolerance(trainer.package, dtype), name, f"its updates are off by {error:.2g}")
+    rounds = min(MOST, max(LEAST, int(PATIENCE / seconds)))
+    moved = int(elements * floor(dtype, trainer.stage))
+    ranks.timed(benchmark, run, moved, rounds, measure.streaming(elements), ready)
+
+
+def tolerance(package: str, dtype: torch.dtype) -> float:
+    if package != "deepfast":
+        return NORMS  # its norm is of fp32, and gloo rounds 16-bit sums
+    return 1e-4 if dtype == torch.float32 else 0.002  # roundings turn
 
 
 @pytest.mark.parametrize("contender", [name for name in TRAINERS if not name.startswith("deepspeed")])
@@ -142,42 +144,11 @@ def test_backward(benchmark, ranks, elements, dtype, contender):
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.benchmark(timer=measure.told)
 def test_memory(benchmark, ranks, request, dtype, contender):
-    """The second training step of GPT-2 124M, one short sequence a rank: the ranks' peak, without what was there."""
-    transformers = pytest.importorskip("transformers")
-    kind, tokens = DTYPES[dtype], request.config.getoption("--tokens")
-    pids: list = [None] * RANKS
-    dist.all_gather_object(pids, os.getpid())
-    with contextlib.suppress(ImportError):
-        TRAINERS[contender].load()
-    footprint.trim()
-    dist.barrier()
-    before = footprint.resident(pids)
-    dist.barrier()
-    torch.manual_seed(0)
-    module = transformers.GPT2LMHeadModel(transformers.GPT2Config()).to(kind)
-    ids = torch.randint(50257, (1, tokens))
-    with training(contender, module, kind) as made:
-
-        def step() -> None:
-            made.backward(made.forward(input_ids=ids, labels=ids).loss)
-            made.step()
-
-        step()
-        footprint.trim()  # what making it has left behind is not the step's
-        dist.barrier()
-        peak = footprint.Peak(pids)
-        watched = peak.watched if ranks.comm.rank == 0 else contextlib.nullcontext
-
-        def round_() -> None:
-            with watched():
-                measure.tell(ranks.seconds(step))
-
-        benchmark.group = f"peak memory, {dtype}, GPT-2 124M"
-        benchmark.pedantic(round_)
-        kept = made.kept() if made.kept else {}
-        benchmark.extra_info.update(
-            ranks=RANKS,
-            tokens=tokens,
-            peak_mib=(peak.bytes - before) / MIB,
-            **{f"{what}_mib": sum(t.nbytes for t in tensors) / MIB for what, tensors in kept.items()},
-        )
+    """Of one step of GPT-2 124M, a short sequence on each rank."""
+    pytest.importorskip("transformers")
+    tokens = request.config.getoption("--tokens")
+    with running(contender):
+        found = footprint.of_training(contender, dtype, tokens)
+    benchmark.group = f"peak memory, {dtype}, GPT-2 124M"
+    benchmark.pedantic(lambda: measure.tell(found.pop("seconds")))
+    benchmark.extra_info.update(found, ranks=RANKS, tokens=tokens)

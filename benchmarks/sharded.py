@@ -45,10 +45,11 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """``make`` takes a module whose weights are of the type already; ``package`` brings it."""
+    """``make`` takes a module whose weights are of the type already; ``package`` brings it; ``stage`` is ZeRO's."""
 
     make: Callable[[nn.Module, torch.dtype], Training]
     package: str
+    stage: int = 0
 
     def load(self) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -89,7 +90,7 @@ def ours(stage: int) -> Trainer:
 
         return Training(engine, engine.backward, engine.step, reduce, kept)
 
-    return Trainer(make, "deepfast")
+    return Trainer(make, "deepfast", stage)
 
 
 def ddp(module: nn.Module, dtype: torch.dtype) -> Training:
@@ -120,12 +121,14 @@ def deepspeeds(stage: int) -> Trainer:
     def make(module: nn.Module, dtype: torch.dtype) -> Training:
         import deepspeed
 
+        if dtype == torch.bfloat16 and stage == 0:  # measured with 0.19.8: its first update is 0.74 of Adam's
+            raise NotImplementedError("bf16 at stage 0 begins with a step of zeros, and counts it")
         optimizer = torch.optim.AdamW(module.parameters(), lr=LR, **ADAMW, fused=True)
         options = {**config(dtype, stage), "zero_allow_untested_optimizer": True}
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=options)
         return Training(engine, engine.backward, engine.step)
 
-    return Trainer(make, "deepspeed")
+    return Trainer(make, "deepspeed", stage)
 
 
 TRAINERS = {
