@@ -25,16 +25,15 @@ from torch import Tensor, nn
 
 TENSORS = 16  # 2048 x 2048 each
 PATIENCE, LEAST, MOST = 5.0, 5, 15  # seconds for the rounds of one contender, and their number
-MIB = 1 << 20
 
 
-def floor(dtype: torch.dtype, stage: int) -> float:
+def floor(dtype: torch.dtype, stage: int, ranks: int = RANKS) -> float:
     """Bytes a parameter that each rank has to move: all gradients are read, their sums written once; who steps reads
     the sum, and reads and writes master and moments; every rank's weights are written."""
     itemsize = dtype.itemsize
-    summed = itemsize + 4 / RANKS
+    summed = itemsize + 4 / ranks
     stepped = 4 + (4 if dtype == torch.float32 else 8) + 16  # an fp32 weight is its own master, and written below
-    return summed + (stepped / RANKS if stage else stepped) + itemsize
+    return summed + (stepped / ranks if stage else stepped) + itemsize
 
 
 @functools.cache

@@ -102,9 +102,9 @@ def ddp(module: nn.Module, dtype: torch.dtype) -> Training:
     def reduce(grads: list[Tensor]) -> None:
         """DDP's buckets without DDP: the gradients have been written into them, nothing is copied."""
         flat = grads[0]._base
-        for bucket in flat.split(BUCKET // dtype.itemsize):
-            dist.all_reduce(bucket)
-            bucket.div_(RANKS)
+        for sent in [dist.all_reduce(bucket, async_op=True) for bucket in flat.split(BUCKET // dtype.itemsize)]:
+            sent.wait()
+        flat.div_(RANKS)
         for p, g in zip(params, grads, strict=True):
             p.grad = g
 
@@ -125,6 +125,7 @@ def deepspeeds(stage: int) -> Trainer:
             raise NotImplementedError("bf16 at stage 0 begins with a step of zeros, and counts it")
         optimizer = torch.optim.AdamW(module.parameters(), lr=LR, **ADAMW, fused=True)
         options = {**config(dtype, stage), "zero_allow_untested_optimizer": True}
+        options["zero_optimization"] |= {"reduce_scatter": False}  # over gloo faster by a quarter
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=options)
         return Training(engine, engine.backward, engine.step)
 
