@@ -16,26 +16,22 @@ import re
 import subprocess
 import sys
 import sysconfig
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import measure
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import BUCKET, COMMAND, DTYPES, RANKS, Given, Ranks
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import deepfast.comm
 
-RANKS = int(os.environ.get("WORLD_SIZE", "1"))
-COMMAND = "torchrun --nproc-per-node {} --local-ranks-filter 0 -m pytest benchmarks/bench_comm.py"
 CONTENDERS = {
     "cpu": ("deepfast", "deepfast_ordinary", "gloo", "deepspeed"),
     "cuda": ("deepfast", "deepfast_ordinary", "nccl", "nccl_symmetric"),
 }
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-BUCKET = 25 << 20  # DDP's
 # name: bytes, tensors that take turns, calls a round, rounds
 SIZES = {
     "1KiB": (1 << 10, 1, 200, 21),
@@ -49,90 +45,50 @@ SIZES = {
 }
 
 
-class Ranks:
-    """One rank's side of it."""
+class Reducers:
+    """Who sums, on one rank."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.comm, self.device = deepfast.comm.Communicator(), device
-        self.token = torch.zeros(1)
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
         self.found: dict[str, Callable[[Tensor], object]] = {
-            **dict.fromkeys(("deepfast", "deepfast_ordinary"), self.comm.all_reduce_),
+            **dict.fromkeys(("deepfast", "deepfast_ordinary"), ranks.comm.all_reduce_),
             **dict.fromkeys(("gloo", "nccl", "nccl_symmetric"), dist.all_reduce),
         }
         self.symmetric: Callable[[int, torch.dtype], Tensor] | None = None
 
-    def reducer(self, name: str) -> Callable[[Tensor], object]:
-        """Of this contender; a skip where it is not there."""
+    def of(self, name: str) -> Callable[[Tensor], object]:
+        """This contender's; a skip where it is not there."""
         try:
             if name == "deepspeed" and name not in self.found:
-                self.found[name] = deepspeeds(self.comm.rank)
+                self.found[name] = deepspeeds(self.ranks.comm.rank)
             if name == "nccl_symmetric" and self.symmetric is None:
-                self.symmetric = symmetric_memory(self.device)
+                self.symmetric = symmetric_memory(self.ranks.device)
         except (ImportError, NotImplementedError, RuntimeError) as problem:
             measure.absent(name, problem)
         return self.found[name]
 
     def memory(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
         if name == "deepfast":
-            return self.comm.empty(numel, dtype, self.device).zero_()
+            return self.ranks.comm.empty(numel, dtype, self.ranks.device).zero_()
         if name == "nccl_symmetric":
             return self.symmetric(numel, dtype)
-        return torch.zeros(numel, dtype=dtype, device=self.device)
-
-    def check(self, right: bool, name: str) -> None:
-        """Either all ranks go on, or none."""
-        wrong = torch.tensor(float(not right))
-        dist.all_reduce(wrong)
-        assert not wrong, f"{name} has another result"
-
-    def seconds(self, run: measure.Step, calls: int) -> float:
-        """Of one call, on the slower rank; all start within a microsecond."""
-        self.synchronize()
-        dist.barrier()
-        self.comm.all_reduce_(self.token)
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        self.synchronize()
-        taken = torch.tensor((time.perf_counter() - start) / calls, dtype=torch.float64)
-        dist.all_reduce(taken, op=dist.ReduceOp.MAX)
-        return taken.item()
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def timed(self, benchmark, run: measure.Step, size: int, calls: int, rounds: int) -> None:
-        source, target = torch.zeros(2, size, dtype=torch.uint8, device=self.device)
-
-        def beside() -> None:
-            measure.tell(self.seconds(lambda: target.copy_(source), calls))
-            for _ in range(calls):  # not timed: the contender's memory is in the caches again, as far as they hold it
-                run()
-
-        def both() -> None:
-            measure.tell(self.seconds(run, calls))
-
-        yardstick = measure.Yardstick(beside, size, measure.told)
-        measure.timed(benchmark, both, yardstick, size, rounds, calls_a_round=calls, ranks=RANKS)
+        return torch.zeros(numel, dtype=dtype, device=self.ranks.device)
 
 
 @pytest.fixture(scope="module")
-def ranks(request) -> Iterator[Ranks]:
-    if RANKS < 2:
-        pytest.skip(f"needs ranks: {COMMAND.format(2)}")
-    torch.set_num_threads(1)
-    device = torch.device("cpu")
-    if request.config.getoption("--device") == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
-    else:
-        deepfast.comm.register_backend()
-        dist.init_process_group("gloo")
-    yield Ranks(device)
-    dist.barrier()
-    dist.destroy_process_group()
+def reducers(ranks) -> Reducers:
+    return Reducers(ranks)
+
+
+def timed(benchmark, ranks: Ranks, run: measure.Step, size: int, calls: int, rounds: int) -> None:
+    source, target = torch.zeros(2, size, dtype=torch.uint8, device=ranks.device)
+
+    def again() -> None:  # the contender's memory is in the caches again, as far as they hold it
+        for _ in range(calls):
+            run()
+
+    copy = measure.Yardstick(lambda: target.copy_(source), size)
+    ranks.timed(benchmark, run, size, rounds, copy, again, calls)
 
 
 def pytest_generate_tests(metafunc):
@@ -144,11 +100,11 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.mark.benchmark(timer=measure.told)
-def test_all_reduce(benchmark, ranks, dtype, size, contender):
+def test_all_reduce(benchmark, ranks, reducers, dtype, size, contender):
     """Zeros, whose sum may be taken again and again."""
     kind, (bytes_each, count, calls, rounds) = DTYPES[dtype], SIZES[size]
-    reduce, numel = ranks.reducer(contender), bytes_each // kind.itemsize
-    tensors = [ranks.memory(contender, numel, kind) for _ in range(count)]
+    reduce, numel = reducers.of(contender), bytes_each // kind.itemsize
+    tensors = [reducers.memory(contender, numel, kind) for _ in range(count)]
     parts = [torch.arange(numel, dtype=torch.int32).add_(r).remainder_(17).to(kind) for r in range(RANKS)]
     t = tensors[0].copy_(parts[ranks.comm.rank])
     reduce(t)
@@ -158,7 +114,7 @@ def test_all_reduce(benchmark, ranks, dtype, size, contender):
     turns = itertools.cycle(tensors)
     text = re.sub(r"(\d+)", r"\1 ", size).replace("_", ", ")
     benchmark.group = f"all-reduce, {ranks.device.type}, {dtype}, {text}"
-    ranks.timed(benchmark, lambda: reduce(t) if count == 1 else reduce(next(turns)), bytes_each, calls, rounds)
+    timed(benchmark, ranks, lambda: reduce(t) if count == 1 else reduce(next(turns)), bytes_each, calls, rounds)
 
 
 @pytest.mark.parametrize("contender", ["deepfast_ordinary", "gloo"])
@@ -181,7 +137,7 @@ def test_ddp_hook(benchmark, ranks, contender):
         "gloo": lambda: default_hooks.allreduce_hook(None, bucket).wait(),
     }
     benchmark.group = "DDP's hook, cpu, fp32, 25 MiB"
-    ranks.timed(benchmark, hooks[contender], BUCKET, *SIZES["25MiB"][2:])
+    timed(benchmark, ranks, hooks[contender], BUCKET, *SIZES["25MiB"][2:])
 
 
 @pytest.mark.parametrize("contender", ["deepfast", "deepfast_ordinary", "gloo"])
@@ -195,7 +151,7 @@ def test_ddp_backward(benchmark, ranks, contender):
     else:
         model = ddp(ranks)
     benchmark.group = "DDP's backward pass, cpu, fp32, 25 MiB"
-    ranks.timed(benchmark, lambda: model().backward(), BUCKET, *SIZES["25MiB"][2:])
+    timed(benchmark, ranks, lambda: model().backward(), BUCKET, *SIZES["25MiB"][2:])
 
 
 @pytest.mark.gpu
@@ -203,8 +159,9 @@ def test_ddp_backward(benchmark, ranks, contender):
 def test_several_gpus(count):
     if torch.cuda.device_count() < count:
         pytest.skip(f"needs {count} GPUs")
-    launch = [sys.executable, "-m", "torch.distributed.run", *COMMAND.format(count).split()[1:], "--device", "cuda"]
-    subprocess.run([*launch, "-k", "all_reduce"], check=True)
+    _, *rest = COMMAND.format(count, "bench_comm.py").split()
+    launch = [sys.executable, "-m", "torch.distributed.run", *rest, "--device", "cuda", "-k", "all_reduce"]
+    subprocess.run(launch, check=True)
 
 
 def ddp(
@@ -212,7 +169,8 @@ def ddp(
 ) -> nn.Module:
     if ranks.device.type == "cuda":
         pytest.skip("DDP is measured between CPU ranks only")
-    model = nn.parallel.DistributedDataParallel(Given(), process_group=group, bucket_cap_mb=100)
+    weights, grads = ([torch.full((BUCKET // 4 // 5,), float(x)) for _ in range(5)] for x in (0, dist.get_rank()))
+    model = nn.parallel.DistributedDataParallel(Given(weights, grads), process_group=group, bucket_cap_mb=100)
     if hook:
         model.register_comm_hook(state, hook)
     for _ in range(3):  # DDP arranges its buckets after the first
@@ -220,29 +178,6 @@ def ddp(
         model().backward()
     ranks.check(all(bool((p.grad == (RANKS - 1) / 2).all()) for p in model.parameters()), "DDP")  # the mean over ranks
     return model
-
-
-class Given(nn.Module):
-    """25 MiB of parameters whose gradients are there already: each rank's number."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts = nn.ParameterList(torch.zeros(BUCKET // 4 // 5) for _ in range(5))
-        self.grads = tuple(torch.full_like(p, dist.get_rank()) for p in self.parts)
-
-    def forward(self) -> Tensor:
-        return Gradients.apply(self.grads, *self.parts)
-
-
-class Gradients(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, grads, *parts):
-        ctx.grads = grads
-        return torch.zeros(())
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None, *ctx.grads
 
 
 def deepspeeds(rank: int) -> Callable[[Tensor], object]:

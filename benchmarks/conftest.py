@@ -15,11 +15,20 @@ collect_ignore = ["bench_gpu.py"]  # a script
 def pytest_addoption(parser):
     parser.addoption("--elements", type=int, default=64 << 20, help="of the tensors that fill the memory")
     parser.addoption("--device", default="cpu", help="of bench_comm.py: cpu or cuda")
+    parser.addoption("--tokens", type=int, default=128, help="of bench_zero.py's memory: of each rank's sequence")
 
 
 @pytest.fixture
 def elements(request) -> int:
     return request.config.getoption("--elements")
+
+
+@pytest.fixture(scope="module")
+def ranks(request):
+    """This process among torchrun's; imported where it is asked for."""
+    from ranks import joined
+
+    yield from joined(request.config.getoption("--device"), request.path.name)
 
 
 def pytest_configure(config):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 OURS = "deepfast"
 SMALL = 1 << 24  # bytes: below, the caches and the host's work decide, not the memory
-LABELS = {"deepspeed": "DeepSpeed", "8bit": "8-bit", "ordinary": "(ordinary memory)"}
+LABELS = {"deepspeed": "DeepSpeed", "ddp": "DDP", "8bit": "8-bit", "ordinary": "(ordinary memory)"}
 
 
 class BrokenError(ValueError):
@@ -21,7 +21,8 @@ class Figure:
     """Of one contender in one case.
 
     ``share`` is its part of the yardstick's speed (0: it ran beside none), ``bytes`` what the case has to move (0: it
-    has no such floor), ``speed`` the yardstick's, bytes a second.
+    has no such floor), ``speed`` the yardstick's, bytes a second; ``peak`` the memory it needs, in MiB, where that is
+    what was measured.
     """
 
     case: str
@@ -30,11 +31,18 @@ class Figure:
     share: float
     bytes: int
     speed: float
+    peak: float = 0
 
     @property
     def cost(self) -> float:
         """What ratios are formed of: where there was a yardstick, drift is not in it."""
         return 1 / self.share if self.share else self.seconds
+
+    def times(self, other: Figure) -> float:
+        """How many times what ``other`` needs; who has more bytes to move is not excused."""
+        if self.peak:
+            return self.peak / other.peak
+        return self.cost * max(self.bytes, 1) / (other.cost * max(other.bytes, 1))
 
     @property
     def streams(self) -> bool:
@@ -80,7 +88,7 @@ def _figure(benchmark: dict) -> Figure:
         raise ValueError(f"{benchmark['name']} took {seconds} s")
     names = benchmark["group"], benchmark["params"]["contender"]
     speed = extra.get("yardstick_gb_per_s", 0) * 1e9
-    return Figure(*names, seconds, extra.get("share", 0), extra.get("bytes", 0), speed)
+    return Figure(*names, seconds, extra.get("share", 0), extra.get("bytes", 0), speed, extra.get("peak_mib", 0))
 
 
 def label(contender: str) -> str:

@@ -126,7 +126,7 @@ class ForeachLAMB(torch.optim.Optimizer):
             torch._foreach_add_(params, updates, alpha=-group["lr"])
 
 
-def recipe(optimizer: Contender) -> Contender:
+def recipe(optimizer: Contender, scale: float = SCALE) -> Contender:
     """Mixed precision from torch's parts: unscale, check, clip, step an fp32 master, write the 16-bit weight."""
 
     def make(params: Params) -> Step:
@@ -135,7 +135,7 @@ def recipe(optimizer: Contender) -> Contender:
 
         def step() -> None:
             for master, p in zip(masters, params, strict=True):
-                master.grad = p.grad.float().mul_(1 / SCALE)
+                master.grad = p.grad.float().mul_(1 / scale)
             if all(master.grad.isfinite().all() for master in masters):
                 nn.utils.clip_grad_norm_(masters, NORM)
                 update()

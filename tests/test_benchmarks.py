@@ -6,17 +6,24 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 pytest.importorskip("pytest_benchmark")
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+sys.path.insert(0, str(ROOT / "tools"))
+
 import bench_step  # noqa: E402
+import bench_zero  # noqa: E402
 import figures  # noqa: E402
 import measure  # noqa: E402
+import readme  # noqa: E402
+import sharded  # noqa: E402
 
 # Contenders of a case: right ones, and some that compute nothing, forget their state or stop halfway.
 FAKES = """
@@ -41,19 +48,41 @@ CASE = Case("a case", 20, makes, lambda params, repeats: sgd(params), small=1 <<
 def test_step(benchmark, contender): measure.contest(benchmark, CASE, contender, 1 << 17)
 """
 
+# On two ranks: one that is right, one that forgets the other rank's gradients, one whose second rank does nothing.
+FAKES_OF_RANKS = """
+import dataclasses, bench_zero, measure, pytest, sharded
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> tuple[str, dict]:
+def alone(module, dtype):
+    def reduce(grads):
+        for p, g in zip(module.parameters(), grads): p.grad = g
+    return dataclasses.replace(sharded.ddp(module, dtype), reduce=reduce)
+
+def idle(module, dtype):
+    training = sharded.ddp(module, dtype)
+    return training if sharded.dist.get_rank() == 0 else dataclasses.replace(training, step=lambda: None)
+
+sharded.TRAINERS.update(alone=sharded.Trainer(alone, "torch"), idle=sharded.Trainer(idle, "torch"))
+
+@pytest.mark.parametrize("contender", ["deepfast_2", "alone", "idle"])
+@pytest.mark.benchmark(timer=measure.told)
+def test_step(benchmark, ranks, contender):
+    benchmark.group = "a step"
+    bench_zero.contest(benchmark, ranks, contender, sharded.torch.float16, 1 << 20, bench_zero.from_gradients)
+"""
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--local-ranks-filter", "0", "-m"]
+
+
+def benchmarked(folder: Path, fakes: str, *launch: str) -> tuple[str, dict]:
     """What pytest says of them, and the JSON."""
-    folder = tmp_path_factory.mktemp("bench")
     (folder / "pytest.ini").write_text("[pytest]\n")
-    (folder / "bench_fakes.py").write_text(FAKES)
+    (folder / "bench_fakes.py").write_text(fakes)
     (folder / "conftest.py").write_text((BENCHMARKS / "conftest.py").read_text())
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", str(ROOT))])}
     for name in [name for name in env if name.startswith("PYTEST_")]:  # of xdist
         del env[name]
     env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    command = [sys.executable, "-m", "pytest", "-p", "pytest_benchmark.plugin", "-rs", "--tb=short"]
+    env["OMP_NUM_THREADS"] = "1"
+    command = [sys.executable, "-m", *launch, "pytest", "-p", "pytest_benchmark.plugin", "-rs", "--tb=short"]
     done = subprocess.run(
         [*command, "bench_fakes.py", "--benchmark-json", "out.json"],
         check=False,  # some have to fail
@@ -63,6 +92,20 @@ def run(tmp_path_factory) -> tuple[str, dict]:
         text=True,
     )
     return done.stdout, json.loads((folder / "out.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[str, dict]:
+    return benchmarked(tmp_path_factory.mktemp("bench"), FAKES)
+
+
+def test_a_wrong_result_of_one_rank_has_no_figure(tmp_path):
+    said, found = benchmarked(tmp_path, FAKES_OF_RANKS, *TORCHRUN)
+    (figure,) = found["benchmarks"]
+    assert (figure["params"], figure["extra_info"]["ranks"]) == ({"contender": "deepfast_2"}, 2), said
+    assert figure["extra_info"]["bytes"] == 20 << 20
+    for name in ("alone", "idle"):
+        assert f"{name} has another result" in said
 
 
 def test_a_wrong_result_has_no_figure(run):
@@ -127,6 +170,33 @@ def test_the_inputs_let_nothing_pass_that_does_nothing():
         before, once, twice = measure.expected(bench_step.CASES[name], 16)
         assert measure.error([before], before, once) == pytest.approx(1), name
         assert measure.error([once], before, twice) > 0.2, name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stage", "both"),
+    [
+        (torch.float16, 2, 2 * 2 + 4 + 28 + 2 * 2),
+        (torch.float16, 0, 2 * 2 + 4 + 2 * 28 + 2 * 2),
+        (torch.float32, 1, 2 * 4 + 4 + 24 + 2 * 4),
+    ],
+)
+def test_the_floor_of_two_ranks(dtype, stage, both):
+    assert bench_zero.floor(dtype, stage, ranks=2) * 2 == both
+
+
+def test_the_table_of_sharded_training():
+    """Who has more bytes to move is not excused: of the same share with twice the bytes the ratio is 2."""
+    assert set(readme.SHARDED) < set(sharded.TRAINERS)
+    sharing = figures.Figure("a step", "deepfast_2", 0.05, 0.6, 20 << 26, 80e9)
+    whole = figures.Figure("a step", "ddp", 0.1, 0.6, 40 << 26, 80e9)
+    peaks = [figures.Figure("peak", name, 1, 0, 0, 0, peak) for name, peak in (("ours", 2000.4), ("theirs", 3000.6))]
+    cases = {
+        "a step": {"deepfast_2": sharing, "ddp": whole},
+        "peak": dict(zip(("deepfast_2", "deepspeed_2"), peaks, strict=True)),
+    }
+    text = readme.sharded(figures.Results({"cpu": "a CPU", "cores": 2, "torch": "2.13.0"}, "2026-11-26", cases))
+    assert "| a step | 50.0 ms, 0.60 of streaming | – | 100 ms (2.00×) | – |" in text
+    assert "| peak | 2000 MiB | – | – | 3001 MiB (1.50×) |" in text
 
 
 def result(**changed) -> dict:

@@ -18,12 +18,14 @@ DTYPES = ("fp32", "fp16", "bf16")
 
 
 def benchmarks(folder: Path = RESULTS) -> str:
-    """Of the step, a few columns for each instruction set; and of the sums between ranks. What was not measured is
-    left out."""
+    """Of the step, a few columns for each instruction set; of the sums between ranks; of sharded training. What was not
+    measured is left out."""
     files = sorted(folder.glob("cpu-*.json"), key=lambda path: (path.stem != "cpu-avx512", path.name))
     text = steps([read(path) for path in files], [path.name for path in files]) if files else ""
-    comm = folder / "comm.json"
-    return text + (f"\n{sums(read(comm))}" if comm.exists() else "")
+    for name, made in (("comm", sums), ("zero", sharded)):
+        file = folder / f"{name}.json"
+        text += f"\n{made(read(file))}" if file.exists() else ""
+    return text
 
 
 def steps(results: list[Results], names: list[str]) -> str:
@@ -79,6 +81,29 @@ def sums(results: Results) -> str:
 
 def _duration(figure: Figure | None) -> str:
     return duration(figure.seconds) if figure else "–"
+
+
+SHARDED = {
+    "deepfast_2": "deepfast, stage 2",
+    "deepfast_0": "deepfast, stage 0",
+    "ddp": "DDP over gloo, torch's parts",
+    "deepspeed_2": "DeepSpeed, stage 2",
+}
+
+
+def sharded(results: Results) -> str:
+    """A row a case; times are of the first column."""
+    rows = [["", *SHARDED.values()], ["---"] * (len(SHARDED) + 1)]
+    for case, contenders in results.cases.items():
+        ours, *others = (contenders.get(name) for name in SHARDED)
+        cells = [_needed(ours) + (f", {ours.share:.2f} of streaming" if ours and ours.streams else "")]
+        cells += [_needed(other) + (f" ({other.times(ours):.2f}×)" if other and ours else "") for other in others]
+        rows.append([case, *cells])
+    return f"Sharded, two ranks ([figures](benchmarks/results/zero.json)): {results.described}.\n\n{table(rows)}"
+
+
+def _needed(figure: Figure | None) -> str:
+    return f"{figure.peak:.0f} MiB" if figure and figure.peak else _duration(figure)
 
 
 def table(rows: list[list[str]]) -> str:
