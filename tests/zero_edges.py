@@ -146,8 +146,9 @@ def check_an_optimizer_that_has_stepped():
     def trained(stage):
         net = Net()
         optimizer = deepfast.AdamW(net.parameters(), lr=0.01)
+        torch.manual_seed(1)
         for p in net.parameters():
-            p.grad = torch.ones_like(p)
+            p.grad = torch.randn_like(p)
         optimizer.step()
         config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage}}
         engine = deepfast.initialize(model=net, optimizer=optimizer, config=config)[0]

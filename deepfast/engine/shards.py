@@ -97,9 +97,6 @@ class Shards(Parts):
                     gather_tensor(piece.view(-1), own)
         elif self.reach:
             self.comm.all_reduce_(torch.zeros(1, device=self._device))
-        torch.autograd.graph.increment_version(list(self.parts))
-        for launch in launches:
-            launch.settle()
 
     # What the optimizer asks.
 
