@@ -34,10 +34,11 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embedding = nn.Embedding(97, 30)
-        self.wide = nn.Linear(30, 301)
-        self.tall = nn.Linear(301, 30)
+        self.wide = nn.Linear(30, 1301)
+        self.tall = nn.Linear(1301, 30)
         self.frozen = nn.Linear(30, 30).requires_grad_(False)
         self.transposed = nn.Parameter(torch.randn(30, 17).t() * 0.1)
+        self.long = nn.Parameter(torch.randn(30, 1700) * 0.1)
         self.norm = nn.LayerNorm(17)
         self.sometimes = nn.Parameter(torch.ones(17))
         self.never = nn.Parameter(torch.ones(5, 5))
@@ -49,6 +50,7 @@ class Net(nn.Module):
     def forward(self, ids, both):
         x = self.embedding(ids)
         x = self.frozen(x + self.tall(torch.tanh(self.wide(x))))
+        x = x + torch.tanh(x @ self.long) @ self.long.t()
         x = self.norm(x @ self.transposed.t().to(x.dtype))
         return self.tied(self.head(x * self.sometimes if both else x))
 
@@ -203,6 +205,7 @@ def check_each_rank_keeps_its_part():
     dist.all_gather_object(everyone, held)
     assert {sum(everyone)} == {kind * used for kind in kinds}
     if SIZE > 1:
+        assert RANK == 0 or any(0 < part.begin < part.end for part in engine._parts()), "parameters are cut"
         assert max(everyone) < sum(everyone)
         assert sum(t.numel() for t in engine._sums.sums) < used
 

@@ -56,7 +56,9 @@ class Communicator:
         _made[group.group_name] += 1
         store = dist.PrefixStore(f"deepfast/{number}", group.get_group_store())
         self.rank, self.size, self.timeout = group.rank(), group.size(), timeout
-        self._group = group
+        self._held_group = weakref.ref(
+            group
+        )  # else its threads would outlive destroy_process_group(), and abort the exit
         self._peers, self._native, self._hosts = rendezvous.connect(store, self.rank, self.size, timeout)
         self._peers.heed_signals()
         self._devices: dict[torch.device, Any] = {}
@@ -219,6 +221,13 @@ class Communicator:
                 self._group, self.rank, self._hosts, device, self._native, self._peers, self.timeout.total_seconds()
             )
         return self._devices[device]
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        group = self._held_group()
+        if group is None:
+            raise RuntimeError("deepfast: the communicator's process group has been destroyed")
+        return group
 
     def _factor(self, op: str, scale: float | None) -> float:
         if op not in ("sum", "avg"):
