@@ -92,14 +92,15 @@ class Communicator {
     });
   }
 
-  // grads: of a bucket's parameters, each beginning at its offset (elements), none where there is none. dtype: what they
-  // are if they are nothing else. sum: fp32, this rank's chunk of the bucket; or the whole bucket in the heap, and then
-  // every rank gets it whole. (csrc/cpu/owners.h)
+  // grads: of a bucket's parameters, each beginning at its offset (elements), none where there is none. dtype: what
+  // they are if they are nothing else. sum: fp32, this rank's chunk of the bucket; or the whole bucket in the heap, and
+  // then every rank gets it whole. (csrc/cpu/owners.h)
   void add_to_owners(Tensor sum, const std::vector<std::optional<Tensor>>& grads, const std::vector<int64_t>& offsets,
                      int64_t numel, int64_t chunk, at::ScalarType dtype, double weight, bool overwrite, bool everywhere,
                      const std::optional<Tensor>& statistics) {
     TORCH_CHECK(!hosts_, "deepfast: the ranks do not share a host");
-    TORCH_CHECK(grads.size() == offsets.size(), "deepfast: ", offsets.size(), " gradients expected, got ", grads.size());
+    TORCH_CHECK(grads.size() == offsets.size(), "deepfast: ", offsets.size(), " gradients expected, got ",
+                grads.size());
     TORCH_CHECK(chunk >= 0 && chunk % kReadBlock == 0 && chunk * ranks_ >= numel, "deepfast: no chunk of ", numel,
                 " elements for ", ranks_, " ranks: ", chunk);
     const int64_t begin = std::min(chunk * rank_, numel), mine = std::min(chunk, numel - begin);
@@ -122,9 +123,9 @@ class Communicator {
     if (!in || *in > Element::kBFloat16) in = Element::kFloat32;
     run([&] {
       Statistics found = {};
-      cpu::add_to_owners(*peers_, segments, sum.mutable_data_ptr<float>() + (everywhere ? begin : 0),
-                         {*in, numel, chunk, static_cast<float>(weight), overwrite, everywhere,
-                          statistics ? &found : nullptr});
+      cpu::add_to_owners(
+          *peers_, segments, sum.mutable_data_ptr<float>() + (everywhere ? begin : 0),
+          {*in, numel, chunk, static_cast<float>(weight), overwrite, everywhere, statistics ? &found : nullptr});
       sum.unsafeGetTensorImpl()->bump_version();
       tell(sum, found, statistics, std::nullopt);
     });

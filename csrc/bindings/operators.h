@@ -111,9 +111,9 @@ struct Operators {
     auto plan = library.class_<P>(name);
     if constexpr (requires { &Backend::norms_of_blocks; }) plan.def("norms_of_blocks", &P::norms_of_blocks);
     plan.def(torch::init(
-            [](std::string rule, Tensors params, Tensors masters, Tensors moments, Tensors steps, Tensor groups) {
-              return c10::make_intrusive<P>(std::move(rule), params, masters, moments, steps, groups);
-            }))
+                 [](std::string rule, Tensors params, Tensors masters, Tensors moments, Tensors steps, Tensor groups) {
+                   return c10::make_intrusive<P>(std::move(rule), params, masters, moments, steps, groups);
+                 }))
         .def("needs_norms", &P::needs_norms)
         .def("send_to", &P::send_to)
         .def("gather", &P::gather)

@@ -122,7 +122,8 @@ class Plan : public torch::CustomClassHolder {
     return backend_.norms(rule_, spans_, {hyper, lrs}, record);
   }
 
-  // The same before they are added up: fp64 [blocks, 2], of all blocks of each gradient's parameter (csrc/math/squares.h).
+  // The same before they are added up: fp64 [blocks, 2], of all blocks of each gradient's parameter
+  // (csrc/math/squares.h).
   Tensor norms_of_blocks(const Tensor& hyper, const OptionalTensors& lrs, const Tensor& record) {
     TORCH_CHECK(info_.needs_norms, "deepfast: '", info_.name, "' needs no norms");
     check(hyper, lrs, record);

@@ -84,8 +84,8 @@ void add_to_owners(Peers& peers, const std::vector<Segment>& segments, float* su
   const int64_t size = size_of(type), mine = std::min(how.chunk * rank, how.numel);
   const int64_t offset = how.everywhere ? peers.heap_offset(sum - mine) : -1;
   if (how.everywhere && offset < 0) throw std::runtime_error("deepfast: sums for all ranks lie in no shared memory");
-  Announcement announcement = {
-      Announcement::kAddToOwners, how.in, Element::kFloat32, how.numel, 1.0, how.statistics != nullptr, offset};
+  Announcement announcement = {Announcement::kAddToOwners, how.in, Element::kFloat32, how.numel, 1.0,
+                               how.statistics != nullptr,  offset};
   announcement.weight = how.weight;
   int slot = peers.begin(announcement);
   peers.meet();

@@ -32,8 +32,8 @@ struct Announcement {
   Element in, out;
   int64_t numel;
   double factor;
-  bool measured;   // whether statistics are asked for
-  int64_t offset;  // of the input in the rank's heap, in bytes; < 0: it lies elsewhere
+  bool measured;        // whether statistics are asked for
+  int64_t offset;       // of the input in the rank's heap, in bytes; < 0: it lies elsewhere
   float weight = 1.0f;  // of this rank's, where each may have its own
 
   bool fits(const Announcement& other) const {

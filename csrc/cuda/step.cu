@@ -41,7 +41,8 @@ void step(int rule, const Job& job, const Workspace& workspace, const StepRecord
           Afterwards after, const Sinks& sinks, Stream stream) {
   if (sinks.count > kMaxSinks) throw std::runtime_error("deepfast: a step's weights go to at most 8 ranks");
   Others others = {};
-  for (; others.count < sinks.count; ++others.count) others.displacement[others.count] = sinks.displacement[others.count];
+  for (; others.count < sinks.count; ++others.count)
+    others.displacement[others.count] = sinks.displacement[others.count];
   Packed packed;
   pack(packed, job, kStepBlock, workspace, stream);
   kEntries[rule].step(packed, workspace, record, norms, after, others, stream);
