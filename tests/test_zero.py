@@ -65,9 +65,10 @@ def test_plain_torch_reads_it(saved):
     assert torch.equal(optimizer.state[model.wide.weight]["exp_avg"], moments["wide.weight"]["exp_avg"].half())
 
 
+@pytest.mark.parametrize("where", [[], ["hosts"]])
 @pytest.mark.parametrize("moment", range(len(MOMENTS)))
-def test_a_rank_is_killed(tmp_path, moment):
-    alone, killed = heard_of_pair(tmp_path, "zero_killed.py", moment)
+def test_a_rank_is_killed(tmp_path, moment, where):
+    alone, killed = heard_of_pair(tmp_path, "zero_killed.py", moment, *where)
     assert (alone, killed) == ({MOMENTS[moment]: ""}, {})
 
 

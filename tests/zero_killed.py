@@ -44,5 +44,7 @@ def killed(moment):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     moment = MOMENTS[int(sys.argv[2])]
+    if "hosts" in sys.argv:
+        os.environ["DEEPFAST_HOST_ID"] = f"host {RANK}"
     Path(sys.argv[1], f"{RANK}.json").write_text("{}" if RANK else "")  # of the one that will be killed
     run_checks({moment: lambda: killed(moment)}, Path(sys.argv[1], f"{RANK}.json"))

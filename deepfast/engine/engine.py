@@ -127,10 +127,11 @@ class Engine(Resumable):
             self._sums.begin(None if weight is None else float(weight), last, self._sync)
         elif self._statistics is not None:
             self._statistics.begin()
-        self.scaler.scale(loss).backward()
-        if self._sums is not None:
-            self._sums.add()
-        elif self._statistics is not None:
+        with self._reduction.naming():
+            self.scaler.scale(loss).backward()
+            if self._sums is not None:
+                self._sums.add()
+        if self._sums is None and self._statistics is not None:
             self._statistics.end()
         return loss
 
@@ -145,7 +146,8 @@ class Engine(Resumable):
         if self.is_gradient_accumulation_boundary():
             if self._backwards == 0:
                 raise RuntimeError("step(): there was no backward() since the last optimizer step")
-            self._optimizer_step()
+            with self._reduction.naming():
+                self._optimizer_step()
         self.micro_steps += 1
 
     def _optimizer_step(self) -> None:

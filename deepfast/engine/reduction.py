@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -103,6 +105,16 @@ class Reduction:
             self.sums.add_params(new)
             self._cut(first)
         return True
+
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        """Within, what gloo says when another host's rank has died becomes an error that names it."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self._comm is not None and self.sums.comm is None and "gloo" in str(error):
+                self._comm.all_reduce_(torch.zeros(1))  # which nobody can end: PeerTimeout
+            raise
 
     def hand_over(self) -> None:
         """Makes the sums the gradients of what the optimizer steps."""
