@@ -50,7 +50,7 @@ class Reduction:
         self._known = set(params)
         self.shards: Shards | None = None
         self.sums: Any = None
-        self._comm = None
+        self._comm: Any = None
         self._ranks = dist.get_world_size() if dist.is_initialized() else 1
         if self._ranks > 1:
             self._start(params, stage)
