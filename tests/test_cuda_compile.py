@@ -108,6 +108,7 @@ def test_steps_move_16_bytes_at_a_time(compiled, rule, arch):
     stores = sum(int(wide) + (moments if reads_grad else 0) + 2 * g for wide in (1, 1, 0) for g in (1, 0))
     if moments == 0:  # no fp32 stream at all: eight halves at a time
         loads, stores = loads + 3, stores + 3
+    stores += 2 + (moments == 0)  # to other ranks' weights: fp32 ones, and eight halves at a time
     stores += 2  # where a step is skipped, the gradients are reset by themselves
     assert counts["LDG.E.128"] == loads
     assert counts["STG.E.128"] == stores
