@@ -105,7 +105,7 @@ def host_builds(tmp_path_factory) -> Path:
 def cuda_on_host(host_builds) -> SimpleNamespace:
     """The CUDA backend, its kernels run on the host, for CPU tensors."""
     library = on_host.backend(host_builds)
-    return SimpleNamespace(library=library, **vars(played_cuda(library)))
+    return SimpleNamespace(file=library, **vars(played_cuda(library)))
 
 
 @pytest.fixture(scope="session")

@@ -127,13 +127,13 @@ def test_the_watch_ends_before_python_does(dropped):
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_gpus_played_on_the_host(cuda_on_host, tmp_path, size):
     """The CUDA kernels between processes, over memory that all map; ranks run ahead of each other as they like."""
-    said = heard_of_ranks(size, tmp_path, "comm_ranks.py", "cuda", cuda_on_host.library)
+    said = heard_of_ranks(size, tmp_path, "comm_ranks.py", "cuda", cuda_on_host.file)
     assert [failures(said, check) for check in wanted(size, "cuda") if failures(said, check)] == []
 
 
 @pytest.mark.xdist_group("comm_played")
 def test_a_rank_is_killed_beside_gpus_played_on_the_host(cuda_on_host, tmp_path):
-    said = heard_of_pair(tmp_path, "peers_ranks.py", "cuda", cuda_on_host.library)
+    said = heard_of_pair(tmp_path, "peers_ranks.py", "cuda", cuda_on_host.file)
     assert [failures(said, check) for check in PEERS if failures(said, check)] == []
 
 

@@ -74,7 +74,7 @@ def test_a_rank_is_killed(tmp_path, moment, where):
 
 @pytest.mark.xdist_group("comm_played")
 def test_gpus_played_on_the_host(cuda_on_host, tmp_path):
-    assert wrong(heard_of_ranks(2, tmp_path, "zero_played.py", "cuda", cuda_on_host.library)) == []
+    assert wrong(heard_of_ranks(2, tmp_path, "zero_played.py", "cuda", cuda_on_host.file)) == []
 
 
 @pytest.mark.parametrize("compiled", [True, False])

@@ -56,9 +56,8 @@ class Communicator:
         _made[group.group_name] += 1
         store = dist.PrefixStore(f"deepfast/{number}", group.get_group_store())
         self.rank, self.size, self.timeout = group.rank(), group.size(), timeout
-        self._held_group = weakref.ref(
-            group
-        )  # else its threads would outlive destroy_process_group(), and abort the exit
+        # Not held: its threads would outlive destroy_process_group(), and now and then abort a Python that is ending.
+        self._held_group = weakref.ref(group)
         self._peers, self._native, self._hosts = rendezvous.connect(store, self.rank, self.size, timeout)
         self._peers.heed_signals()
         self._devices: dict[torch.device, Any] = {}

@@ -166,7 +166,7 @@ class Engine(Resumable):
         else:
             self._grad_norm = self._foreign_step(optimizer, divisor)
         if shards is not None:
-            shards.spread(optimizer._launches)  # type: ignore[attr-defined]
+            shards.spread(optimizer._sent)  # type: ignore[attr-defined]
         found = self.scaler.found_inf(optimizer)
         self.scaler.update()
         self._applied = found is None or not found.item()

@@ -86,9 +86,9 @@ class Shards(Parts):
             torch.autograd.graph.increment_version(self.parts[p].mine)
 
     @torch.no_grad()
-    def spread(self, launches: list[Any]) -> None:
-        """After a step by ``launches``: ends when all ranks have all new weights."""
-        if not all(launch.sends for launch in launches):
+    def spread(self, sent: bool) -> None:
+        """After a step, which has written all ranks' weights or not: ends when all have all new ones."""
+        if not sent:
             for piece in self._pieces:
                 own = piece[self._rank].clone()
                 if self.comm is not None:

@@ -53,6 +53,7 @@ class Optimizer(Loadable, Planned):
     _found_inf: Any = Shared(None)  # what the last step decided
     _leaves_gradients: Any = Shared(False)  # grad_scale or not: they are not written
     _has_stepped: Any = Shared(False)  # a step has seen what was handed over
+    _sent = True  # the last step has written the weights of all ranks that step parts (parts.py)
     _measure_norm = False  # set by deepfast.Engine: fill grad_norm even where nothing clips
 
     def __init__(self, params: Any, defaults: dict[str, Any], **options: Any) -> None:
@@ -137,6 +138,7 @@ class Optimizer(Loadable, Planned):
             if graphs.capturing(launch.device):
                 self._check_capture(launch.device)
         self.grad_norm = self._found_inf = None
+        self._sent = all(launch.sends for launch in launches)
         if not launches:
             return loss
         records = decide(self, launches)
