@@ -9,7 +9,7 @@
 
 namespace deepfast {
 
-enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16 };
+enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kInt16 };
 
 constexpr int kMaxMoments = 3;
 
@@ -18,15 +18,18 @@ constexpr int kMaxMoments = 3;
 enum class Afterwards : uint8_t { kKept, kReset, kWritten };
 
 struct Span {
-  void* param;                 // [numel] param_dtype
-  void* grad;                  // [numel] grad_dtype
-  float* master;               // [numel] the parameter's fp32 value where param_dtype is 16 bits wide, or null
-  float* moment[kMaxMoments];  // [numel] each, as many as the rule keeps
-  float* step;                 // [1] this parameter's step count, where the rule counts
+  void* param;                // [numel] param_dtype
+  void* grad;                 // [numel] grad_dtype
+  void* master;               // [numel] master_dtype: of a parameter that is 16 bits wide its fp32 value, or
+                              // (kInt16) what it lacks of that (codec/split.h); or null
+  void* moment[kMaxMoments];  // [numel] moment_dtype each, as many as the rule keeps
+  float* step;                // [1] this parameter's step count, where the rule counts
   int64_t numel;
   int32_t group;  // row of the hyperparameter table
-  DType param_dtype;
-  DType grad_dtype;
+  DType param_dtype, grad_dtype, master_dtype;
+  DType moment_dtype[kMaxMoments];
+
+  bool has_split() const { return master && master_dtype == DType::kInt16; }
 };
 
 // Other ranks to whom new weights go, too: how many bytes after this rank's weight each has its own.

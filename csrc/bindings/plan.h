@@ -215,19 +215,21 @@ class Plan : public torch::CustomClassHolder {
     span.group = entry.group;
     span.numel = param.numel();
     span.param = order_.write(param, "a parameter");
-    if (entry.has(Entry::kMaster)) span.master = fp32_state(entry, Entry::kMaster, "a master");
+    if (entry.has(Entry::kMaster)) {
+      const Tensor master = entry.held(Entry::kMaster);
+      span.master_dtype = master_dtype(master, span.param_dtype);
+      span.master = order_.write(master, "a master");
+    }
     if (info_.counts_steps) span.step = fp32_values(entry.held(Entry::kStep), 1, "a step count", device_);
-    for (int k = 0; k < info_.moments; ++k) span.moment[k] = fp32_state(entry, Entry::kMoment + k, "a moment");
+    for (int k = 0; k < info_.moments; ++k) {
+      const Tensor moment = entry.held(Entry::kMoment + k);
+      span.moment_dtype[k] = dtype_of(moment, "a moment");
+      span.moment[k] = order_.write(moment, "a moment");
+    }
     entry.note(span, order_.copies() == copies);
     span.grad = after_ != Afterwards::kKept ? order_.write(grad, "a gradient") : order_.read(grad, "a gradient");
     span.grad_dtype = dtype_of(grad, "a gradient");
     return span;
-  }
-
-  float* fp32_state(const Entry& entry, int slot, const char* what) {
-    const Tensor t = entry.held(slot);
-    TORCH_CHECK(t.scalar_type() == at::kFloat, "deepfast: ", what, " has dtype ", t.scalar_type());
-    return static_cast<float*>(order_.write(t, what));
   }
 
   void check(const Tensor& hyper, const OptionalTensors& lrs, const Tensor& record) const {

@@ -36,6 +36,13 @@ inline DType dtype_of(const Tensor& t, const char* what) {
   return *dtype;
 }
 
+// fp32, or of a 16-bit parameter what it lacks of that (csrc/codec/split.h).
+inline DType master_dtype(const Tensor& t, DType param) {
+  if (t.scalar_type() == at::kShort && param != DType::kFloat32) return DType::kInt16;
+  TORCH_CHECK(t.scalar_type() == at::kFloat, "deepfast: a master has dtype ", t.scalar_type());
+  return DType::kFloat32;
+}
+
 inline void check_count(size_t got, size_t count, const char* what) {
   TORCH_CHECK(got == count, "deepfast: ", count, " tensors of ", what, " expected, got ", got);
 }

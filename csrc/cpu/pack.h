@@ -4,7 +4,7 @@
 // Where no instruction set is known, a Pack is one float, and the compiler vectorizes what it can.
 #pragma once
 
-#include "../codec/half.h"
+#include "../codec/split.h"
 #include "../span.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -38,6 +38,10 @@ DF_INLINE float decode_bf16(uint16_t h) { return Bf16::decode(h); }
 DF_INLINE uint16_t nearest_even_fp16(float x) { return Fp16::nearest_even(x); }
 DF_INLINE uint16_t nearest_even_bf16(float x) { return Bf16::nearest_even(x); }
 DF_INLINE uint16_t half_away_bf16(float x) { return Bf16::half_away(x); }
+DF_INLINE float decode_split_fp16(uint16_t h, uint16_t remainder) { return SplitFp16::decode(h, remainder); }
+DF_INLINE float decode_split_bf16(uint16_t h, uint16_t remainder) { return SplitBf16::decode(h, remainder); }
+DF_INLINE uint16_t remainder_fp16(float x, uint16_t h) { return SplitFp16::remainder(x, h); }
+DF_INLINE uint16_t remainder_bf16(float x, uint16_t h) { return SplitBf16::remainder(x, h); }
 
 // Whether all elements are finite.
 template <class V>
@@ -88,6 +92,25 @@ DF_INLINE auto from_master(V x, DType dtype) {
     return all(magnitude(x) <= V(Fp16::kLargest)) ? nearest_even_fp16(x) : encode_each(x, Fp16::from_master);
   }
   return all(magnitude(x) <= V(Bf16::kLargest)) ? half_away_bf16(x) : encode_each(x, Bf16::from_master);
+}
+
+// What a 16-bit weight and its remainder are together.
+template <class Half>
+DF_INLINE auto decode_split(Half h, Half remainder, DType dtype) {
+  return dtype == DType::kFloat16 ? decode_split_fp16(h, remainder) : decode_split_bf16(h, remainder);
+}
+
+// What from_master(x, dtype) lacks of x.
+template <class V, class Half>
+DF_INLINE Half remainder(V x, Half h, DType dtype) {
+  if (dtype == DType::kFloat16) {
+    return all(magnitude(x) <= V(Fp16::kLargest))
+               ? remainder_fp16(x, h)
+               : encode_each(x, [](float e) { return remainder_fp16(e, Fp16::from_master(e)); });
+  }
+  return all(magnitude(x) <= V(Bf16::kLargest))
+             ? remainder_bf16(x, h)
+             : encode_each(x, [](float e) { return remainder_bf16(e, Bf16::from_master(e)); });
 }
 
 // Elements i .. i + V's width of a stream of any type.

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "../codec/half.h"
+#include "../codec/split.h"
 
 namespace deepfast::cpu {
 
@@ -69,6 +69,37 @@ DF_INLINE Halves nearest_even_bf16(Pack a) {
 // Of finite values.
 DF_INLINE Halves half_away_bf16(Pack a) {
   return upper(_mm256_add_epi32(_mm256_castps_si256(a.x), _mm256_set1_epi32(0x8000)));
+}
+
+// csrc/codec/split.h, eight at a time; remainders of what does not saturate.
+
+DF_INLINE Pack decode_split_bf16(Halves h, Halves remainder) {
+  const __m256i upper = _mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16);
+  const __m256i bits = _mm256_add_epi32(upper, _mm256_cvtepi16_epi32(remainder));
+  const __m256 crosses = _mm256_castsi256_ps(_mm256_xor_si256(bits, upper));  // in the sign, which chooses
+  return _mm256_blendv_ps(_mm256_castsi256_ps(bits), _mm256_castsi256_ps(upper), crosses);
+}
+
+DF_INLINE Halves remainder_bf16(Pack a, Halves) {
+  const __m256i lower = _mm256_and_si256(_mm256_castps_si256(a.x), _mm256_set1_epi32(0xffff));
+  return _mm_packus_epi32(_mm256_castsi256_si128(lower), _mm256_extracti128_si256(lower, 1));
+}
+
+DF_INLINE Pack decode_split_fp16(Halves h, Halves remainder) {
+  const Pack near = decode_fp16(h);
+  const __m256i missing = _mm256_cvtepi16_epi32(remainder);
+  const Pack normal = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(near.x), missing));
+  const Pack below = fma(Pack(_mm256_cvtepi32_ps(missing)), Pack(-kUnitBelow), near);
+  return select(Pack(kSmallestNormalFp16) > magnitude(near), below, normal);
+}
+
+DF_INLINE Halves remainder_fp16(Pack a, Halves h) {
+  const Pack near = decode_fp16(h);
+  const auto is_below = Pack(kSmallestNormalFp16) > magnitude(near);
+  const __m256i below = _mm256_cvtps_epi32(((near - a) * Pack(1.0f / kUnitBelow)).x);
+  const __m256i normal = _mm256_sub_epi32(_mm256_castps_si256(a.x), _mm256_castps_si256(near.x));
+  const __m256i missing = _mm256_blendv_epi8(normal, below, _mm256_castps_si256(is_below.x));
+  return _mm_packs_epi32(_mm256_castsi256_si128(missing), _mm256_extracti128_si256(missing, 1));
 }
 
 }  // namespace deepfast::cpu

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "../codec/half.h"
+#include "../codec/split.h"
 
 namespace deepfast::cpu {
 
@@ -69,6 +69,36 @@ DF_INLINE Halves nearest_even_bf16(Pack a) {
 // Of finite values.
 DF_INLINE Halves half_away_bf16(Pack a) {
   return upper(_mm512_add_epi32(_mm512_castps_si512(a.x), _mm512_set1_epi32(0x8000)));
+}
+
+// csrc/codec/split.h, sixteen at a time; remainders of what does not saturate.
+
+DF_INLINE Pack decode_split_bf16(Halves h, Halves remainder) {
+  const __m512i upper = _mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+  const __m512i bits = _mm512_add_epi32(upper, _mm512_cvtepi16_epi32(remainder));
+  const __mmask16 crosses = _mm512_test_epi32_mask(_mm512_xor_si512(bits, upper), _mm512_set1_epi32(1 << 31));
+  return _mm512_castsi512_ps(_mm512_mask_mov_epi32(bits, crosses, upper));
+}
+
+DF_INLINE Halves remainder_bf16(Pack a, Halves) {
+  alignas(64) static constexpr uint16_t kLower[32] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  return _mm512_castsi512_si256(_mm512_permutexvar_epi16(_mm512_load_si512(kLower), _mm512_castps_si512(a.x)));
+}
+
+DF_INLINE Pack decode_split_fp16(Halves h, Halves remainder) {
+  const Pack near = decode_fp16(h);
+  const __m512i missing = _mm512_cvtepi16_epi32(remainder);
+  const Pack normal = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(near.x), missing));
+  const Pack below = fma(Pack(_mm512_cvtepi32_ps(missing)), Pack(-kUnitBelow), near);
+  return select(Pack(kSmallestNormalFp16) > magnitude(near), below, normal);
+}
+
+DF_INLINE Halves remainder_fp16(Pack a, Halves h) {
+  const Pack near = decode_fp16(h);
+  const auto is_below = Pack(kSmallestNormalFp16) > magnitude(near);
+  const __m512i below = _mm512_cvtps_epi32(((near - a) * Pack(1.0f / kUnitBelow)).x);
+  const __m512i normal = _mm512_sub_epi32(_mm512_castps_si512(a.x), _mm512_castps_si512(near.x));
+  return _mm512_cvtsepi32_epi16(_mm512_mask_mov_epi32(normal, is_below.x, below));
 }
 
 }  // namespace deepfast::cpu

@@ -35,7 +35,7 @@ class Outgoing {
   // The weights come from where they are stored, or, if that is only written and not read, from a place in the cache.
   Outgoing(const Span& span, int64_t offset, const Sinks& sinks)
       : span_(span), offset_(offset), sinks_(sinks), size_(size_of(span.param_dtype)) {
-    staged_ = sinks.count > 0 && span.master && span.param_dtype != DType::kFloat32;
+    staged_ = sinks.count > 0 && span.master && !span.has_split() && span.param_dtype != DType::kFloat32;
   }
 
   Span written() {
@@ -145,12 +145,17 @@ template <class Rule, class Streams>
 Norms measure(const Rule rule, const Streams s, float multiplier, int64_t begin, int64_t n) {
   alignas(64) float params[kLanes] = {}, directions[kLanes] = {};
   Pack largest_param = 0.0f, largest_direction = 0.0f;
+  const bool rounds = s.rounds_moments();
   for_each<false>(
       n, [&](int64_t k) { s.template ask_ahead<true>(begin + k); },
       [&](int64_t k, auto v) {
         auto x = s.template load<true>(begin + k, v);
-        const auto r = with_moments(x, [&](auto&... moment) { return rule.direct(x.p, x.g * multiplier, moment...); });
+        auto r = with_moments(x, [&](auto&... moment) { return rule.direct(x.p, x.g * multiplier, moment...); });
         s.store_moments(x, begin + k);
+        if (rounds) {  // what is measured is what the second pass will take
+          x = s.template load<false>(begin + k, v);
+          r = with_moments(x, [&](auto&... moment) { return rule.direction(x.p, moment...); });
+        }
         add_squares(x.p, k, params, largest_param);
         add_squares(r, k, directions, largest_direction);
       });

@@ -27,15 +27,19 @@ class Optimizer(Loadable, Planned):
     Keyword arguments beyond torch's:
 
     Args:
-        master: where a 16-bit parameter's fp32 value is kept. "auto" and "fp32": as an fp32 tensor in the state;
-            "none": nowhere, the parameter itself is updated and rounded to nearest even, as in torch; a warning says
-            once if most updates are lost to that.
+        master: where a 16-bit parameter's fp32 value is kept. "auto" and "split": in the parameter and, in the state,
+            an int16 tensor with what it lacks (``csrc/codec/split.h``: exact but for fp16 below 2^-17, where it is off
+            by at most 2^-40); "fp32": as an fp32 tensor in the state; "none": nowhere, the parameter itself is updated
+            and rounded to nearest even, as in torch; a warning says once if most updates are lost to that.
+        state_dtype: how moments are kept: "fp32", "bf16" (rounded to nearest even), or "param", in the parameter's
+            type; or a dictionary with one of these for each moment by its name ({"exp_avg": "bf16"}), others in fp32.
+            Moments of fp64 and complex parameters are always of their type.
         max_grad_norm: clip the gradients to this global L2 norm (over all groups) inside the step. FSDP1's flat shards
             do not show it: an error.
         reset_grad: zero the gradients in the step's own pass, skipped steps included.
         backend: "auto", "cpu", "cuda", "triton" or "reference" (plain torch, slow); "auto" follows
             ``$DEEPFAST_BACKEND``.
-        state_dtype, rounding: only "fp32" and "nearest" so far.
+        rounding: only "nearest" so far.
 
     Attributes:
         grad_norm: after a step the global gradient norm, unscaled, before clipping, a 0-d fp32 tensor on the
@@ -65,7 +69,7 @@ class Optimizer(Loadable, Planned):
         self.state = States()
         ALIVE.add(self)
         if self.master == "none":
-            lost.watch(self, "without master='none' they add up in an fp32 master")
+            lost.watch(self, "without master='none' they add up in a master")
 
     def __getstate__(self) -> dict[str, Any]:
         """torch keeps only defaults, state and groups of an optimizer that is copied or pickled."""

@@ -18,7 +18,7 @@ from deepfast.reference import RULES
 class Declared(torch.optim.Optimizer):
     """The first layer of :class:`deepfast.optim.Optimizer`. A subclass of that one answers what is asked here."""
 
-    master, max_grad_norm, reset_grad, backend = Option(), Option(), Option(), Option()
+    master, state_dtype, max_grad_norm, reset_grad, backend = Option(), Option(), Option(), Option(), Option()
     _shared: dict[str, Any]  # see wrapped.py
 
     def _check(self, group: dict[str, Any]) -> None:

@@ -8,25 +8,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepfast import reference
 from deepfast.optim.hyper import check_flags
-from deepfast.optim.shards import copy_into
+from deepfast.optim.shards import Shards, copy_into, local
 from deepfast.optim.state import Stateful
 
 
 class Loadable(Stateful):
     """The part of :class:`deepfast.optim.Optimizer` that is saved and loaded."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """torch's keys, and ``master``; a copy of the dictionaries, the tensors themselves."""
+    def state_dict(self, *, compact: bool = False) -> dict[str, Any]:
+        """torch's keys, and ``master``; a copy of the dictionaries, the tensors themselves.
+
+        Args:
+            compact: masters in the form that they are kept in, too. A split one is worth something only beside its
+                parameter: load that first. Else each is a fp32 tensor, whatever the form: a new one where it is split.
+        """
+        params = dict(enumerate(self._params()))
 
         def unwatch(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-            state_dict["state"] = {k: dict(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
+            state = {k: dict(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
+            for key, p in params.items() if not compact else ():
+                if isinstance(values := state.get(key), dict):
+                    values.update((name, self._unpacked(p, name, value)) for name, value in values.items())
+            state_dict["state"] = state
 
         first = self.register_state_dict_post_hook(unwatch, prepend=True)  # the user's may make anything of it
         try:
             return super().state_dict()
         finally:
             first.remove()
+
+    @torch.no_grad()
+    def _unpacked(self, p: Tensor, name: str, value: Any) -> Any:
+        """A value of the state of ``p`` in the form in which it travels."""
+        if name != "master" or not isinstance(value, Tensor) or value.dtype == torch.float32:
+            return value
+        whole, shards = reference.master_value(local(value), local(p)), Shards.of(p)
+        return whole if shards is None else shards.wrap(whole, p)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads our state_dict or torch's, in place and without loss.
@@ -104,17 +123,30 @@ class Loadable(Stateful):
         others = given["state"].keys() - set(names)  # what somebody keeps beside the parameters' states
         self.state.update((key, given["state"][key]) for key in others)
         for p, values in saved.items():
-            # A master that is missing, or that a torch optimizer has carried along and cast to 16 bits: it knows
-            # nothing of that one's steps. The parameter does.
-            master = values.pop("master", None)
-            if "master" in self.state[p]:
-                copy_into(self.state[p]["master"], p if master is None or master.dtype != torch.float32 else master)
+            self._take_master(p, values.pop("master", None))
             for key, value in values.items():
                 kept = self.state[p].get(key)
                 if isinstance(kept, Tensor):
                     copy_into(kept, value)
                 else:
                     self.state[p][key] = value.clone() if isinstance(value, Tensor) else value
+
+    def _take_master(self, p: Tensor, given: Tensor | None) -> None:
+        kept = self.state[p].get("master")
+        if kept is None:
+            return
+        if given is not None and given.dtype == kept.dtype:
+            copy_into(kept, given)
+            return
+        # One that is missing, or that a torch optimizer has carried along and cast to 16 bits, knows nothing of that
+        # one's steps. The parameter does.
+        weight, shards = local(p), Shards.of(p)
+        wide = weight.float() if weight.dtype != torch.float32 else weight.clone()
+        if given is not None and given.dtype in (torch.float32, torch.int16):
+            there = torch.empty_like(wide, dtype=given.dtype)
+            copy_into(there if shards is None else shards.wrap(there, p), given)
+            wide = reference.master_value(there, weight)
+        self._keep_master(p, wide)
 
 
 def _begun(values: dict[str, Any] | None) -> bool:

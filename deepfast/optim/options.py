@@ -11,9 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Collection
 from typing import Any
 
+import torch
+
 from deepfast import ops
+
+MASTERS = {"auto": torch.int16, "split": torch.int16, "fp32": torch.float32, "none": None}
+"""How a master is kept: in full, or as what the 16-bit parameter lacks of it."""
+
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "param": None}
+"""How a moment is kept; None: as its parameter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,24 +30,27 @@ class Options:
     """The usual ones; ValueError for those that make no sense. :class:`deepfast.optim.Optimizer` describes them."""
 
     master: str = "auto"
-    state_dtype: str = "fp32"
+    state_dtype: str | dict[str, str] = "fp32"
     rounding: str = "nearest"
     max_grad_norm: float | None = None
     reset_grad: bool = False
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, value, known, later in (
-            ("master", self.master, ("auto", "fp32", "none"), ("split", "split8")),
-            ("state_dtype", self.state_dtype, ("fp32",), ("bf16", "param", "int8")),
-            ("rounding", self.rounding, ("nearest",), ("stochastic",)),
-        ):
-            if value not in known:
-                verdict = "is not built yet" if value in later else "is not known"
-                raise ValueError(f"deepfast: {name}={value!r} {verdict}: choose one of {', '.join(known)}")
+        moments = self.state_dtype.values() if isinstance(self.state_dtype, dict) else (self.state_dtype,)
+        _choose("master", self.master, MASTERS, ("split8",))
+        for form in moments:
+            _choose("state_dtype", form, MOMENTS, ("int8",))
+        _choose("rounding", self.rounding, ("nearest",), ("stochastic",))
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"deepfast: max_grad_norm must be positive, got {self.max_grad_norm}")
         ops.forced(self.backend)
+
+
+def _choose(option: str, value: Any, known: Collection[str], later: Collection[str]) -> None:
+    if value not in known:
+        verdict = "is not built yet" if value in later else "is not known"
+        raise ValueError(f"deepfast: {option}={value!r} {verdict}: choose one of {', '.join(known)}")
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(Options))

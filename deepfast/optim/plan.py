@@ -70,7 +70,7 @@ class Planned(Stateful):
     def _seen(self, loose: list[Tensor]) -> Any:
         """All that a plan depends on, but for the parameters. loose: those with state that nobody watches."""
         groups = [(self._rule(group), self._moments(group), len(group["params"])) for group in self.param_groups]
-        options = self.defaults.get("master"), self.defaults.get("backend")
+        options = self.defaults.get("master"), self.defaults.get("backend"), self.defaults.get("state_dtype")
         return groups, options, id(self.state), look(self.state, loose)
 
     def _forget_plan(self) -> None:

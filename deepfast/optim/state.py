@@ -13,9 +13,11 @@ from torch import Tensor
 from deepfast import graphs, ops, reference
 from deepfast.optim import memory
 from deepfast.optim.declared import Declared
-from deepfast.optim.shards import Shards, is_sharded, local
+from deepfast.optim.options import MASTERS, MOMENTS
+from deepfast.optim.shards import Shards, copy_into, is_sharded, local
 
 HALF = frozenset((torch.float16, torch.bfloat16))
+_FORMS = ops.KERNEL_DTYPES | {torch.int16}
 
 
 class Stateful(Declared):
@@ -33,10 +35,10 @@ class Stateful(Declared):
         missing: dict[Any, list[Tensor]] = defaultdict(list)
         for p, group in wanted:
             state = self.state.get(p, {})
-            if not self._keeps_master(p):
+            if self._dtype_of("master", p) is None:
                 state.pop("master", None)  # a model that was cast to fp32 is its own master
             for name in (*self._moments(group), "master", "step"):
-                if (mended := _mended(name, state.get(name), p)) is not state.get(name):
+                if (mended := self._mended(name, state.get(name), p)) is not state.get(name):
                     state[name] = mended
             for name, dtype, initial in self._absent(p, group):
                 missing[p.device, name, dtype, initial, _is_special(p) and name != "step"].append(p)
@@ -53,8 +55,8 @@ class Stateful(Declared):
             else:
                 views = memory.zeros_like_each(like, dtype, device, beside)
             for p, model, t in zip(params, like, views, strict=True):
-                if name == "master":
-                    t.copy_(model)
+                if name == "master" and dtype == torch.float32:
+                    t.copy_(model)  # (a split one lacks nothing)
                 elif initial:
                     t.fill_(complex(initial, initial) if dtype.is_complex else initial)
                 shards = Shards.of(p) if alone else None
@@ -70,11 +72,12 @@ class Stateful(Declared):
     def _absent(self, p: Tensor, group: dict[str, Any]) -> Iterator[tuple[str, torch.dtype, float]]:
         """What the state of ``p`` lacks: name, dtype, and the value it begins with."""
         state = self.state.get(p, {})
-        if self._keeps_master(p) and state.get("master") is None:
-            yield "master", torch.float32, 0.0
+        if (dtype := self._dtype_of("master", p)) is not None and state.get("master") is None:
+            yield "master", dtype, 0.0
         moments = [name for name in self._moments(group) if state.get(name) is None]
         for name in moments:
-            yield name, _moment_dtype(p), self._initial(group)
+            dtype = self._dtype_of(name, p)
+            yield name, dtype or p.dtype, self._initial(group)
         # Where no moment is left, the parameter begins anew.
         if self._counts_steps(group):
             if len(moments) == len(self._moments(group)):
@@ -94,19 +97,70 @@ class Stateful(Declared):
 
     def _has_state(self, p: Tensor, group: dict[str, Any]) -> bool:
         state = self.state.get(p, {})
-        whole = next(self._absent(p, group), None) is None and ("master" in state) == self._keeps_master(p)
+        keeps_master = self._dtype_of("master", p) is not None
+        whole = next(self._absent(p, group), None) is None and ("master" in state) == keeps_master
         names = (*self._moments(group), "master", "step")
-        return whole and all(_mended(name, state.get(name), p) is state.get(name) for name in names)
+        return whole and all(self._mended(name, state.get(name), p) is state.get(name) for name in names)
 
-    def _keeps_master(self, p: Tensor) -> bool:
-        return p.dtype in HALF and self.master != "none"
+    def _dtype_of(self, name: str, p: Tensor) -> torch.dtype | None:
+        """In which type ``name`` of the state of ``p`` is kept; None for a master that is not."""
+        if name == "master":
+            split = MASTERS[self.master] if p.dtype in HALF else None
+            return torch.float32 if split is not None and is_wrapper(local(p)) else split
+        if p.is_complex() or p.dtype == torch.float64:
+            return p.dtype
+        form = self.state_dtype
+        return MOMENTS[form.get(name, "fp32") if isinstance(form, dict) else form] or p.dtype
+
+    def _mended(self, name: str, value: Any, p: Tensor) -> Any:
+        """A value of the state of ``p``, itself if ``p`` can use it; None if there is none."""
+        if value is None or (isinstance(value, Tensor) and value.is_meta and not p.is_meta):  # it has got memory since
+            return None
+        if name == "step":
+            return value if _is_count(value, p) else torch.tensor(float(value), dtype=_count_dtype(p), device=p.device)
+        dtype = self._dtype_of(name, p)
+        if dtype not in (None, value.dtype) and value.dtype in _FORMS and p.dtype in ops.KERNEL_DTYPES:
+            value = _converted(name, value, p, dtype)
+        return value if _is_special(p) or graphs.capturing(p.device) else memory.in_order_of(value, p)
+
+    @torch.no_grad()
+    def set_master(self, p: Tensor, value: Tensor) -> None:
+        """Gives a 16-bit parameter the fp32 ``value``: the parameter is that rounded, its master knows the rest.
+
+        As when a model is cast to 16 bits and its optimizer shall start from what it was. Without a master, and of
+        other parameters, the parameter alone is written.
+
+        Args:
+            p: one of the optimizer's.
+            value: of its shape, in fp32.
+        """
+        group = next((g for g in self.param_groups if any(q is p for q in g["params"])), None)
+        if group is None:
+            raise ValueError(f"deepfast: a parameter of shape {tuple(p.shape)} is not in the optimizer's groups")
+        self._init_state([(p, group)])
+        if "master" not in self.state.get(p, {}):
+            p.copy_(value)
+            return
+        weight = local(p)
+        wide = torch.empty_like(weight, dtype=torch.float32)
+        shards = Shards.of(p)
+        copy_into(wide if shards is None else shards.wrap(wide, p), value)
+        weight.copy_(reference.round_master(wide, p.dtype))
+        self._keep_master(p, wide)
+
+    def _keep_master(self, p: Tensor, shard: Tensor) -> None:
+        """The master of ``p`` becomes fp32 ``shard``; it is for the weight that rounds to."""
+        master = local(self.state[p]["master"])
+        master.copy_(reference.master_of(shard, p.dtype, master.dtype))
 
     @torch.no_grad()
     def refresh_master(self) -> None:
         """Takes over parameters that were written from outside.
 
         The next step does so by itself, of those that were written in place (``model.load_state_dict``, ``p.clamp_()``)
-        or given other memory; what was written past autograd's eyes (``p.data``) it does not see.
+        or given other memory; what was written past autograd's eyes (``p.data``) it does not see. A split master
+        cannot tell which elements were written: those keep what it has beside them, at most half a unit in the 16-bit
+        parameter's last place, which no one sees.
         """
         for p in self._params():
             state = self.state.get(p, {})
@@ -130,13 +184,13 @@ def _is_count(step: Any, p: Tensor) -> bool:
     return isinstance(step, Tensor) and step.dtype in known and step.numel() == 1 and step.device == p.device
 
 
-def _mended(name: str, value: Any, p: Tensor) -> Any:
-    """A value of the state of ``p``, itself if ``p`` can use it; None if there is none."""
-    if value is None or (isinstance(value, Tensor) and value.is_meta and not p.is_meta):  # ``p`` has got memory since
-        return None
-    if name == "step":
-        return value if _is_count(value, p) else torch.tensor(float(value), dtype=_count_dtype(p), device=p.device)
-    return value if _is_special(p) or graphs.capturing(p.device) else memory.in_order_of(value, p)
+def _converted(name: str, value: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
+    """A master or moment that was kept in another form."""
+    new, shard, shards = local(value), local(p), Shards.of(p)
+    if name == "master":
+        new = reference.master_of(reference.master_value(new, shard), p.dtype, dtype)
+    made = memory.zeros_like_each([shard], dtype, shard.device)[0].copy_(new)
+    return made if shards is None else shards.wrap(made, p)
 
 
 def _count_dtype(p: Tensor) -> torch.dtype:
@@ -150,8 +204,3 @@ def _zeros_like(t: Tensor, dtype: torch.dtype, beside: list[Tensor]) -> Tensor:
         return torch.zeros_like(t, dtype=dtype)
     return memory.zeros_like_each([t], dtype, t.device, lambda _: beside)[0]
 
-
-def _moment_dtype(p: Tensor) -> torch.dtype:
-    if p.is_complex():
-        return p.dtype
-    return torch.float64 if p.dtype == torch.float64 else torch.float32

@@ -5,7 +5,7 @@ names and arguments of the compiled operators, so a backend is whichever of the 
 None of them reads a value back to the host.
 """
 
-from deepfast.reference.codec import refresh, round_master
+from deepfast.reference.codec import master_of, master_value, refresh, round_master
 from deepfast.reference.formulas import RULES, Rule
 from deepfast.reference.operators import accumulate_, decide_, reduced, scaler_update_, statistics
 from deepfast.reference.plan import KEPT, RESET, WRITTEN, Plan, Range, check_distinct, detach, leave, mark, step_
@@ -24,6 +24,8 @@ __all__ = [
     "detach",
     "leave",
     "mark",
+    "master_of",
+    "master_value",
     "reduced",
     "refresh",
     "round_master",

@@ -69,12 +69,16 @@ def _adagrad(p: Tensor, g: Tensor, moments: list[Tensor], t: Tensor, hyper: Tens
     return p - (lr / (1 + (t - 1) * lr_decay)).to(p.dtype) * (g / (total.sqrt() + eps.to(p.dtype)))
 
 
-def _lamb_direction(p: Tensor, g: Tensor, moments: list[Tensor], t: Tensor, hyper: Tensor) -> Tensor:
+def _lamb_direction(p: Tensor, moments: list[Tensor], t: Tensor, hyper: Tensor) -> Tensor:
     _, beta1, beta2, eps, weight_decay, _, _ = hyper.unbind()
     m, v = moments
-    _adam_moments(g, m, v, beta1, beta2)
     denominator = v.sqrt() * (1 - beta2**t).rsqrt().to(p.dtype) + eps.to(p.dtype)
     return _penalized(m * (1 / (1 - beta1**t)).to(p.dtype) / denominator, weight_decay, p)
+
+
+def _lamb_moments(p: Tensor, g: Tensor, moments: list[Tensor], t: Tensor, hyper: Tensor) -> Tensor:
+    _adam_moments(g, *moments, *hyper[1:3].unbind())
+    return p
 
 
 def _lamb(p: Tensor, direction: Tensor, norms: Tensor, hyper: Tensor) -> Tensor:
@@ -90,7 +94,9 @@ class Rule(NamedTuple):
     # (parameter, gradient, moments, step count, hyperparameters) -> new parameter; the moments are updated in place
     formula: Callable[[Tensor, Tensor, list[Tensor], Tensor, Tensor], Tensor]
     counts_steps: bool = True
-    # Where norms of whole parameters are needed, the formula gives a direction, and this the new parameter:
+    # Where norms of whole parameters are needed, the formula only moves the moments, and these give the new parameter:
+    # (parameter, moments as they are stored, step count, hyperparameters) -> direction
+    direction: Callable[[Tensor, list[Tensor], Tensor, Tensor], Tensor] | None = None
     # (parameter, direction, sums of squares of both, hyperparameters) -> new parameter
     adapt: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
 
@@ -112,6 +118,6 @@ RULES: dict[str, Rule] = {
     "sgd": Rule((), _sgd, counts_steps=False),
     "sgd_momentum": Rule(("momentum_buffer",), _sgd),
     "lion": Rule(("exp_avg",), _lion, counts_steps=False),
-    "lamb": Rule(("exp_avg", "exp_avg_sq"), _lamb_direction, adapt=_lamb),
+    "lamb": Rule(("exp_avg", "exp_avg_sq"), _lamb_moments, direction=_lamb_direction, adapt=_lamb),
     "adagrad": Rule(("sum",), _adagrad),
 }

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from deepfast.reference.codec import real, refresh, round_master, wide
+from deepfast.reference.codec import master_of, master_value, real, refresh, round_master, wide
 from deepfast.reference.formulas import RULES
 from deepfast.reference.operators import decide_, statistics
 
@@ -68,8 +68,8 @@ class Plan:
     Args:
         rule: a key of ``RULES``.
         params: n tensors, any floating dtype and layout.
-        masters: n fp32 tensors, an empty one where there is none.
-        moments: as many times n as the rule keeps, all first moments first.
+        masters: n tensors, fp32, or int16 where they are split (``csrc/codec/split.h``); an empty one where there is none.
+        moments: as many times n as the rule keeps, all first moments first, in the types they are stored in.
         steps: n one-element tensors, or none where the rule does not count.
         groups: int32 [n], or a list, each parameter's row of hyperparameters.
 
@@ -142,8 +142,8 @@ class Plan:
 
     def _refresh(self, which: Iterable[int]) -> None:
         for i in which:
-            if self._masters[i] is not None:
-                refresh(self._weight(i), self._params[i])
+            if (master := self._masters[i]) is not None:
+                refresh(_held(master), self._params[i])
 
     def settle(self) -> None:
         """What has been written to the parameters so far is known to their masters."""
@@ -170,13 +170,14 @@ class Plan:
         return row if lr is None else torch.cat([row[:1], lr.detach().reshape(1).to(row), row[2:]])
 
     def _weight(self, i: int) -> Tensor:
+        """Parameter ``i`` in the precision that it is computed in."""
         master = self._masters[i]
-        return self._params[i] if master is None else _held(master)
+        return wide(self._params[i]) if master is None else master_value(_held(master), self._params[i])
 
     def _formula(self, i: int, grad: Tensor, row: Tensor, record: Tensor) -> Tensor:
         """Moves the moments of parameter ``i`` on, unless the step is skipped. Returns what the formula gives."""
         multiplier, found_inf, _ = record.unbind()
-        p = wide(self._weight(i))
+        p = self._weight(i)
         moments = [real(_held(m)) for m in self._moments[i :: len(self._kinds)][: self._rule.moments]]
         new_moments = [wide(m).clone() for m in moments]
         g = wide(grad.resolve_conj()).to(p.dtype) * (multiplier * row[0]).to(p.dtype)
@@ -185,13 +186,15 @@ class Plan:
         new = self._rule.formula(p, g, new_moments, t, row[1:])
         for old, updated in zip(moments, new_moments, strict=True):
             old.copy_(torch.where(found_inf > 0, old, updated.to(old.dtype)))
+        if self._rule.direction is not None:  # of the moments as they are stored
+            new = self._rule.direction(p, [wide(m) for m in moments], t, row[1:])
         return new
 
     def norms(self, hyper: Tensor, lrs: Sequence[Tensor | None], record: Tensor) -> Tensor:
         """fp64 [gradients, 2]: sums of squares of each parameter and its direction. Moves the moments on."""
         self._directions = [self._formula(i, g, self._row(i, hyper, lrs), record) for i, g in self._active()]
         pairs = [
-            [wide(self._weight(i)).double().square().sum(), direction.double().square().sum()]
+            [self._weight(i).double().square().sum(), direction.double().square().sum()]
             for (i, _), direction in zip(self._active(), self._directions, strict=True)
         ]
         return torch.tensor([]).reshape(0, 2) if not pairs else torch.stack([torch.stack(pair) for pair in pairs])
@@ -208,17 +211,19 @@ class Plan:
         """
         skipped = record[1] > 0
         for nth, (i, grad) in enumerate(self._active()):
-            weight, param = self._weight(i), self._params[i]
-            p = wide(weight)
+            param, kept, p = self._params[i], self._masters[i], self._weight(i)
             row = self._row(i, hyper, lrs)
             if self._rule.adapt is None or norms is None:
                 new = self._formula(i, grad, row, record)
             else:
                 new = self._rule.adapt(p, self._directions[nth], norms[nth], row[1:])
             new = torch.where(skipped, p, new)
-            if weight is not param:
+            if kept is None:
+                real(param).copy_(new)
+            else:
+                master = _held(kept)
+                master.copy_(torch.where(skipped, master, master_of(new, param.dtype, master.dtype)))
                 param.copy_(torch.where(skipped, param, round_master(new, param.dtype)))
-            real(weight).copy_(new)
             if self._rule.counts_steps:
                 count = _held(self._steps[i])
                 count.copy_(torch.where(skipped, count, count + 1))
