@@ -17,17 +17,23 @@ constexpr int kMaxMoments = 3;
 // clipped (as torch.amp.GradScaler's users expect).
 enum class Afterwards : uint8_t { kKept, kReset, kWritten };
 
+// How a weight without a master is rounded: to nearest, or up or down by chance (codec/noise.h).
+enum class Rounding : uint8_t { kNearest, kStochastic };
+
 struct Span {
   void* param;                // [numel] param_dtype
   void* grad;                 // [numel] grad_dtype
   void* master;               // [numel] master_dtype: of a parameter that is 16 bits wide its fp32 value, or
                               // (kInt16) what it lacks of that (codec/split.h); or null
   void* moment[kMaxMoments];  // [numel] moment_dtype each, as many as the rule keeps
-  float* step;                // [1] this parameter's step count, where the rule counts
+  float* step;                // [1] this parameter's step count, where the rule counts or chance is asked for
   int64_t numel;
+  int64_t first;  // where in the whole parameter the first element is,
+  uint64_t seed;  // and which random bits it has
   int32_t group;  // row of the hyperparameter table
   DType param_dtype, grad_dtype, master_dtype;
   DType moment_dtype[kMaxMoments];
+  Rounding rounding;
 
   bool has_split() const { return master && master_dtype == DType::kInt16; }
 };

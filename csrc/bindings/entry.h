@@ -88,9 +88,19 @@ class Entry {
     }
   }
 
+  void round_by_chance(int64_t of_parameter, int64_t begin) {
+    seed = static_cast<uint64_t>(of_parameter);
+    first = begin;
+    rounding = Rounding::kStochastic;
+    looked_ = false;
+  }
+
   at::TensorImpl* param;
   DType dtype;
   int32_t group;
+  uint64_t seed = 0;
+  int64_t first = 0;
+  Rounding rounding = Rounding::kNearest;
   int64_t version = kUnknown;  // of the parameter when its master was last right
   bool stepped = false;        // since the last `gather`
 

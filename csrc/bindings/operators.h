@@ -116,6 +116,7 @@ struct Operators {
                  }))
         .def("needs_norms", &P::needs_norms)
         .def("send_to", &P::send_to)
+        .def("by_chance", &P::by_chance)
         .def("gather", &P::gather)
         .def("statistics", &P::statistics)
         .def("decide", &P::decide)

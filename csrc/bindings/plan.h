@@ -23,7 +23,7 @@ template <class Backend>
 class Plan : public torch::CustomClassHolder {
  public:
   // masters: [n], an empty tensor where there is none. moments: all first moments, then all second ones, …
-  // steps: [n], or none where the rule does not count. groups: int32 [n], each parameter's row of hyperparameters.
+  // steps: [n], or none where neither the rule counts nor chance is asked for. groups: int32 [n], each parameter's row of hyperparameters.
   // The plan keeps neither alive (entry.h).
   Plan(const std::string& rule, TensorList params, TensorList masters, TensorList moments, TensorList steps,
        const Tensor& groups)
@@ -37,7 +37,8 @@ class Plan : public torch::CustomClassHolder {
     const size_t count = params.size();
     check_count(masters.size(), count, "masters");
     check_count(moments.size(), count * info_.moments, "moments");
-    check_count(steps.size(), info_.counts_steps ? count : 0, "step counts");
+    const bool counts = info_.counts_steps || !steps.empty();
+    check_count(steps.size(), counts ? count : 0, "step counts");
     TORCH_CHECK(
         groups.scalar_type() == at::kInt && groups.is_contiguous() && groups.numel() == static_cast<int64_t>(count),
         "deepfast: groups must be one int32 a parameter");
@@ -48,7 +49,7 @@ class Plan : public torch::CustomClassHolder {
         entry.keep(Entry::kMaster, masters[i]);
         masters_ = true;
       }
-      if (info_.counts_steps) entry.keep(Entry::kStep, steps[i]);
+      if (counts) entry.keep(Entry::kStep, steps[i]);
       for (int k = 0; k < info_.moments; ++k) entry.keep(Entry::kMoment + k, moments[k * count + i]);
     }
   }
@@ -57,6 +58,17 @@ class Plan : public torch::CustomClassHolder {
 
   // From now on steps write each new weight this many bytes further on, too: where other ranks have theirs.
   void send_to(std::vector<int64_t> displacements) { sinks_ = std::move(displacements); }
+
+  // From now on steps round weights without a master by chance (csrc/codec/noise.h): each parameter's seed, and where in
+  // the whole one its first element is. The step counts are needed.
+  void by_chance(const std::vector<int64_t>& seeds, const std::vector<int64_t>& first) {
+    check_count(seeds.size(), entries_.size(), "seeds");
+    check_count(first.size(), entries_.size(), "places");
+    for (size_t i = 0; i < seeds.size(); ++i) {
+      TORCH_CHECK(entries_[i].has(Entry::kStep), "deepfast: rounding by chance needs step counts");
+      entries_[i].round_by_chance(seeds[i], first[i]);
+    }
+  }
 
   // Finds the gradients (each parameter's own, unless they are given) and says how many there are; kStale where the
   // plan does not fit any more: a parameter has changed its type or has been exchanged, or a gradient is none that the
@@ -213,6 +225,9 @@ class Plan : public torch::CustomClassHolder {
     const size_t copies = order_.copies();
     span.param_dtype = entry.dtype;
     span.group = entry.group;
+    span.seed = entry.seed;
+    span.first = entry.first;
+    span.rounding = entry.rounding;
     span.numel = param.numel();
     span.param = order_.write(param, "a parameter");
     if (entry.has(Entry::kMaster)) {
@@ -220,7 +235,7 @@ class Plan : public torch::CustomClassHolder {
       span.master_dtype = master_dtype(master, span.param_dtype);
       span.master = order_.write(master, "a master");
     }
-    if (info_.counts_steps) span.step = fp32_values(entry.held(Entry::kStep), 1, "a step count", device_);
+    if (entry.has(Entry::kStep)) span.step = fp32_values(entry.held(Entry::kStep), 1, "a step count", device_);
     for (int k = 0; k < info_.moments; ++k) {
       const Tensor moment = entry.held(Entry::kMoment + k);
       span.moment_dtype[k] = dtype_of(moment, "a moment");

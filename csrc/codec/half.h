@@ -1,9 +1,10 @@
 // fp16 and bf16 as bit patterns: how a value is stored, never what it means. Load decodes to fp32, store encodes.
 //
-// Two rules of rounding. `nearest_even` is torch's and overflows to infinity. `from_master` is for a weight whose fp32
+// Three rules of rounding. `nearest_even` is torch's and overflows to infinity. `from_master` is for a weight whose fp32
 // value is kept elsewhere: it saturates at the largest finite value, and bf16 rounds half away from zero, so that a
 // 16-bit remainder can represent the difference exactly (round-half-even cannot: an even bf16 has 65,537 fp32
-// preimages). Infinities and NaN stay what they are under both.
+// preimages). `stochastic` is for a weight without one: up or down by chance, saturating, right on average. Infinities and
+// NaN stay what they are under all.
 #pragma once
 
 #include "../math/numeric.h"
@@ -38,6 +39,18 @@ struct Fp16 {
   }
 
   static DF_INLINE uint16_t from_master(float x) { return nearest_even(cut(x, kLargest)); }
+
+  // Up with the probability that makes it right on average; chance: 16 random bits.
+  static DF_INLINE uint16_t stochastic(float x, uint32_t chance) {
+    const uint32_t sign = (to_bits(x) & kSign) >> 16, magnitude = to_bits(x) & ~kSign;
+    if (!(magnitude < kInfinity)) return nearest_even(x);
+    if (magnitude >= 0x38800000u) {
+      const uint32_t rounded = (magnitude - (112u << 23) + (chance >> 3)) >> 13;
+      return static_cast<uint16_t>(sign | (rounded > 0x7bffu ? 0x7bffu : rounded));
+    }
+    const uint32_t units = static_cast<uint32_t>(from_bits(magnitude) * 0x1p40f);  // the last place is 2^-24
+    return static_cast<uint16_t>(sign | ((units + chance) >> 16));
+  }
 };
 
 struct Bf16 {
@@ -54,6 +67,13 @@ struct Bf16 {
   static DF_INLINE uint16_t from_master(float x) {
     const uint32_t bits = to_bits(x);
     return (bits & ~kSign) > kInfinity ? static_cast<uint16_t>((bits >> 16) | 0x40u) : half_away(cut(x, kLargest));
+  }
+
+  static DF_INLINE uint16_t stochastic(float x, uint32_t chance) {
+    const uint32_t sign = (to_bits(x) & kSign) >> 16, magnitude = to_bits(x) & ~kSign;
+    if (!(magnitude < kInfinity)) return nearest_even(x);
+    const uint32_t rounded = (magnitude + chance) >> 16;
+    return static_cast<uint16_t>(sign | (rounded > 0x7f7fu ? 0x7f7fu : rounded));
   }
 
   // Of anything but NaN, and without the limit.

@@ -4,6 +4,7 @@
 // Where no instruction set is known, a Pack is one float, and the compiler vectorizes what it can.
 #pragma once
 
+#include "../codec/noise.h"
 #include "../codec/split.h"
 #include "../span.h"
 
@@ -43,6 +44,11 @@ DF_INLINE float decode_split_bf16(uint16_t h, uint16_t remainder) { return Split
 DF_INLINE uint16_t remainder_fp16(float x, uint16_t h) { return SplitFp16::remainder(x, h); }
 DF_INLINE uint16_t remainder_bf16(float x, uint16_t h) { return SplitBf16::remainder(x, h); }
 
+DF_INLINE uint32_t bits_of(Noise noise, uint32_t i, float) { return noise.bits(i); }
+DF_INLINE uint16_t stochastic_fp16(float x, uint32_t chance) { return Fp16::stochastic(x, chance); }
+DF_INLINE uint16_t stochastic_bf16(float x, uint32_t chance) { return Bf16::stochastic(x, chance); }
+DF_INLINE uint32_t upper_half(uint32_t words) { return words >> 16; }
+
 // Whether all elements are finite.
 template <class V>
 DF_INLINE bool finite(V x) {
@@ -57,7 +63,7 @@ DF_INLINE auto decode(Half h, DType dtype) {
 
 // Where some element is not one of the many: one by one.
 template <class V, class Encode>
-[[gnu::noinline, gnu::cold]] auto encode_one_by_one(V x, const Encode& encode) {
+[[gnu::noinline, gnu::cold]] auto encode_one_by_one(V x, Encode encode) {
   float each[kWidth<V>];
   uint16_t halves[kWidth<V>];
   store(x, each);
@@ -66,7 +72,7 @@ template <class V, class Encode>
 }
 
 template <class V, class Encode>
-DF_INLINE auto encode_each(V x, const Encode& encode) {
+DF_INLINE auto encode_each(V x, Encode encode) {
   if constexpr (kWidth<V> == 1) {
     return encode(x);
   } else {
@@ -111,6 +117,19 @@ DF_INLINE Half remainder(V x, Half h, DType dtype) {
   return all(magnitude(x) <= V(Bf16::kLargest))
              ? remainder_bf16(x, h)
              : encode_each(x, [](float e) { return remainder_bf16(e, Bf16::from_master(e)); });
+}
+
+// By chance: that of element i and those that follow.
+template <class V>
+DF_INLINE auto stochastic(V x, Noise noise, uint32_t i, DType dtype) {
+  if (!finite(x)) {
+    return encode_each(x, [&, k = i](float e) mutable {
+      const uint32_t chance = noise.bits(k++) >> 16;
+      return dtype == DType::kFloat16 ? Fp16::stochastic(e, chance) : Bf16::stochastic(e, chance);
+    });
+  }
+  const auto chance = upper_half(bits_of(noise, i, x));
+  return dtype == DType::kFloat16 ? stochastic_fp16(x, chance) : stochastic_bf16(x, chance);
 }
 
 // Elements i .. i + V's width of a stream of any type.

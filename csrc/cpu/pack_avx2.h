@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "../codec/noise.h"
 #include "../codec/split.h"
 
 namespace deepfast::cpu {
@@ -39,6 +40,7 @@ struct Pack {
 };
 
 using Halves = __m128i;  // eight 16-bit values
+using Words = __m256i;   // and 32-bit ones
 
 DF_INLINE Pack load(const float* from, Pack) { return _mm256_loadu_ps(from); }
 DF_INLINE Halves load(const uint16_t* from, Pack) { return _mm_loadu_si128(reinterpret_cast<const Halves*>(from)); }
@@ -100,6 +102,38 @@ DF_INLINE Halves remainder_fp16(Pack a, Halves h) {
   const __m256i normal = _mm256_sub_epi32(_mm256_castps_si256(a.x), _mm256_castps_si256(near.x));
   const __m256i missing = _mm256_blendv_epi8(normal, below, _mm256_castps_si256(is_below.x));
   return _mm_packs_epi32(_mm256_castsi256_si128(missing), _mm256_extracti128_si256(missing, 1));
+}
+
+// csrc/codec/noise.h, of eight elements.
+DF_INLINE Words bits_of(Noise noise, uint32_t i, Pack) {
+  const auto mixed = [](__m256i x, int shift) { return _mm256_xor_si256(x, _mm256_srli_epi32(x, shift)); };
+  __m256i x = _mm256_add_epi32(_mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0), _mm256_set1_epi32(i + noise.before));
+  x = _mm256_mullo_epi32(mixed(x, 16), _mm256_set1_epi32(0x7feb352d));
+  x = _mm256_xor_si256(mixed(x, 15), _mm256_set1_epi32(noise.between));
+  return mixed(_mm256_mullo_epi32(x, _mm256_set1_epi32(0x846ca68bu)), 16);
+}
+
+DF_INLINE Words upper_half(Words words) { return _mm256_srli_epi32(words, 16); }
+
+// Stochastic rounding of finite values; chance: sixteen bits in each word.
+DF_INLINE Halves stochastic_bf16(Pack a, Words chance) {
+  const __m256i bits = _mm256_castps_si256(a.x), sign = _mm256_and_si256(bits, _mm256_set1_epi32(1 << 31));
+  const __m256i rounded = _mm256_add_epi32(_mm256_andnot_si256(sign, bits), chance);
+  return upper(_mm256_or_si256(sign, _mm256_min_epu32(rounded, _mm256_set1_epi32(0x7f7fffff))));
+}
+
+DF_INLINE Halves stochastic_fp16(Pack a, Words chance) {
+  const __m256i size = _mm256_castps_si256(magnitude(a).x);
+  const __m256i exact = _mm256_sub_epi32(size, _mm256_set1_epi32(112 << 23));
+  const __m256i normal = _mm256_srli_epi32(_mm256_add_epi32(exact, _mm256_srli_epi32(chance, 3)), 13);
+  const __m256i units = _mm256_cvttps_epi32((magnitude(a) * Pack(1.0f / kUnitBelow)).x);
+  const __m256i below = _mm256_srli_epi32(_mm256_add_epi32(units, chance), 16);
+  const auto is_below = Pack(kSmallestNormalFp16) > magnitude(a);
+  const __m256i rounded =
+      _mm256_blendv_epi8(_mm256_min_epu32(normal, _mm256_set1_epi32(0x7bff)), below, _mm256_castps_si256(is_below.x));
+  const __m256i sign = _mm256_srli_epi32(_mm256_and_si256(_mm256_castps_si256(a.x), _mm256_set1_epi32(1 << 31)), 16);
+  const __m256i halves = _mm256_or_si256(rounded, sign);
+  return _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
 }
 
 }  // namespace deepfast::cpu

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "../codec/noise.h"
 #include "../codec/split.h"
 
 namespace deepfast::cpu {
@@ -39,6 +40,7 @@ struct Pack {
 };
 
 using Halves = __m256i;  // sixteen 16-bit values
+using Words = __m512i;   // and 32-bit ones
 
 DF_INLINE Pack load(const float* from, Pack) { return _mm512_loadu_ps(from); }
 DF_INLINE Halves load(const uint16_t* from, Pack) { return _mm256_loadu_si256(reinterpret_cast<const Halves*>(from)); }
@@ -99,6 +101,38 @@ DF_INLINE Halves remainder_fp16(Pack a, Halves h) {
   const __m512i below = _mm512_cvtps_epi32(((near - a) * Pack(1.0f / kUnitBelow)).x);
   const __m512i normal = _mm512_sub_epi32(_mm512_castps_si512(a.x), _mm512_castps_si512(near.x));
   return _mm512_cvtsepi32_epi16(_mm512_mask_mov_epi32(normal, is_below.x, below));
+}
+
+// csrc/codec/noise.h, of sixteen elements.
+DF_INLINE Words bits_of(Noise noise, uint32_t i, Pack) {
+  const auto mixed = [](__m512i x, int shift) { return _mm512_xor_si512(x, _mm512_srli_epi32(x, shift)); };
+  const __m512i each = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  __m512i x = _mm512_add_epi32(each, _mm512_set1_epi32(i + noise.before));
+  x = _mm512_mullo_epi32(mixed(x, 16), _mm512_set1_epi32(0x7feb352d));
+  x = _mm512_xor_si512(mixed(x, 15), _mm512_set1_epi32(noise.between));
+  return mixed(_mm512_mullo_epi32(x, _mm512_set1_epi32(0x846ca68bu)), 16);
+}
+
+DF_INLINE Words upper_half(Words words) { return _mm512_srli_epi32(words, 16); }
+
+// Stochastic rounding of finite values; chance: sixteen bits in each word.
+DF_INLINE Halves stochastic_bf16(Pack a, Words chance) {
+  const __m512i bits = _mm512_castps_si512(a.x), sign = _mm512_and_si512(bits, _mm512_set1_epi32(1 << 31));
+  const __m512i rounded = _mm512_add_epi32(_mm512_andnot_si512(sign, bits), chance);
+  return upper(_mm512_or_si512(sign, _mm512_min_epu32(rounded, _mm512_set1_epi32(0x7f7fffff))));
+}
+
+DF_INLINE Halves stochastic_fp16(Pack a, Words chance) {
+  const __m512i size = _mm512_castps_si512(magnitude(a).x);
+  const __m512i exact = _mm512_sub_epi32(size, _mm512_set1_epi32(112 << 23));
+  const __m512i normal = _mm512_srli_epi32(_mm512_add_epi32(exact, _mm512_srli_epi32(chance, 3)), 13);
+  const __m512i units = _mm512_cvttps_epi32((magnitude(a) * Pack(1.0f / kUnitBelow)).x);
+  const __m512i below = _mm512_srli_epi32(_mm512_add_epi32(units, chance), 16);
+  const auto is_below = Pack(kSmallestNormalFp16) > magnitude(a);
+  const __m512i rounded =
+      _mm512_mask_mov_epi32(_mm512_min_epu32(normal, _mm512_set1_epi32(0x7bff)), is_below.x, below);
+  const __m512i sign = _mm512_srli_epi32(_mm512_and_si512(_mm512_castps_si512(a.x), _mm512_set1_epi32(1 << 31)), 16);
+  return _mm512_cvtepi32_epi16(_mm512_or_si512(rounded, sign));
 }
 
 }  // namespace deepfast::cpu

@@ -120,7 +120,7 @@ void step_with(const Table& table, const StepRecord& record, const Norms* norms,
   }
   std::vector<Rule> rules(table.count);
   for (int64_t s = 0; s < table.count; ++s) {
-    if constexpr (Rule::kCountsSteps) *spans[s].step += 1.0f;
+    if (spans[s].step) *spans[s].step += 1.0f;
     rules[s] = table.same(s) ? rules[s - 1] : table.prepare<Rule>(s, 0.0f);
     if constexpr (Rule::kNeedsNorms) rules[s].adapt(norms[s]);
   }

@@ -44,7 +44,10 @@ class Streams {
         half_(span.master && span.param_dtype != DType::kFloat32 ? static_cast<uint16_t*>(span.param) : nullptr),
         remainder_(span.has_split() ? static_cast<uint16_t*>(span.master) : nullptr),
         param_(span.param_dtype),
-        grad_type_(span.grad_dtype) {
+        grad_type_(span.grad_dtype),
+        by_chance_(span.rounding == Rounding::kStochastic),
+        noise_(Noise::of(span.seed, span.step ? static_cast<uint64_t>(*span.step) : 0)),
+        first_(static_cast<uint32_t>(span.first)) {
     for (int k = 0; k < Rule::kMoments; ++k) {
       moment_[k] = span.moment[k];
       moment_type_[k] = span.moment_dtype[k];
@@ -83,6 +86,10 @@ class Streams {
 
   template <class V>
   DF_INLINE void store_weight(V p, int64_t i, bool past_caches) const {
+    if (kAny && by_chance_ && param_dtype() != DType::kFloat32) {
+      const auto rounded = stochastic(p, noise_, first_ + static_cast<uint32_t>(i), param_dtype());
+      return store(rounded, static_cast<uint16_t*>(weight_) + i);
+    }
     if (!has_master()) return store(p, weight_, weight_dtype(), i);
     const auto rounded = from_master(p, param_dtype());
     if (has_split()) {  // both have been read: they are in the caches
@@ -118,6 +125,9 @@ class Streams {
   uint16_t* half_;       // the parameter where it has a master and is 16 bits wide
   uint16_t* remainder_;  // what it lacks where the master is split
   const DType param_, grad_type_;
+  const bool by_chance_;  // how a weight without a master is rounded
+  const Noise noise_;
+  const uint32_t first_;
   // Two or three streams AMD's cores follow better by themselves: SGD is 1.06 times as fast so, with momentum 1.05.
   const int64_t ahead_ = kToFirstCache && Rule::kMoments < 2 ? 0 : ahead_of(2 + Rule::kMoments);
   void* moment_[Rule::kMoments > 0 ? Rule::kMoments : 1];
