@@ -39,7 +39,10 @@ class Optimizer(Loadable, Planned):
         reset_grad: zero the gradients in the step's own pass, skipped steps included.
         backend: "auto", "cpu", "cuda", "triton" or "reference" (plain torch, slow); "auto" follows
             ``$DEEPFAST_BACKEND``.
-        rounding: only "nearest" so far.
+        rounding: how weights without a master are rounded: "nearest", or "stochastic": up or down by chance, so that
+            they are right on average and no update is lost. (Saturates where "nearest" overflows; keeps step counts.)
+        seed: of the chance, which is a function of it, the parameter's number, the step and the element's place: the
+            same on any backend and, where parameters are cut along their first dimension, on any number of ranks.
 
     Attributes:
         grad_norm: after a step the global gradient norm, unscaled, before clipping, a 0-d fp32 tensor on the
@@ -63,17 +66,18 @@ class Optimizer(Loadable, Planned):
     def __init__(self, params: Any, defaults: dict[str, Any], **options: Any) -> None:
         defaults |= asked_for(params, options)
         self._shared: dict[str, Any] = {}
+        self._given = {}
         self._forget_plan()
         self._check(defaults)
         super().__init__(params, defaults)
         self.state = States()
         ALIVE.add(self)
-        if self.master == "none":
+        if self.master == "none" and self.rounding == "nearest":
             lost.watch(self, "without master='none' they add up in a master")
 
     def __getstate__(self) -> dict[str, Any]:
         """torch keeps only defaults, state and groups of an optimizer that is copied or pickled."""
-        own = {"_measure_norm": self._measure_norm, "_launches": [], "_planned": None, "_parts": None}
+        own = {"_measure_norm": self._measure_norm, "_launches": [], "_planned": None, "_parts": None, "_given": {}}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from deepfast import ops, reference
 from deepfast.optim import memory
-from deepfast.optim.launch import Launch
+from deepfast.optim.launch import Launch, seed_of
 from deepfast.optim.parts import Parts
 from deepfast.optim.shards import Shards, local
 from deepfast.optim.state import Stateful, is_wrapper
@@ -70,7 +71,7 @@ class Planned(Stateful):
     def _seen(self, loose: list[Tensor]) -> Any:
         """All that a plan depends on, but for the parameters. loose: those with state that nobody watches."""
         groups = [(self._rule(group), self._moments(group), len(group["params"])) for group in self.param_groups]
-        options = self.defaults.get("master"), self.defaults.get("backend"), self.defaults.get("state_dtype")
+        options = [self.defaults.get(name) for name in ("master", "state_dtype", "rounding", "seed", "backend")]
         return groups, options, id(self.state), look(self.state, loose)
 
     def _forget_plan(self) -> None:
@@ -88,9 +89,11 @@ class Planned(Stateful):
         """Deals the parameters out to launches, and makes their state where it is missing."""
         launches: dict[Any, Launch] = {}
         fresh, seen, layers = [], set(), memory.layers(map(local, self._params()))
+        by_chance, numbers = self.rounding == "stochastic", itertools.count()
         for index, group in enumerate(self.param_groups):
             rule, backend = self._rule(group), self.backend
             for p in group["params"]:
+                number = next(numbers)
                 if id(p) in seen:
                     raise RuntimeError(f"deepfast: a parameter of shape {tuple(p.shape)} is in the groups twice")
                 seen.add(id(p))
@@ -104,6 +107,8 @@ class Planned(Stateful):
                     fresh.append((p, group))
                 launch.params.append(p)
                 launch.groups.append(index)
+                if by_chance:
+                    launch.seeds.append(seed_of(self.seed, number))
         self._init_state(fresh)
         self._launches = list(launches.values())
         for launch in self._launches:
