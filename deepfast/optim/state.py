@@ -129,6 +129,18 @@ class Stateful(Declared):
         return value if _is_special(p) or graphs.capturing(p.device) else memory.in_order_of(value, p)
 
     @torch.no_grad()
+    def get_master(self, p: Tensor) -> Tensor:
+        """fp32, of the shape of ``p``: what it is in full, as far as that is known, in a new tensor."""
+        weight, shards = local(p).detach(), Shards.of(p)
+        master = self.state.get(p, {}).get("master")
+        given = self._given.get(p)
+        if master is not None:
+            wide = reference.master_value(local(master), weight).clone()
+        else:
+            wide = weight.float().clone() if given is None else given.clone()
+        return wide if shards is None else shards.wrap(wide, p)
+
+    @torch.no_grad()
     def set_master(self, p: Tensor, value: Tensor) -> None:
         """Gives a 16-bit parameter the fp32 ``value``: the parameter becomes that rounded, its master knows the rest.
 
