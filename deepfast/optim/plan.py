@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,13 @@ class _Identity(TorchFunctionMode):
 
     def __torch_function__(self, *_: Any, **__: Any) -> bool:
         return False
+
+
+class Member(NamedTuple):
+    p: Tensor
+    number: int  # among all of the optimizer's parameters
+    group: dict[str, Any]
+    index: int  # the group's
 
 
 class Planned(Stateful):
@@ -86,33 +94,40 @@ class Planned(Stateful):
         return all(found)
 
     def _plan(self) -> None:
-        """Deals the parameters out to launches, and makes their state where it is missing."""
-        launches: dict[Any, Launch] = {}
-        fresh, seen, layers = [], set(), memory.layers(map(local, self._params()))
-        by_chance, numbers = self.rounding == "stochastic", itertools.count()
+        """Deals the parameters out to launches."""
+        seen: set[int] = set()
+        for p in self._params():
+            if id(p) in seen:
+                raise RuntimeError(f"deepfast: a parameter of shape {tuple(p.shape)} is in the groups twice")
+            seen.add(id(p))
+        self._launches = self._deal(self._members(), memory.layers(map(local, self._params())))
+
+    def _members(self) -> Iterator[Member]:
+        numbers = itertools.count()
         for index, group in enumerate(self.param_groups):
-            rule, backend = self._rule(group), self.backend
             for p in group["params"]:
-                number = next(numbers)
-                if id(p) in seen:
-                    raise RuntimeError(f"deepfast: a parameter of shape {tuple(p.shape)} is in the groups twice")
-                seen.add(id(p))
-                grad = p.grad
-                layer = layers.get(id(local(p)))
-                launch = self._launch_of(launches, p, grad, rule, backend, Shards.of(p), group, layer)
-                if not self._has_state(p, group):
-                    if grad is None:
-                        launch.waiting.append(p)
-                        continue
-                    fresh.append((p, group))
-                launch.params.append(p)
-                launch.groups.append(index)
-                if by_chance:
-                    launch.seeds.append(seed_of(self.seed, number))
+                yield Member(p, next(numbers), group, index)
+
+    def _deal(self, members: Iterable[Member], layers: dict[int, int]) -> list[Launch]:
+        """Launches for some parameters, whose state is made where it is missing. layers: see :func:`memory.layers`."""
+        launches: dict[Any, Launch] = {}
+        fresh, backend, by_chance = [], self.backend, self.rounding == "stochastic"
+        for p, number, group, index in members:
+            layer = layers.get(id(local(p)))
+            launch = self._launch_of(launches, p, p.grad, self._rule(group), backend, Shards.of(p), group, layer)
+            if not self._has_state(p, group):
+                if p.grad is None:
+                    launch.waiting.append(p)
+                    continue
+                fresh.append((p, group))
+            launch.params.append(p)
+            launch.groups.append(index)
+            if by_chance:
+                launch.seeds.append(seed_of(self.seed, number))
         self._init_state(fresh)
-        self._launches = list(launches.values())
-        for launch in self._launches:
+        for launch in launches.values():
             launch.build(self.state)
+        return list(launches.values())
 
     def _launch_of(
         self,
