@@ -39,6 +39,7 @@ __all__ = [
     "step_in_backward",
 ]
 
+
 def __getattr__(name: str):
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)

@@ -65,7 +65,9 @@ def test_fp16_and_a_remainder_are_exact_where_fp16_is_normal_and_near_below():
     assert torch.equal(bits(restored(normal, FP16)), bits(normal))
     g = torch.Generator().manual_seed(0)
     exponents = torch.randint(-160, -14, (1 << 20,), generator=g).float()
-    small = (1 + torch.rand(1 << 20, generator=g)) * 2.0**exponents * (2 * torch.randint(0, 2, (1 << 20,), generator=g) - 1)
+    small = (
+        (1 + torch.rand(1 << 20, generator=g)) * 2.0**exponents * (2 * torch.randint(0, 2, (1 << 20,), generator=g) - 1)
+    )
     for below in (small, x[x.abs() < 2.0**-14], every_weight(FP16)[every_weight(FP16).abs() < 2.0**-14]):
         assert (restored(below, FP16).double() - below.double()).abs().max() <= 2.0**-40
         exact = below[below.abs() >= 2.0**-17]
@@ -142,7 +144,10 @@ def test_moments_are_kept_in_bf16_as_if_they_were_rounded_after_each_step(name, 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_moment_has_its_own_form(backend):
-    for form, expected in (({"exp_avg": "bf16"}, (BF16, torch.float32)), ({"exp_avg_sq": "param"}, (torch.float32, FP16))):
+    for form, expected in (
+        ({"exp_avg": "bf16"}, (BF16, torch.float32)),
+        ({"exp_avg_sq": "param"}, (torch.float32, FP16)),
+    ):
         (p,) = parameters(FP16, shapes=[(3000,)])
         optimizer = deepfast.AdamW([p], state_dtype=form, backend=backend, eps=1e-3)
         for _ in range(2):
@@ -175,7 +180,9 @@ def test_without_a_master_and_with_moments_like_the_parameter_it_is_torchs(name,
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("before", "after"), [("split", "fp32"), ("fp32", "split"), ("split", "none"), ("none", "split")])
+@pytest.mark.parametrize(
+    ("before", "after"), [("split", "fp32"), ("fp32", "split"), ("split", "none"), ("none", "split")]
+)
 def test_forms_can_be_changed_between_steps(before, after, dtype):
     params = parameters(dtype)
     optimizer = trained(deepfast.AdamW, params, master=before)

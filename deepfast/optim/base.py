@@ -86,7 +86,9 @@ class Optimizer(Loadable, Planned):
         for name in asked:
             if name not in known:
                 kept = ", ".join(known) or "none"
-                raise ValueError(f"deepfast: state_dtype: there is no moment {name!r}; {type(self).__name__} keeps {kept}")
+                raise ValueError(
+                    f"deepfast: state_dtype: there is no moment {name!r}; {type(self).__name__} keeps {kept}"
+                )
         if self.state_dtype != "fp32" and not known:
             warnings.warn(f"deepfast: state_dtype has no effect: {type(self).__name__} keeps no moment", stacklevel=4)
         if self.rounding == "stochastic" and not any(p.dtype in HALF for p in self._params()):
@@ -138,6 +140,8 @@ class Optimizer(Loadable, Planned):
         """
         if sys._getframe(1).f_code.co_name in ("__getattr__", "__getattribute__"):
             return False
+        if self._in_backward is not None:
+            return True  # so that a scaler comes to where it is refused
         params = list(self._params())
         if any(map(is_flat_shard, params)):
             return False

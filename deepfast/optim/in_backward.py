@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -60,9 +60,7 @@ class InBackward:
         self._check(optimizer)
         self._launches: dict[Tensor, tuple[Any, Launch]] = {}
         self._stepped: set[Tensor] = set()
-        self._hooks = [
-            p.register_post_accumulate_grad_hook(self._step) for p in optimizer._params() if p.requires_grad
-        ]
+        self._hooks = [p.register_post_accumulate_grad_hook(self._step) for p in optimizer._params() if p.requires_grad]
         optimizer._in_backward = self
 
     def remove(self) -> None:
@@ -83,6 +81,10 @@ class InBackward:
         self._check(optimizer)
         self._stepped.clear()
         return loss
+
+    def refuse_scaler(self) -> NoReturn:
+        """What a scaler that is to step the optimizer is told."""
+        _refuse("scaler")
 
     def _check(self, optimizer: Any) -> None:
         handed = optimizer._shared
@@ -108,8 +110,8 @@ class InBackward:
         launch = self._launch(optimizer, p)
         if graphs.capturing(launch.device):
             optimizer._check_capture(launch.device)
-        record = decide(optimizer, [launch])[launch.device]
-        launch.step(*optimizer._hyper_table(launch.device), record)
+        hyper, lrs = optimizer._hyper_table(launch.device)
+        launch.step(hyper, lrs, decide(optimizer, [launch])[launch.device])
         p.grad = None
 
     def _launch(self, optimizer: Any, p: Tensor) -> Launch:
@@ -130,5 +132,5 @@ class InBackward:
         return launch
 
 
-def _refuse(why: str) -> None:
+def _refuse(why: str) -> NoReturn:
     raise RuntimeError(f"deepfast: step_in_backward(): {_WHY_NOT[why]}")

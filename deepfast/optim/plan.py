@@ -30,7 +30,7 @@ class Member(NamedTuple):
     p: Tensor
     number: int  # among all of the optimizer's parameters
     group: dict[str, Any]
-    index: int  # the group's
+    row: int  # the group's, among the groups
 
 
 class Planned(Stateful):
@@ -104,15 +104,15 @@ class Planned(Stateful):
 
     def _members(self) -> Iterator[Member]:
         numbers = itertools.count()
-        for index, group in enumerate(self.param_groups):
+        for row, group in enumerate(self.param_groups):
             for p in group["params"]:
-                yield Member(p, next(numbers), group, index)
+                yield Member(p, next(numbers), group, row)
 
     def _deal(self, members: Iterable[Member], layers: dict[int, int]) -> list[Launch]:
         """Launches for some parameters, whose state is made where it is missing. layers: see :func:`memory.layers`."""
         launches: dict[Any, Launch] = {}
         fresh, backend, by_chance = [], self.backend, self.rounding == "stochastic"
-        for p, number, group, index in members:
+        for p, number, group, row in members:
             layer = layers.get(id(local(p)))
             launch = self._launch_of(launches, p, p.grad, self._rule(group), backend, Shards.of(p), group, layer)
             if not self._has_state(p, group):
@@ -121,7 +121,7 @@ class Planned(Stateful):
                     continue
                 fresh.append((p, group))
             launch.params.append(p)
-            launch.groups.append(index)
+            launch.groups.append(row)
             if by_chance:
                 launch.seeds.append(seed_of(self.seed, number))
         self._init_state(fresh)
