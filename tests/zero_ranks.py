@@ -107,6 +107,8 @@ def kept(engine):
     names = {p: name for name, p in engine.module.named_parameters()}
     for part in engine._parts():
         for key, value in engine.optimizer.state.get(part.mine, {}).items():
+            if key == "master":
+                value = engine.optimizer.get_master(part.mine)
             found[f"{names[part.whole]}.{key}"] = whole(part, value)
     found["norm"] = torch.tensor(engine.get_global_grad_norm())
     found["scale"] = torch.tensor(engine.loss_scale)
@@ -164,6 +166,10 @@ CASES = {
     "clipped fp16": ({**DTYPES["fp16"], "gradient_clipping": 0.05}, 1, {}),
     "overflow": (DTYPES["fp16"], 2, {"spoil": overflows}),
     "static scale": ({**DTYPES["fp16"], "train_loss_scale": 128.0}, 1, {"spoil": overflows}),
+    "fp32 master": (DTYPES["fp16"], 1, {"arguments": {"master": "fp32"}}),
+    "bf16 moments": (DTYPES["bf16"], 3, {"arguments": {"state_dtype": "bf16"}}),
+    "LAMB, bf16 moments": (DTYPES["fp16"], 1, {"optimizer": "LAMB", "arguments": {"state_dtype": "bf16"}}),
+    "by chance": (DTYPES["bf16"], 1, {"optimizer": "Lion", "arguments": {"master": "none", "rounding": "stochastic"}}),
     "no master": (DTYPES["fp16"], 1, {"optimizer": "SGD", "arguments": {"master": "none", "lr": 0.1}}),
     **{f"{name} bf16": ({**DTYPES["bf16"], "gradient_clipping": 0.5}, 1, {"optimizer": name}) for name in NAMES},
 }
