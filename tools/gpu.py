@@ -108,6 +108,8 @@ def stages(programs: Mapping[str, Path], out: Path, scratch: Path, rehearsed: bo
         Stage("collectives", 80, [[*tests, "-m", "gpu", "tests/test_gpu.py", junit("collectives"), "-k",
                                    "two_processes and cuda" if rehearsed else "two_processes"]],
               {"GLOO_SOCKET_IFNAME": "lo"}),
+        Stage("engine", 90, [[*tests, "-m", "gpu", "tests/test_gpu_engine.py", junit("engine"), "-k",
+                              "cuda" if rehearsed else "cuda or triton"]], {"GLOO_SOCKET_IFNAME": "lo"}),
         sanitizer("memcheck"),
         sanitizer("racecheck", "--racecheck-num-workers", 2),
         sanitizer("synccheck"),
