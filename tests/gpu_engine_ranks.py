@@ -56,7 +56,7 @@ CASES.update(
         "SGD fp16": (DTYPES["fp16"], 1, {"optimizer": "SGD", "spoil": overflows}),
     }
 )
-# Each of these is compiled when it is first launched.
+# Where kernels are compiled when they are first launched, and where they are played.
 FEW = ("fp32 one", "bf16 several", "overflow", "no master", "LAMB bf16", "SGD fp32")
 EXACT_EDGES = ("weights_written_from_outside", "plain_torch_steps_parts")
 EDGES = ("no_sync_and_weights", "a_parameter_that_has_become_another",
@@ -64,8 +64,8 @@ EDGES = ("no_sync_and_weights", "a_parameter_that_has_become_another",
 STAGE = 0  # of the engine that is being made, where a GPU is played
 
 
-def cases(backend):
-    return {n: (c, k, {**o, "net": Exact}) for n, (c, k, o) in CASES.items() if backend == "cuda" or n in FEW}
+def cases(few):
+    return {n: (c, k, {**o, "net": Exact}) for n, (c, k, o) in CASES.items() if not few or n in FEW}
 
 
 def made(config, stage, accumulation, **options):
@@ -142,8 +142,8 @@ def edge_run(config, stage, accumulation, *, steps=STEPS, **options):
     return engine
 
 
-def checks(backend):
-    found = {f"stages: {name}": functools.partial(check_stages, name) for name in cases(backend)}
+def checks(backend, few):
+    found = {f"stages: {name}": functools.partial(check_stages, name) for name in cases(few)}
     found["checkpoint"] = check_checkpoint
     if backend == "cuda":
         found |= {f"edges: {name}": functools.partial(of_edges, name, Exact) for name in EXACT_EDGES}
@@ -164,7 +164,8 @@ def play_a_gpu(library):
 
 if __name__ == "__main__":
     place, backend, *library = sys.argv[1:]
-    PLACE, CHOSEN = Path(place), cases(backend)
+    few = bool(library) or backend == "triton"
+    PLACE, CHOSEN = Path(place), cases(few)
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = "0"  # both on the first GPU
     before_there_are_ranks(CHOSEN)
@@ -176,5 +177,5 @@ if __name__ == "__main__":
         torch.cuda.set_device(0)
         play("gpu", backend)
     reduction.communicator = functools.partial(Played, timeout=PATIENCE)
-    run_checks(checks(backend), PLACE / f"{dist.get_rank()}.json", dist.barrier)
+    run_checks(checks(backend, few), PLACE / f"{dist.get_rank()}.json", dist.barrier)
     dist.destroy_process_group()

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.gpu
 BACKENDS = ["cuda", "triton"]
 PLAYED = os.environ.get("DEEPFAST_PLAYED")  # no GPU: a rehearsal, on the CPU (tools/gpu_played.py)
 DEVICE = torch.device("cpu") if PLAYED else torch.device("cuda", 0)
-ACCUMULATIONS = [1, 3]
+# Triton compiles each kernel for the types that it gets, when it is first launched.
+HOWS = [("cuda", 1), ("cuda", 3), ("triton", 3)]
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 9, "hysteresis": 1, "loss_scale_window": 2}}
 SCHEDULE = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_type": "linear"}}}
 STEPS = 5
@@ -59,8 +60,7 @@ def trained(on, backend, *how, steps=range(STEPS), spoil=None, **options):
     return seen
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("accumulation", ACCUMULATIONS)
+@pytest.mark.parametrize(("backend", "accumulation"), HOWS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("optimizer", ["AdamW", "LAMB", "SGD"])
 def test_an_engine_gives_the_bits_of_a_cpu(optimizer, dtype, accumulation, backend, on):
@@ -91,9 +91,9 @@ def test_two_losses_in_one_step(backend, on):
 def test_a_net_learns_as_with_plain_torch(backend, on):
     """With matrices and an embedding: the same kernels of torch's on both sides, memory that lies elsewhere; SGD, for a
     difference in a gradient's rounding to be no more than that in a weight."""
-    engine = on(backend, {}, 2, net=Net, optimizer="SGD", arguments={"lr": 0.3, "dampening": 0})
+    engine = on(backend, {}, 2, net=Net, optimizer="SGD", arguments={"lr": 0.03, "dampening": 0})
     plain = Net().to(DEVICE)
-    optimizer = torch.optim.SGD(plain.parameters(), lr=0.3, momentum=0.9)
+    optimizer, first = torch.optim.SGD(plain.parameters(), lr=0.03, momentum=0.9), 0.0
     for step in range(10):
         losses = []
         for net, backward in ((engine, engine.backward), (plain, lambda loss: (loss / 2).backward())):
@@ -106,9 +106,11 @@ def test_a_net_learns_as_with_plain_torch(backend, on):
                     engine.step()
         optimizer.step()
         optimizer.zero_grad()
+        first = first or losses[0]
         assert losses[:2] == pytest.approx(losses[2:], rel=1e-4)
+    assert losses[0] < 3 < first
     for p, q in zip(engine.module.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -146,7 +148,7 @@ def test_a_checkpoint_goes_on_to_the_bit_wherever_it_is_read(saver, reader, back
 def test_a_sharded_engine_of_two_processes(backend, on, tmp_path):
     """Stages 0, 1 and 2 on one GPU; and what both have saved goes on in one process."""
     said = heard_of_pair(tmp_path, "gpu_engine_ranks.py", backend, *played_by(), ends=0, timeout=TIMEOUT)
-    assert said[0].keys() == checks(backend).keys()
+    assert said[0].keys() == checks(backend, few=bool(PLAYED) or backend == "triton").keys()
     assert [text for check in said[0] if (text := failures(said, check))] == []
     for name, where in (("AdamW", backend), ("AdamW", "cpu"), ("SGD", backend)):
         engine = on(where, {**DTYPES["fp16"], "gradient_clipping": 0.5}, 2, optimizer=name)
