@@ -149,7 +149,8 @@ def test_a_sharded_engine_of_two_processes(backend, on, tmp_path):
     """Stages 0, 1 and 2 on one GPU; and what both have saved goes on in one process."""
     said = heard_of_pair(tmp_path, "gpu_engine_ranks.py", backend, *played_by(), ends=0, timeout=TIMEOUT)
     assert said[0].keys() == checks(backend, few=bool(PLAYED) or backend == "triton").keys()
-    assert [text for check in said[0] if (text := failures(said, check))] == []
+    wrong = [text for check in said[0] if (text := failures(said, check))]
+    assert not wrong, "\n".join(wrong)
     for name, where in (("AdamW", backend), ("AdamW", "cpu"), ("SGD", backend)):
         engine = on(where, {**DTYPES["fp16"], "gradient_clipping": 0.5}, 2, optimizer=name)
         assert engine.load_checkpoint(tmp_path / name)[1] == {"so": "far"}
