@@ -111,8 +111,9 @@ def stages(programs: Mapping[str, Path], out: Path, scratch: Path, rehearsed: bo
         Stage("collectives", 80, [[*tests, "-m", "gpu", "tests/test_gpu.py", junit("collectives"), "-k",
                                    "two_processes and cuda" if rehearsed else "two_processes"]],
               {"GLOO_SOCKET_IFNAME": "lo"}),
-        Stage("engine", 90, [[*tests, "-m", "gpu", "tests/test_gpu_engine.py", junit(name), "-k", which]
-                             for name, which in engine.items()], {"GLOO_SOCKET_IFNAME": "lo"}),
+        Stage("engine", 240 if rehearsed else 90, [
+            [*tests, "-m", "gpu", "tests/test_gpu_engine.py", junit(name), "-k", which]
+            for name, which in engine.items()], {"GLOO_SOCKET_IFNAME": "lo"}),
         sanitizer("memcheck"),
         sanitizer("racecheck", "--racecheck-num-workers", 2),
         sanitizer("synccheck"),
