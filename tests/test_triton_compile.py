@@ -69,7 +69,7 @@ def test_steps_move_16_bytes_at_a_time(rule, stored, arch, tmp_path):
     ptx, accesses, used = machine_code(step.step_kernel, constants, arch, tmp_path)
     assert "STACK:0" in used
     assert not any(name.startswith(("LDL", "STL")) for name in accesses)
-    reads_grad = what.direct is None
+    reads_grad = what.move is None
     # Two accesses of a thread in each stream: 1024 elements, 128 threads, four values at a time. One where it is eight.
     each = 2 if pack == 4 else 1
     loads = fp32 + (grad == tl.float32 and reads_grad) if fp32 else 2
