@@ -38,6 +38,8 @@ def choose(optimizer: Any, parameters: Any, config: Config, dtype: torch.dtype) 
     if isinstance(optimizer, Optimizer):
         if "param_groups" not in vars(optimizer):  # what is set here would stay on a wrapper that has its class
             raise ConfigError(f"initialize() needs the optimizer itself, not a wrapper ({type(optimizer).__name__})")
+        if optimizer._in_backward is not None:
+            raise ConfigError("initialize(): an engine needs all gradients at once: no step_in_backward()")
         optimizer._measure_norm = True
         optimizer.max_grad_norm = config.gradient_clipping or optimizer.max_grad_norm
     elif dtype in HALF:
