@@ -213,7 +213,7 @@ def _written(values: Sequence[int], device: torch.device) -> Tensor:
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 """What the kernels take, and what it is called in them."""
 
-TYPES: dict[torch.dtype | None, Any] = {**DTYPES, torch.int16: tl.int16, None: None}
+TYPES: dict[Any, Any] = {**DTYPES, torch.int16: tl.int16, None: None}
 """Likewise a master's, or that there is none."""
 
 
