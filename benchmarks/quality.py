@@ -1,6 +1,6 @@
 """What storage forms do to training: GPT-2 tiny on the standard library's source, from the same start, three seeds.
 
-    python benchmarks/quality.py [--steps 200] [--seeds 3] [--out benchmarks/results]     (make bench-quality)
+    python benchmarks/quality.py [--steps 400] [--seeds 3] [--out benchmarks/results]     (make bench-quality)
 
 Writes OUT/quality.json, which keeps what is known after each run and goes on from there, and OUT/quality.png.
 """
@@ -20,7 +20,7 @@ from tqdm import tqdm
 import deepfast
 from deepfast.train import data, gpt2
 
-LENGTH, BATCH, HELD_OUT, EVERY = 64, 16, 128, 20
+LENGTH, BATCH, HELD_OUT, EVERY = 64, 16, 256, 40
 REFERENCE = "fp32"
 # The type of weights and gradients, and what is asked of AdamW.
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -82,9 +82,9 @@ def trained(form: str, seed: int, steps: int, folder: Path, rate: float) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     chosen = parser.parse_args()
     path = chosen.out / "quality.json"

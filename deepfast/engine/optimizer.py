@@ -32,7 +32,10 @@ def choose(optimizer: Any, parameters: Any, config: Config, dtype: torch.dtype) 
         if config.optimizer is None:
             raise ConfigError("no optimizer: pass optimizer= to initialize(), or set one in the configuration")
         name, arguments = config.optimizer.chosen()
-        optimizer = getattr(optim, name)(parameters, **arguments)
+        try:
+            optimizer = getattr(optim, name)(parameters, **arguments)
+        except ValueError as error:
+            raise ConfigError(f"optimizer: {error}") from None
     elif type(optimizer) in _REPLACED and not optimizer.state:
         optimizer = _replacement(optimizer)
     if isinstance(optimizer, Optimizer):
@@ -43,8 +46,8 @@ def choose(optimizer: Any, parameters: Any, config: Config, dtype: torch.dtype) 
         optimizer._measure_norm = True
         optimizer.max_grad_norm = config.gradient_clipping or optimizer.max_grad_norm
     elif dtype in HALF:
-        log.warning("%s keeps no fp32 master: it updates 16-bit weights directly", type(optimizer).__name__)
-        lost.watch(optimizer, "a deepfast optimizer adds them up in an fp32 master")
+        log.warning("%s keeps no master: it updates 16-bit weights directly", type(optimizer).__name__)
+        lost.watch(optimizer, "a deepfast optimizer adds them up in a master")
     return optimizer
 
 
