@@ -88,7 +88,7 @@ class Streams {
 
   template <class V>
   DF_INLINE void store_weight(V p, int64_t i, bool past_caches) const {
-    if ((kAny || kAlone) && param_dtype() != DType::kFloat32 && by_chance_) {
+    if (!has_master() && param_dtype() != DType::kFloat32 && by_chance_) {
       const auto rounded = stochastic(p, noise_, first_ + static_cast<uint32_t>(i), param_dtype());
       return store(rounded, static_cast<uint16_t*>(weight_) + i);
     }
