@@ -5,7 +5,8 @@
 // halves would write half sectors.)
 #pragma once
 
-#include "../codec/half.h"
+#include "../codec/noise.h"
+#include "../codec/split.h"
 #include "../span.h"
 #include "table.cuh"
 
@@ -71,14 +72,7 @@ __device__ void store(T* at, const Pack<T, kSize>& pack) {
 inline __device__ float decode(float x, DType) { return x; }
 
 inline __device__ float decode(Half h, DType dtype) {
-  if (dtype == DType::kBFloat16) return Bf16::decode(h);
-#if defined(__CUDA_ARCH__)
-  float x;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
-  return x;
-#else
-  return Fp16::decode(h);
-#endif
+  return dtype == DType::kBFloat16 ? Bf16::decode(h) : Fp16::decode(h);
 }
 
 // What collectives move besides. Integers wrap around, as torch's do.
@@ -86,21 +80,25 @@ inline __device__ double decode(double x, DType) { return x; }
 inline __device__ uint32_t decode(int32_t x, DType) { return static_cast<uint32_t>(x); }
 inline __device__ uint64_t decode(int64_t x, DType) { return static_cast<uint64_t>(x); }
 
-inline __device__ Half nearest_even_fp16(float x) {
-#if defined(__CUDA_ARCH__)
-  Half h;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
-  return h;
-#else
-  return Fp16::nearest_even(x);
-#endif
-}
-
 // kMaster: by the rule for weights whose fp32 value is kept elsewhere (csrc/codec/half.h), else torch's.
 template <bool kMaster>
 __device__ Half encode(float x, DType dtype) {
   if (dtype == DType::kBFloat16) return kMaster ? Bf16::from_master(x) : Bf16::nearest_even(x);
-  return nearest_even_fp16(kMaster ? cut(x, Fp16::kLargest) : x);
+  return kMaster ? Fp16::from_master(x) : Fp16::nearest_even(x);
+}
+
+// What a half and its remainder are together; and what encode<true>(x) lacks of x.
+inline __device__ float decode_split(Half h, Half remainder, DType dtype) {
+  return dtype == DType::kBFloat16 ? SplitBf16::decode(h, remainder) : SplitFp16::decode(h, remainder);
+}
+inline __device__ Half remainder(float x, Half h, DType dtype) {
+  return dtype == DType::kBFloat16 ? SplitBf16::remainder(x, h) : SplitFp16::remainder(x, h);
+}
+
+// By the chance of element i of the whole parameter.
+inline __device__ Half stochastic(float x, const Noise& noise, uint32_t i, DType dtype) {
+  const uint32_t chance = noise.bits(i) >> 16;
+  return dtype == DType::kBFloat16 ? Bf16::stochastic(x, chance) : Fp16::stochastic(x, chance);
 }
 
 // As torch rounds, or as it is.
