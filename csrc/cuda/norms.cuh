@@ -6,9 +6,10 @@
 namespace deepfast::cuda {
 
 // Neighbouring threads read 256 bytes of a row, and others the rows of another block, 4 KiB away: several rows at once
-// make longer pieces of it. (Where types are looked at, there are registers for one.)
+// make longer pieces of it. (There are registers for one where types are looked at, or where a split
+// master lies beside an fp32 gradient.)
 template <class S>
-constexpr int kRowsAtOnce = S::kAny ? 1 : 2;
+constexpr int kRowsAtOnce = S::kAny || (S::kSplit && !std::is_same_v<typename S::Grad, Half>) ? 1 : 2;
 
 // The sums over the blocks [first, last) of a span. A block's sums are taken while its elements are in registers.
 template <class S>
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     __syncthreads();
     if (threadIdx.x == 0) shared = prepare<Rule>(table, span);
     __syncthreads();
-    const Rule rule = shared;
+    const Rule& rule = shared;  // there it takes no registers
     Norms* sums = partial + table.first[share.span];
     with_streams<Rule, kAny>(span, [&]<class S>() {
       measure<S>(rule, span, share.first(), share.last(), multiplier_of(record, table, span), sums);

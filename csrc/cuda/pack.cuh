@@ -87,18 +87,14 @@ __device__ Half encode(float x, DType dtype) {
   return kMaster ? Fp16::from_master(x) : Fp16::nearest_even(x);
 }
 
-// What a half and its remainder are together; and what encode<true>(x) lacks of x.
-inline __device__ float decode_split(Half h, Half remainder, DType dtype) {
-  return dtype == DType::kBFloat16 ? SplitBf16::decode(h, remainder) : SplitFp16::decode(h, remainder);
-}
-inline __device__ Half remainder(float x, Half h, DType dtype) {
-  return dtype == DType::kBFloat16 ? SplitBf16::remainder(x, h) : SplitFp16::remainder(x, h);
-}
-
-// By the chance of element i of the whole parameter.
-inline __device__ Half stochastic(float x, const Noise& noise, uint32_t i, DType dtype) {
-  const uint32_t chance = noise.bits(i) >> 16;
-  return dtype == DType::kBFloat16 ? Bf16::stochastic(x, chance) : Fp16::stochastic(x, chance);
+// call.template operator()<H, Split>() with the codecs of a 16-bit type: asked once for many elements.
+template <class Call>
+__device__ void with_half(DType dtype, const Call& call) {
+  if (dtype == DType::kBFloat16) {
+    call.template operator()<Bf16, SplitBf16>();
+  } else {
+    call.template operator()<Fp16, SplitFp16>();
+  }
 }
 
 // As torch rounds, or as it is.

@@ -4,6 +4,13 @@
 namespace deepfast::cuda {
 namespace {
 
+// A master's value beside a weight that may have been written to.
+template <class H>
+__device__ float seen(float master, Half weight) {
+  const float written = H::decode(weight);
+  return H::decode(H::from_master(master)) == written ? master : written;
+}
+
 // Elements [begin, end) of a span whose masters are of a type M: fp32, or what the weights lack.
 template <class M>
 __device__ void take_over(const Span& span, int64_t begin, int64_t end) {
@@ -16,22 +23,17 @@ __device__ void take_over(const Span& span, int64_t begin, int64_t end) {
   for_each<kPack>(begin, end, phase<kPack>(weights) == common ? common : -1, [&](int64_t i, auto size) {
     const auto weight = load<size.value>(weights + i);
     auto master = load<size.value>(masters + i);
+    with_half(dtype, [&]<class H, class Split>() {
 #pragma unroll
-    for (int j = 0; j < size.value; ++j) {
-      const float written = decode(weight[j], dtype);
-      float kept;
-      if constexpr (kSplit) {
-        kept = decode_split(weight[j], master[j], dtype);
-      } else {
-        kept = master[j];
+      for (int j = 0; j < size.value; ++j) {
+        if constexpr (kSplit) {
+          const float now = seen<H>(Split::decode(weight[j], master[j]), weight[j]);
+          master[j] = Split::remainder(now, weight[j]);
+        } else {
+          master[j] = seen<H>(master[j], weight[j]);
+        }
       }
-      const float now = decode(encode<true>(kept, dtype), dtype) == written ? kept : written;
-      if constexpr (kSplit) {
-        master[j] = remainder(now, weight[j], dtype);
-      } else {
-        master[j] = now;
-      }
-    }
+    });
     store<size.value>(masters + i, master);
   });
 }

@@ -50,22 +50,30 @@ __device__ void update(const typename S::Rule& rule, const Span& span, const Cha
     if (form == Weight::kWide) {
       send<kSize>(streams.wide() + i, x.p, others);
     } else {
-      Pack<Half, kSize> half, remainder;
-      if (form == Weight::kHalf && chance.asked) {
+      Pack<Half, kSize> half;
+      if (form == Weight::kSplit) {
+        Pack<Half, kSize> remainder;
+        with_half(dtype, [&]<class H, class Split>() {
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          half[j] = stochastic(x.p[j], chance.noise, chance.first + static_cast<uint32_t>(i + j), dtype);
-        }
+          for (int j = 0; j < kSize; ++j) {
+            half[j] = H::from_master(x.p[j]);
+            remainder[j] = Split::remainder(x.p[j], half[j]);
+          }
+        });
+        store<kSize>(streams.remainder + i, remainder);
+      } else if (form == Weight::kHalf && chance.asked) {
+        with_half(dtype, [&]<class H, class>() {
+#pragma unroll
+          for (int j = 0; j < kSize; ++j) {
+            const uint32_t element = chance.first + static_cast<uint32_t>(i + j);
+            half[j] = H::stochastic(x.p[j], chance.noise.bits(element) >> 16);
+          }
+        });
       } else {
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
           half[j] = form == Weight::kHalf ? encode<false>(x.p[j], dtype) : encode<true>(x.p[j], dtype);
         }
-      }
-      if (form == Weight::kSplit) {
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) remainder[j] = cuda::remainder(x.p[j], half[j], dtype);
-        store<kSize>(streams.remainder + i, remainder);
       }
       store<kSize>(streams.half + i, half);
       send<kSize>(streams.half + i, half, others);

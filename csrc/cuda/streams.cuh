@@ -151,6 +151,7 @@ struct Streams {
   using Rule = ARule;
   using Grad = AGrad;
   static constexpr bool kAny = kWeight == Weight::kAny;
+  static constexpr bool kSplit = kWeight == Weight::kSplit;
   static constexpr bool kWide = kWeight == Weight::kWide || kWeight == Weight::kMaster;
   using Value = std::conditional_t<kAny, Any, std::conditional_t<kWide, float, Half>>;
   using Moment = std::conditional_t<kAny, Any, float>;
@@ -219,10 +220,10 @@ struct Values {
   template <bool kReadsGrad>
   __device__ Values(const Loaded<kSize, kReadsGrad, S>& x, const S& streams, float multiplier) {
     if (streams.form() == Weight::kSplit) {
+      with_half(streams.param_dtype, [&]<class, class Split>() {
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        p[j] = decode_split(decltype(S::weight)::half(x.weight, j), x.remainder[j], streams.param_dtype);
-      }
+        for (int j = 0; j < kSize; ++j) p[j] = Split::decode(decltype(S::weight)::half(x.weight, j), x.remainder[j]);
+      });
     } else {
       p = streams.weight.decode(x.weight);
     }
