@@ -16,11 +16,13 @@ template <class S>
 __device__ void measure(const typename S::Rule& rule, const Span& span, int64_t first, int64_t last, float multiplier,
                         Norms* partial) {
   constexpr int kSize = S::kPack;
+  using Count = std::conditional_t<S::kAny, int, int64_t>;
   const S streams(span);
   const int phase = streams.phase();
   const Group<kSize> group;
   for (int64_t block = first + group.index; block < last; block += group.kGroups) {
-    const int64_t begin = block * kStepBlock, n = min(span.numel - begin, static_cast<int64_t>(kStepBlock));
+    const int64_t begin = block * kStepBlock;
+    const auto n = static_cast<Count>(min(span.numel - begin, static_cast<int64_t>(kStepBlock)));
     Lane params[kSize] = {}, directions[kSize] = {};
     group.template for_each<kRowsAtOnce<S>>(
         begin, n, phase, [&](int64_t i, auto size) { return Loaded<size.value, true, S>(streams, i); },
@@ -63,13 +65,15 @@ __global__ void __launch_bounds__(kThreads, kResident)
                  Norms* out) {
   const Table table(packed);
   const StepRecord record = *record_at;
+  if (record.skipped()) {
+    for (Share share(table); share.more(); share.next()) {
+      if (threadIdx.x == 0) out[share.span] = Norms();
+    }
+    return;
+  }
   __shared__ Rule shared;
   for (Share share(table); share.more(); share.next()) {
     const Span& span = table.spans[share.span];
-    if (record.skipped()) {
-      if (threadIdx.x == 0) out[share.span] = Norms();
-      continue;
-    }
     __syncthreads();
     if (threadIdx.x == 0) shared = prepare<Rule>(table, span);
     __syncthreads();
