@@ -172,9 +172,14 @@ void step_case(int rule, const std::vector<int64_t>& numels, int64_t groups) {
       }
       twins.compare("after the first pass");
     }
-    cpu::step(rule, twins.on_cpu.data(), count, hypers.table.data(), hypers.stride, record[0], expected.data(), after);
+    // Another rank's weight has its place relative to this one's: the same for all spans, so there is one.
+    int64_t further[2] = {};
+    const bool sends = count == 1 && nth == 0 && chance(50);
+    if (sends) further_on(twins, further);
+    cpu::step(rule, twins.on_cpu.data(), count, hypers.table.data(), hypers.stride, record[0], expected.data(), after,
+              {&further[0], sends});
     const int64_t before = launches();
-    cuda::step(rule, job, steps.workspace, record.data(), got.data(), after, {}, nullptr);
+    cuda::step(rule, job, steps.workspace, record.data(), got.data(), after, {&further[1], sends}, nullptr);
     require_kernel(rule, "step", needs_asking(rule, twins.on_cuda));
     finish("a step");
     if (cuda::step_needs(job).table == 0) require_one_launch(before, "more than one launch");

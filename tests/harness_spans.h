@@ -108,6 +108,18 @@ inline void add_span(Twins& twins, int rule, int64_t numel, const Taste& taste, 
   twins.on_cuda.push_back(b);
 }
 
+// A place for the only span's new weights, and how many bytes after the old ones it is: on the CPU, and on the device.
+inline void further_on(Twins& twins, int64_t (&bytes)[2]) {
+  const Span &a = twins.on_cpu[0], &b = twins.on_cuda[0];
+  const int64_t offset = reinterpret_cast<uintptr_t>(a.param) % 64 / width_of(a.param_dtype);
+  Buffer other(a.numel, a.param_dtype, offset);
+  std::memset(other.data(), 0, a.numel * other.width);
+  char *on_cpu, *on_cuda;
+  twins.set(on_cpu, on_cuda, std::move(other), "another rank's weight");
+  bytes[0] = on_cpu - static_cast<char*>(a.param);
+  bytes[1] = on_cuda - static_cast<char*>(b.param);
+}
+
 // Whether moments are kept in 16 bits; and whether there is anything else that the faster kernel does not ask.
 inline bool narrow_moments(int rule, const std::vector<Span>& spans) {
   for (const Span& span : spans) {
