@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from deepfast.engine.engine import Engine
     from deepfast.engine.initialization import add_config_arguments, initialize
     from deepfast.engine.ranks import init_distributed
-    from deepfast.optim import LAMB, SGD, Adagrad, Adam, AdamW, Lion
+    from deepfast.optim import LAMB, SGD, Adagrad, Adam, AdamW, Lion, step_in_backward
     from deepfast.scaler import LossScaler
 
 __version__ = "0.1.0"
 
 _HOME = {
-    **dict.fromkeys(OPTIMIZERS, "deepfast.optim"),
+    **dict.fromkeys((*OPTIMIZERS, "step_in_backward"), "deepfast.optim"),
     "LossScaler": "deepfast.scaler",
     **dict.fromkeys(("Engine", "initialize", "add_config_arguments", "init_distributed"), "deepfast.engine"),
 }
@@ -36,14 +36,11 @@ __all__ = [
     "add_config_arguments",
     "init_distributed",
     "initialize",
+    "step_in_backward",
 ]
-
-_NOT_YET = frozenset(("step_in_backward",))
 
 
 def __getattr__(name: str):
-    if name in _NOT_YET:
-        raise AttributeError(f"deepfast.{name} is not built yet (README.md says what is)")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     try:

@@ -187,6 +187,9 @@ class LossScaler:
             raise RuntimeError("a closure cannot be used while loss scaling is enabled")
         if _key(optimizer) in self._stepped:
             raise RuntimeError("step() has already been called since the last update().")
+        released = getattr(optimizer, "_in_backward", None)
+        if released is not None:
+            released.refuse_scaler()
         if not _grads_of(optimizer):
             raise RuntimeError("No inf checks were recorded for this optimizer: none of its parameters has a gradient.")
         if isinstance(optimizer, Optimizer):

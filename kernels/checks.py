@@ -30,7 +30,14 @@ def check_dtype(t: Tensor, what: str) -> torch.dtype:
     return t.dtype
 
 
-def check_count(tensors: Sequence[Tensor | None], count: int, what: str) -> None:
+def check_master(t: Tensor, param: torch.dtype) -> torch.dtype:
+    """fp32, or of a 16-bit parameter what it lacks of that (``csrc/codec/split.h``)."""
+    split = t.dtype == torch.int16 and param != torch.float32
+    require(split or t.dtype == torch.float32, f"a master has dtype {type_name(t)}")
+    return t.dtype
+
+
+def check_count(tensors: Sequence[object], count: int, what: str) -> None:
     require(len(tensors) == count, f"{count} tensors of {what} expected, got {len(tensors)}")
 
 

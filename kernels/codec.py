@@ -1,6 +1,7 @@
-"""How values are stored: fp32, fp16, bf16. The twin of ``csrc/codec/half.h``, equal to it in every bit.
+"""How values are stored: the twin of ``csrc/codec``, equal to it in every bit.
 
-fp16 goes through the hardware's casts, bf16 through its bits: Triton's interpreter computes bf16 wrongly.
+fp16 goes through the hardware's casts, bf16 through its bits: Triton's interpreter computes bf16 wrongly. Where
+integers wrap, the source says so: Triton's debug mode takes any other overflow for a mistake.
 """
 
 from __future__ import annotations
@@ -13,6 +14,12 @@ SIGN = tl.constexpr(0x80000000)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 INFINITY = tl.constexpr(0x7F800000)
 BF16_MAX = tl.constexpr(0x7F7F)
+FP16_MAX_BITS = tl.constexpr(0x7BFF)
+FP16_NORMAL = tl.constexpr(2.0**-14)  # the smallest one
+FP16_BIAS = tl.constexpr(112 << 23)  # fp32's exponents begin so much earlier
+UNIT_BELOW = tl.constexpr(2.0**-40)  # what a split fp16 is counted in below FP16_NORMAL
+WHOLE = tl.constexpr(1.5 * 2.0**23)  # added to a small number, it leaves the nearest integer in the last bits
+WHOLE_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
@@ -78,6 +85,91 @@ def encode(x, DTYPE: tl.constexpr, MASTER: tl.constexpr):
 
 
 @triton.jit
+def fetch(at, mask):
+    """What is stored; what the mask leaves out is zero."""
+    return tl.load(at) if mask is None else tl.load(at, mask=mask, other=0)
+
+
+@triton.jit
 def load(at, mask, DTYPE: tl.constexpr):
     """DTYPE, 16 bits as fp32; what the mask leaves out is zero."""
-    return decode(tl.load(at) if mask is None else tl.load(at, mask=mask, other=0), DTYPE)
+    return decode(fetch(at, mask), DTYPE)
+
+
+# csrc/codec/split.h: a master in two bytes, beside the 16-bit parameter that it rounds to.
+
+
+@triton.jit
+def decode_split(half, remainder, DTYPE: tl.constexpr):
+    """fp32, of a parameter (as it is stored) and what it lacks (int16)."""
+    near = decode(half, DTYPE)
+    missing = remainder.to(tl.int32)
+    upper = near.to(tl.uint32, bitcast=True)
+    bits = tl.add(upper, missing.to(tl.uint32, bitcast=True), sanitize_overflow=False)
+    whole = bits.to(tl.float32, bitcast=True)
+    if DTYPE == tl.bfloat16:  # a zero that somebody has written over a weight may have anything beside it
+        decoded = tl.where(((bits ^ upper) & SIGN) != 0, near, whole)
+    else:
+        decoded = tl.where(tl.abs(near) < FP16_NORMAL, tl.fma(missing.to(tl.float32), -UNIT_BELOW, near), whole)
+    return decoded
+
+
+@triton.jit
+def remainder(x, half, DTYPE: tl.constexpr):
+    """int16: what ``half``, fp32 ``x`` encoded as one with a master, lacks."""
+    near = decode(half, DTYPE)
+    bits = x.to(tl.uint32, bitcast=True)
+    missing = tl.sub(bits, near.to(tl.uint32, bitcast=True), sanitize_overflow=False).to(tl.int32, bitcast=True)
+    if DTYPE == tl.float16:
+        below = ((near - x) * (1.0 / UNIT_BELOW) + WHOLE).to(tl.uint32, bitcast=True)
+        below = tl.sub(below, WHOLE_BITS, sanitize_overflow=False).to(tl.int32, bitcast=True)
+        missing = tl.where(tl.abs(near) < FP16_NORMAL, below, missing)
+    missing = tl.where(missing > 0x7FFF, 0x7FFF, missing)
+    return tl.where((bits & MAGNITUDE) < INFINITY, missing, 0).to(tl.int16)
+
+
+# csrc/codec/noise.h: random bits that are a function of where and when.
+
+
+@triton.jit
+def noise(seed, step):
+    """Of one parameter (its seed: int64) at one step (fp32): the key of its elements' bits, two uint32."""
+    x = tl.mul(step.to(tl.int64).to(tl.uint64, bitcast=True), 0x9E3779B97F4A7C15, sanitize_overflow=False)
+    x = tl.add(seed.to(tl.uint64, bitcast=True), x, sanitize_overflow=False)
+    x = tl.mul(x ^ (x >> 30), 0xBF58476D1CE4E5B9, sanitize_overflow=False)
+    x = tl.mul(x ^ (x >> 27), 0x94D049BB133111EB, sanitize_overflow=False)
+    x = x ^ (x >> 31)
+    return x.to(tl.uint32), (x >> 32).to(tl.uint32)
+
+
+@triton.jit
+def noise_bits(key, i):
+    """Of the elements i of the whole parameter: 32 bits each."""
+    before, between = key
+    x = tl.add(i.to(tl.uint32), before, sanitize_overflow=False)
+    x = tl.mul(x ^ (x >> 16), 0x7FEB352D, sanitize_overflow=False)
+    x = tl.mul(x ^ (x >> 15) ^ between, 0x846CA68B, sanitize_overflow=False)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def stochastic(x, chance, DTYPE: tl.constexpr):
+    """Up or down, right on average, for a weight without a master; chance: 16 random bits, as uint32.
+
+    Saturates; infinities and NaN stay what they are.
+    """
+    bits = x.to(tl.uint32, bitcast=True)
+    magnitude = bits & MAGNITUDE
+    if DTYPE == tl.bfloat16:
+        rounded = tl.add(magnitude, chance, sanitize_overflow=False) >> 16
+        rounded = tl.where(rounded > BF16_MAX, BF16_MAX, rounded)
+        rounded = (((bits & SIGN) >> 16) | rounded).to(tl.uint16)
+    else:
+        normal = tl.sub(magnitude, FP16_BIAS, sanitize_overflow=False)
+        normal = tl.add(normal, chance >> 3, sanitize_overflow=False) >> 13
+        normal = tl.where(normal > FP16_MAX_BITS, FP16_MAX_BITS, normal)
+        is_below = tl.abs(x) < FP16_NORMAL  # its last place is 2^-24, 2^16 of the units that are rounded
+        units = (tl.where(is_below, tl.abs(x), 0.0) * (1.0 / UNIT_BELOW)).to(tl.uint32)
+        rounded = tl.where(is_below, (units + chance) >> 16, normal)
+        rounded = (((bits & SIGN) >> 16) | rounded).to(tl.uint16).to(tl.float16, bitcast=True)
+    return tl.where(magnitude < INFINITY, rounded, encode(x, DTYPE, False))

@@ -167,14 +167,13 @@ def lamb_direction(constants, p, m, v):
 
 
 @triton.jit
-def lamb_direct(constants, p, g, m, v):
-    m, v = adam_moments(g, m, v, constants[0], constants[1])
-    return lamb_direction(constants, p, m, v), m, v
+def lamb_moments(constants, p, g, m, v):
+    return adam_moments(g, m, v, constants[0], constants[1])
 
 
 @triton.jit
 def lamb(constants, p, g, m, v):
-    return tl.fma(constants[6] * -1.0, lamb_direction(constants, p, m, v), p), m, v
+    return (tl.fma(constants[6] * -1.0, lamb_direction(constants, p, m, v), p),)
 
 
 # Adagrad: Duchi, Hazan & Singer 2011, JMLR 12, diagonal form; torch's learning-rate decay.
@@ -254,8 +253,9 @@ class Rule(NamedTuple):
     prepare: Callable[..., Any]
     constants: int  # how many prepare returns
     update: Callable[..., Any]
-    # Where norms of whole parameters are needed: the first pass, and the direction alone
-    direct: Callable[..., Any] | None = None
+    # Where norms of whole parameters are needed: what the first pass makes of the moments, and the direction that it
+    # measures, and the second takes, of moments as they are stored
+    move: Callable[..., Any] | None = None
     direction: Callable[..., Any] | None = None
 
 
@@ -269,6 +269,6 @@ RULES = {
     "sgd": _rule("sgd", 6, sgd_prepare, 5, sgd),
     "sgd_momentum": _rule("sgd_momentum", 6, sgd_prepare, 5, sgd_momentum),
     "lion": _rule("lion", 5, lion_prepare, 4, lion),
-    "lamb": _rule("lamb", 8, lamb_prepare, 7, lamb, lamb_direct, lamb_direction),
+    "lamb": _rule("lamb", 8, lamb_prepare, 7, lamb, lamb_moments, lamb_direction),
     "adagrad": _rule("adagrad", 5, adagrad_prepare, 3, adagrad),
 }

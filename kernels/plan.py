@@ -13,21 +13,21 @@ from torch import Tensor
 from deepfast import graphs
 from deepfast.reference import KEPT, RESET, Range, check_distinct, detach, mark
 
-from . import refresh, statistics, step
+from . import norms, refresh, statistics, step
 from .checks import (
     check_count,
     check_device,
     check_dtype,
+    check_master,
     check_question,
     check_values,
     is_plain,
     require,
-    type_name,
     written,
 )
 from .formulas import RULES
 from .order import ElementOrder
-from .table import Span, Table, span_of, upload
+from .table import Span, Stream, Table, span_of, upload
 
 
 @dataclasses.dataclass
@@ -42,6 +42,7 @@ class Entry:
     master: weakref.ref[Tensor] | None
     step: weakref.ref[Tensor] | None
     moments: list[weakref.ref[Tensor]]
+    chance: tuple[int, int] | None = None  # seed and first element, where the weight is rounded by chance
     seen: list[Any] | None = None  # where all of it lay, gradient included, when `span` was made of it
     span: Span | None = None
 
@@ -61,9 +62,9 @@ class Plan:
     Args:
         rule: a key of ``formulas.RULES``.
         params: n tensors of fp32, fp16 or bf16 on one device, in any layout.
-        masters: n fp32 tensors, an empty one where there is none.
-        moments: fp32, as many times n as the rule keeps, all first moments first.
-        steps: n tensors of one fp32 value, or none where the rule does not count.
+        masters: n tensors, fp32, or int16 where they are split; an empty one where there is none.
+        moments: fp32, fp16 or bf16, as many times n as the rule keeps, all first moments first.
+        steps: n tensors of one fp32 value, or none where neither the rule counts nor chance is asked for.
         groups: int32 [n] on the CPU, each parameter's row of hyperparameters.
 
     Raises:
@@ -85,7 +86,7 @@ class Plan:
         self._name, self._rule, count = rule, RULES[rule], len(params)
         check_count(masters, count, "masters")
         check_count(moments, count * self._rule.moments, "moments")
-        check_count(steps, count if self._rule.counts_steps else 0, "step counts")
+        check_count(steps, count if self._rule.counts_steps or steps else 0, "step counts")
         require(
             groups.dtype == torch.int32 and groups.is_contiguous() and groups.numel() == count,
             "groups must be one int32 a parameter",
@@ -116,7 +117,7 @@ class Plan:
         self._stream = 0  # on which both were made
 
     def needs_norms(self) -> bool:
-        return self._rule.direct is not None
+        return self._rule.direction is not None
 
     def gather(self, grads: Sequence[Tensor | None], after: int) -> int:
         """Finds the gradients (each parameter's own, unless they are given) and returns how many there are.
@@ -179,16 +180,39 @@ class Plan:
             count, *state = state
             check_values(count, 1, "a step count", self._device)
             at_step = count.data_ptr()
-        addresses = []
-        for i, t in enumerate(state):
-            what = "a master" if i == 0 and entry.master is not None else "a moment"
-            require(t.dtype == torch.float32, f"{what} has dtype {type_name(t)}")
-            addresses.append(order.write(t, what))
+        master: Stream | None = None
+        if entry.master is not None:
+            kept, *state = state
+            form = check_master(kept, entry.dtype)
+            master = order.write(kept, "a master"), form
+        moments = []
+        for t in state:
+            form = check_dtype(t, "a moment")
+            moments.append((order.write(t, "a moment"), form))
         at_grad = order.write(grad, "a gradient") if self._after != KEPT else order.read(grad, "a gradient")
-        master = addresses.pop(0) if entry.master is not None else 0
         return span_of(
-            (address, entry.dtype), (at_grad, grad.dtype), param.numel(), master, addresses, at_step, entry.group
+            (address, entry.dtype),
+            (at_grad, grad.dtype),
+            param.numel(),
+            master,
+            moments,
+            at_step,
+            entry.group,
+            entry.chance,
         )
+
+    def by_chance(self, seeds: Sequence[int], first: Sequence[int]) -> None:
+        """From now on steps round weights without a master by chance (``csrc/codec/noise.h``).
+
+        Args:
+            seeds: each parameter's.
+            first: where in the whole parameter its first element is.
+        """
+        check_count(seeds, len(self._entries), "seeds")
+        check_count(first, len(self._entries), "places")
+        for entry, seed, place in zip(self._entries, seeds, first, strict=True):
+            require(entry.step is not None, "rounding by chance needs step counts")
+            entry.chance, entry.span = (seed, place), None
 
     def send_to(self, displacements: list[int]) -> None:
         """From now on steps write each new weight so many bytes further on, too: where other ranks have theirs."""
@@ -260,7 +284,7 @@ class Plan:
         """fp64 [gradients, 2]: the sums of squares that ``step`` needs. Moves the moments on."""
         require(self.needs_norms(), f"'{self._name}' needs no norms")
         self._check(hyper, lrs, record)
-        return step.norms(self._rule, self._on_device(), self._groups(hyper, lrs), record)
+        return norms.norms(self._rule, self._on_device(), self._groups(hyper, lrs), record)
 
     def step(self, hyper: Tensor, lrs: Sequence[Tensor | None], record: Tensor, norms: Tensor | None) -> None:
         """One step over all parameters that have a gradient; the arguments are the reference's."""

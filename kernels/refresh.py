@@ -5,21 +5,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codec import decode, encode, load, pointer
+from .codec import decode, encode, fetch
 from .step import WARPS
-from .table import COLUMNS, DTYPES, FIRST, MASTER, NUMEL, PARAM, STEP_BLOCK, Table, launch
+from .streams import load_weight, store_master, weight_pointers
+from .table import COLUMNS, FIRST, NUMEL, STEP_BLOCK, Table, launch
 
 BLOCK = tl.constexpr(STEP_BLOCK)
 
 
 @triton.jit
-def take_over(row, i, mask, PARAM_TYPE: tl.constexpr, PACK: tl.constexpr):
+def take_over(row, i, mask, PARAM_TYPE: tl.constexpr, MASTER_TYPE: tl.constexpr, PACK: tl.constexpr):
     """The elements i of a span, where mask says so (None: all)."""
-    now = load(pointer(tl.load(row + PARAM), PARAM_TYPE, PACK) + i, mask, PARAM_TYPE)
-    master_at = pointer(tl.load(row + MASTER), tl.float32, PACK) + i
-    master = load(master_at, mask, tl.float32)
-    then = decode(encode(master, PARAM_TYPE, True), PARAM_TYPE)
-    tl.store(master_at, tl.where(then == now, master, now), mask)
+    param, master = weight_pointers(row, PARAM_TYPE, MASTER_TYPE, PACK)
+    weight = fetch(param + i, mask)
+    value = load_weight(param + i, master + i, mask, PARAM_TYPE, MASTER_TYPE)
+    now, then = decode(weight, PARAM_TYPE), decode(encode(value, PARAM_TYPE, True), PARAM_TYPE)
+    store_master(master + i, tl.where(then == now, value, now), weight, mask, PARAM_TYPE, MASTER_TYPE)
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -28,6 +29,7 @@ def refresh_kernel(
     owners,  # int32 [blocks]
     first,  # the launch's first block
     PARAM_TYPE: tl.constexpr,
+    MASTER_TYPE: tl.constexpr,
     PACK: tl.constexpr,
 ):
     """One program a block of BLOCK elements. Only a span's last block is masked."""
@@ -37,13 +39,14 @@ def refresh_kernel(
     numel = tl.load(row + NUMEL)
     i = begin + tl.arange(0, BLOCK)
     if begin + BLOCK <= numel:
-        take_over(row, i, None, PARAM_TYPE, PACK)
+        take_over(row, i, None, PARAM_TYPE, MASTER_TYPE, PACK)
     else:
-        take_over(row, i, i < numel, PARAM_TYPE, PACK)
+        take_over(row, i, i < numel, PARAM_TYPE, MASTER_TYPE, PACK)
 
 
 def refresh(table: Table) -> None:
     """Where a master rounds to another weight, it becomes the weight. The rest knows more than 16 bits, and stays."""
     for kind, first, blocks, _, _ in table.launches:
-        launch(refresh_kernel, blocks, table.device, table.rows, table.owners, first, DTYPES[kind.param], kind.pack,
+        param, master, _, _, pack = kind.streams()
+        launch(refresh_kernel, blocks, table.device, table.rows, table.owners, first, param, master, pack,
                num_warps=WARPS)  # fmt: skip

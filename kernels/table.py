@@ -27,17 +27,26 @@ INDEX = tl.constexpr(9)  # the span's place among the gradients
 FIRST = tl.constexpr(10)  # its first STEP_BLOCK,
 READ_FIRST = tl.constexpr(11)  # its first READ_BLOCK,
 READ_INDEX = tl.constexpr(12)  # and where that one's sum belongs: sums are added in the gradients' order
-COLUMNS = tl.constexpr(13)
+SEED = tl.constexpr(13)  # of the random bits that it is rounded with,
+PLACE = tl.constexpr(14)  # and where in the whole parameter it begins
+COLUMNS = tl.constexpr(15)
 
 
 class Kind(NamedTuple):
     """What a launch is compiled for."""
 
     param: torch.dtype
-    master: bool
+    master: torch.dtype | None  # fp32, or (int16) what the parameter lacks of that
     grad: torch.dtype
+    moments: tuple[torch.dtype, ...]
+    chance: bool  # how the weight is rounded
     pack: int  # elements that lie aligned together in every stream
     read: int  # likewise in the gradient alone
+
+    def streams(self) -> tuple[Any, ...]:
+        """The types of parameter, master, gradient and moments, in Triton's words, and ``pack``."""
+        moments = tuple(TYPES[moment] for moment in self.moments)
+        return TYPES[self.param], TYPES[self.master], TYPES[self.grad], moments, self.pack
 
 
 class Span(NamedTuple):
@@ -47,30 +56,46 @@ class Span(NamedTuple):
     param: int
     grad: int
     master: int
-    moments: tuple[int, int, int]  # fp32
+    moments: tuple[int, int, int]
     step: int  # fp32 [1]
     numel: int
     group: int  # row of the hyperparameter table
+    seed: int
+    place: int
+
+
+Stream = tuple[int, torch.dtype]
+"""Where one lies, and its type."""
 
 
 def span_of(
-    param: tuple[int, torch.dtype],
-    grad: tuple[int, torch.dtype],
+    param: Stream,
+    grad: Stream,
     numel: int,
-    master: int = 0,
-    moments: Sequence[int] = (),
+    master: Stream | None = None,
+    moments: Sequence[Stream] = (),
     step: int = 0,
     group: int = 0,
+    chance: tuple[int, int] | None = None,
 ) -> Span:
-    """A span whose kind follows from its streams' addresses and dtypes."""
-    wide = any((master, *moments, param[1].itemsize == 4, grad[1].itemsize == 4))
-    pack = 4 if wide else 8  # 16 bytes of the widest stream
-    streams = [(*param,), (*grad,), (master, torch.float32), *((m, torch.float32) for m in moments)]
+    """A span whose kind follows from its streams' addresses and dtypes.
+
+    Args:
+        chance: how a 16-bit weight without a master is rounded: to nearest, or with the random bits of this seed and of
+            the elements from this place on.
+    """
+    streams = [param, grad, *moments] if master is None else [param, grad, master, *moments]
+    pack = 16 // max(dtype.itemsize for _, dtype in streams)
     aligned = all(address % (pack * dtype.itemsize) == 0 for address, dtype in streams)
     read = 16 // grad[1].itemsize if grad[0] % 16 == 0 else 1
-    kind = Kind(param[1], bool(master), grad[1], pack if aligned else 1, read)
-    first, second, third = (*moments, 0, 0, 0)[:3]
-    return Span(kind, param[0], grad[0], master, (first, second, third), step, numel, group)
+    by_chance = chance is not None and master is None and param[1] != torch.float32
+    held = None if master is None else master[1]
+    types = tuple(dtype for _, dtype in moments)
+    kind = Kind(param[1], held, grad[1], types, by_chance, pack if aligned else 1, read)
+    first, second, third = (*(address for address, _ in moments), 0, 0, 0)[:3]
+    seed, place = chance if chance is not None and by_chance else (0, 0)
+    at_master = 0 if master is None else master[0]
+    return Span(kind, param[0], grad[0], at_master, (first, second, third), step, numel, group, seed, place)
 
 
 class Launch(NamedTuple):
@@ -112,8 +137,9 @@ class Table:
         self.launches: list[Launch] = []
         self.blocks = read = 0
         for i in order:
-            kind, param, grad, master, moments, step, numel, group = spans[i]
-            rows += (param, grad, master, *moments, step, numel, group, i, self.blocks, read, read_index[i])
+            kind, param, grad, master, moments, step, numel, group, seed, place = spans[i]
+            rows += (param, grad, master, *moments, step, numel, group)
+            rows += (i, self.blocks, read, read_index[i], seed, place)
             if not self.launches or self.launches[-1].kind != kind:
                 self.launches.append(Launch(kind, self.blocks, 0, read, 0))
             blocks, read_blocks = -(-numel // STEP_BLOCK), -(-numel // READ_BLOCK)
@@ -186,6 +212,9 @@ def _written(values: Sequence[int], device: torch.device) -> Tensor:
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 """What the kernels take, and what it is called in them."""
+
+TYPES: dict[Any, Any] = {**DTYPES, torch.int16: tl.int16, None: None}
+"""Likewise a master's, or that there is none."""
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **options: Any) -> None:

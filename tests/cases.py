@@ -199,4 +199,4 @@ def stepped(params, name="AdamW", **options):
 
 def kept(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor:
     """What the optimizer knows of the parameter's value: the master where there is one."""
-    return optimizer.state[p].get("master", p)
+    return optimizer.get_master(p) if "master" in optimizer.state[p] else p

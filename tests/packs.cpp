@@ -69,6 +69,46 @@ void check_decoding(const char* what, DType dtype, float (*expected)(uint16_t)) 
   }
 }
 
+// A weight and its remainder: every weight beside many remainders, and what many values leave beside them.
+template <class Master, class Half>
+void check_split(const char* what, const std::vector<float>& x, DType dtype) {
+  uint16_t halves[kWide], remainders[kWide], got[kWide];
+  uint32_t random = 1;
+  for (uint32_t h = 0; h < 1 << 20; h += kWide) {
+    float decoded[kWide];
+    for (int k = 0; k < kWide; ++k) {
+      halves[k] = static_cast<uint16_t>(h + k);
+      remainders[k] = static_cast<uint16_t>((random = random * 1664525u + 1013904223u) >> 16);
+    }
+    store(decode_split(load(halves, Pack()), load(remainders, Pack()), dtype), decoded);
+    for (int k = 0; k < kWide; ++k) {
+      require(same(decoded[k], Master::decode(halves[k], remainders[k])), what, halves[k], remainders[k], decoded[k]);
+    }
+  }
+  for (size_t i = 0; i < x.size(); i += kWide) {
+    const auto wide = load(&x[i], Pack());
+    store(remainder(wide, from_master(wide, dtype), dtype), got);
+    for (int k = 0; k < kWide; ++k) {
+      const float one = x[i + k];
+      require(got[k] == static_cast<uint16_t>(Master::remainder(one, Half::from_master(one))), what, one, got[k], 0);
+    }
+  }
+}
+
+template <class Half>
+void check_chance(const char* what, const std::vector<float>& x, DType dtype) {
+  const Noise noise = Noise::of(3, 7);
+  for (size_t i = 0; i < x.size(); i += kWide) {
+    uint16_t got[kWide];
+    const uint32_t first = static_cast<uint32_t>(i * 2654435761u);
+    store(stochastic(load(&x[i], Pack()), noise, first, dtype), got);
+    for (int k = 0; k < kWide; ++k) {
+      const uint32_t chance = noise.bits(first + static_cast<uint32_t>(k)) >> 16;
+      require(got[k] == Half::stochastic(x[i + k], chance), what, x[i + k], chance, got[k]);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -94,5 +134,9 @@ int main() {
   check_rounding("a weight's bf16", x, weight(DType::kBFloat16), Bf16::from_master);
   check_decoding("fp16", DType::kFloat16, Fp16::decode);
   check_decoding("bf16", DType::kBFloat16, Bf16::decode);
+  check_split<SplitFp16, Fp16>("a split fp16", x, DType::kFloat16);
+  check_split<SplitBf16, Bf16>("a split bf16", x, DType::kBFloat16);
+  check_chance<Fp16>("fp16 by chance", x, DType::kFloat16);
+  check_chance<Bf16>("bf16 by chance", x, DType::kBFloat16);
   std::printf("%d at once\n", kWide);
 }

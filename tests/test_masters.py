@@ -16,7 +16,7 @@ def test_a_missing_master_is_taken_from_the_parameter():
     state = trained(torch.optim.AdamW, parameters(torch.bfloat16)).state_dict()
     optimizer = deepfast.AdamW(ours)
     optimizer.load_state_dict(state)
-    assert all(torch.equal(optimizer.state[p]["master"], p.float()) for p in ours)
+    assert all(torch.equal(optimizer.get_master(p), p.float()) for p in ours)
 
 
 def test_refresh_master_takes_over_parameters_written_from_outside():
@@ -41,7 +41,7 @@ def test_in_place_writes_from_outside_are_noticed(dtype, backend):
         p.grad = torch.ones_like(p)
     for _ in range(3):
         optimizer.step()
-    masters = [optimizer.state[p]["master"].clone() for p in model.parameters()]
+    masters = [optimizer.get_master(p) for p in model.parameters()]
     kept = model.weight.detach().clone()
     with torch.no_grad():
         model.weight[:20] = 3.0
@@ -52,8 +52,8 @@ def test_in_place_writes_from_outside_are_noticed(dtype, backend):
     assert (model.weight[:20] == 3.0).all()
     assert torch.equal(model.weight[20:], kept[20:])
     # What was not written keeps what only the master knows.
-    assert torch.equal(optimizer.state[model.weight]["master"][20:], masters[0][20:])
-    assert torch.equal(optimizer.state[model.bias]["master"], masters[1])
+    assert torch.equal(optimizer.get_master(model.weight)[20:], masters[0][20:])
+    assert torch.equal(optimizer.get_master(model.bias), masters[1])
     for p in model.parameters():  # also of a parameter that a step in between has left out
         p.grad = None
     other = nn.Parameter(torch.ones(3))
@@ -75,7 +75,7 @@ def test_state_without_stepping(name):
     early, late = OURS[name](ours, **TYPICAL[name]), OURS[name](theirs, **TYPICAL[name])
     early.init_state()
     assert all(torch.equal(p, b) for p, b in zip(ours, before, strict=True))
-    assert all(torch.equal(early.state[p]["master"], p.float()) for p in ours)
+    assert all(torch.equal(early.get_master(p), p.float()) for p in ours)
     assert all(early.state[p].get("step", 0) == 0 for p in ours)
     give_gradients(ours, theirs)
     early.step(), late.step()
@@ -114,7 +114,7 @@ def test_a_master_that_went_through_torch_is_not_believed():
         torchs.step()
     back = deepfast.AdamW(theirs)
     back.load_state_dict(torchs.state_dict())
-    assert all(torch.equal(back.state[p]["master"], p.float()) for p in theirs)
+    assert all(torch.equal(back.get_master(p), p.float()) for p in theirs)
 
 
 def test_rounding_of_masters_is_stated_in_the_reference():

@@ -88,7 +88,7 @@ def test_half_precision_is_as_good_as_torchs(name, dtype, master, backend):
     torch_error, our_error = difference(theirs, exact), difference(ours, exact)
     assert our_error <= 2 * torch_error
     if master == "auto":
-        masters = [mine.state[p]["master"] for p in ours]
+        masters = [mine.get_master(p) for p in ours]
         pairs = [
             (m.double()[sure], e[sure]) for m, e in zip(masters, exact, strict=True) for sure in [decided(oracle, e)]
         ]

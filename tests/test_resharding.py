@@ -84,7 +84,7 @@ def test_parts_keep_the_fp32_values_when_the_precision_changes(tmp_path, source,
         if part.whole.dtype == torch.float32:
             assert torch.equal(part.whole, exact), name
         else:
-            assert torch.equal(loaded.optimizer.state[part.mine]["master"], elements(part, exact)), name
+            assert torch.equal(loaded.optimizer.get_master(part.mine), elements(part, exact)), name
 
 
 def check_torch_reads(folder, engine, moments):

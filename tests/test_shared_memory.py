@@ -190,13 +190,13 @@ def test_a_write_from_outside_is_taken_over_where_it_was_made(name, dtype, backe
                 params[0].clamp_(-0.25, 0.25)
                 if step % 2:
                     params[2][:1].mul_(1.5)
-        untouched = [a.state[p]["master"].clone() for p in ps if p in a.state]
+        untouched = [a.get_master(p) for p in ps if p in a.state]
         made = len(plans)
         a.step(), b.step()
         assert step == 0 or len([o for o in plans[made:] if o is a]) == 0
         for p, q in zip(ps, qs, strict=True):
-            torch.testing.assert_close(a.state[p]["master"], b.state[q]["master"], rtol=1e-5, atol=1e-6)
-            assert (reference.round_master(a.state[p]["master"], dtype) == p).all()
+            torch.testing.assert_close(a.get_master(p), b.get_master(q), rtol=1e-5, atol=1e-6)
+            assert (reference.round_master(a.get_master(p), dtype) == p).all()
         assert not untouched or not torch.equal(untouched[1], ps[1].float())  # more than its 16 bits
 
 

@@ -38,7 +38,11 @@ def assert_same(a: Tensor, b: Tensor, exact: bool) -> None:
     a, b = a.detach(), b.detach()
     if exact:
         assert torch.equal(a.isnan(), b.isnan())
-        assert torch.equal(a.nan_to_num(7.0, 8.0, 9.0), b.nan_to_num(7.0, 8.0, 9.0))
+        a, b = a.nan_to_num(7.0, 8.0, 9.0), b.nan_to_num(7.0, 8.0, 9.0)
+        assert torch.equal(a, b)
+        assert torch.equal(a.signbit(), b.signbit())
+    elif not a.is_floating_point():
+        pass  # what a parameter lacks says nothing without it
     else:
         torch.testing.assert_close(a, b, rtol=2e-2 if a.element_size() == 2 else 1e-5, atol=1e-6, equal_nan=True)
 
@@ -75,14 +79,17 @@ def test_whole_steps_give_the_same_bits(name, variant, dtype, exact):
 
 
 numbers = st.floats(-30, 12)  # decimal exponents
-# elements, dtypes of parameter and gradient, whether there is a master, and how far from an aligned address
+# elements, dtypes of parameter, gradient, master (of a 16-bit parameter) and moments, how far from an aligned address
 spans = st.tuples(
     st.sampled_from([0, 1, 2, 63, 64, 1023, 1024, 1025, 2050]) | st.integers(0, 1500),
     st.sampled_from(DTYPES),
     st.sampled_from(DTYPES),
-    st.booleans(),
+    st.sampled_from([None, torch.float32, torch.int16]),
+    st.sampled_from([[torch.float32] * 3]) | st.lists(st.sampled_from(DTYPES), min_size=3, max_size=3),
     st.sampled_from([0, 0, 0, 1, 4, 5]),
 )
+# seed of the first span and its place in a parameter
+chances = st.tuples(st.integers(-(2**63), 2**63 - 5), st.integers(0, 1000) | st.integers(0, 2**40))
 
 
 @given(
@@ -95,10 +102,13 @@ spans = st.tuples(
     steps=st.sampled_from([0.0, 0.0, 1.0, 12345.0, 2.0**24]),
     lr=st.sampled_from([None, torch.float32, torch.float64]),
     reset=st.booleans(),
+    chance=st.none() | chances,
     seed=st.integers(0, 2**31),
 )
-@settings(deadline=None, max_examples=120)
-def test_steps_over_random_spans(exact, backend, rule, spans, sizes, poison, record, sign, steps, lr, reset, seed):
+@settings(deadline=None, max_examples=200)
+def test_steps_over_random_spans(
+    exact, backend, rule, spans, sizes, poison, record, sign, steps, lr, reset, chance, seed
+):
     what = reference.RULES[rule]
     hyper = torch.tensor([[sign, *HYPER[rule]], [-sign, *HYPER[rule]]], dtype=torch.float64)
     hyper[1, 1] = 0.025
@@ -112,22 +122,32 @@ def test_steps_over_random_spans(exact, backend, rule, spans, sizes, poison, rec
             x = torch.randn(n + offset, generator=g) * 10.0**exponent
             return (x.abs() if positive else x).to(dtype)[offset:]
 
-        params = [values(n, dtype, offset, sizes[0]) for n, dtype, _, _, offset in spans]
-        grads = [values(n, dtype, offset, sizes[1]) for n, _, dtype, _, offset in spans]
+        def beside(param, form, offset, exponent, g=g):
+            lacks = torch.randint(-0x8000, 0x8000, (param.numel() + offset,), generator=g, dtype=torch.int16)[offset:]
+            if form == torch.int16:
+                return lacks
+            master = values(param.numel(), form, offset, exponent)
+            master[::2] = (param.float().view(torch.int32) + lacks // 9)[::2].view(form)  # most of these round to it
+            return master
+
+        params = [values(n, dtype, offset, sizes[0]) for n, dtype, _, _, _, offset in spans]
+        grads = [values(n, dtype, offset, sizes[1]) for n, _, dtype, _, _, offset in spans]
         if poison is not None and grads[0].numel():
             grads[0][grads[0].numel() // 2] = poison
         masters = [
-            values(n, torch.float32, offset, sizes[0]) if master and dtype != torch.float32 else torch.empty(0)
-            for n, dtype, _, master, offset in spans
+            beside(p, master, offset, sizes[0]) if master and dtype != torch.float32 else torch.empty(0)
+            for p, (_, dtype, _, master, _, offset) in zip(params, spans, strict=True)
         ]
         moments = [
-            values(n, torch.float32, offset, sizes[1], positive=k > 0 or what.moments == 1)
+            values(n, forms[k], offset, sizes[1], positive=k > 0 or what.moments == 1)
             for k in range(what.moments)
-            for n, _, _, _, offset in spans
+            for n, _, _, _, forms, offset in spans
         ]
-        counts = [torch.tensor(steps) for _ in spans] if what.counts_steps else []
+        counts = [torch.tensor(steps) for _ in spans] if what.counts_steps or chance else []
         groups = torch.arange(len(spans), dtype=torch.int32) % 2
         plan = plan_of(rule, params, masters, moments, counts, groups)
+        if chance:
+            plan.by_chance([chance[0] + k for k in range(len(spans))], [chance[1] + 5 * k for k in range(len(spans))])
         assert plan.gather(grads, reset) == len(spans)
         norms = plan.norms(hyper, lrs, decided) if plan.needs_norms() else None
         plan.step(hyper, lrs, decided, norms)
@@ -287,7 +307,9 @@ def test_a_plan_notices_what_has_moved():
         (wrong(2, [torch.randn(3, 4)] * 3), r"gradient has shape \[3, 4\], its parameter \[4, 3\]"),
         (wrong(2, [torch.zeros(4, 3, dtype=torch.int32)] * 3), "dtype Int"),
         (wrong(4, [torch.zeros(4, 3)] * 5), "6 tensors of moments expected, got 5"),
-        (wrong(4, [torch.zeros(4, 3).half()] * 6), "moment has dtype Half"),
+        (wrong(4, [torch.zeros(4, 3).short()] * 6), "moment has dtype Short"),
+        (wrong(3, [torch.zeros(4, 3).half()] * 3), "master has dtype Half"),
+        (wrong(3, [torch.zeros(4, 3).short()] * 3), "master has dtype Short"),  # beside a parameter in fp32
         (wrong(5, [torch.zeros(2)] * 3), "step count must be 1"),
         (wrong(6, torch.zeros(1, 6)), "float64 matrix"),
         (wrong(6, torch.zeros(1, 3, dtype=torch.float64)), "'adam' takes 7 hyperparameters, got 3"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from typing import NamedTuple
 
 import pytest
 import triton
@@ -15,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from deepfast import reference
-from deepfast.kernels import collectives, formulas, refresh, statistics, step
+from deepfast.kernels import collectives, formulas, norms, refresh, statistics, step
 
 ARGUMENTS = {"rows": "*i64", "owners": "*i32", "constants": "*fp32", "record": "*fp32", "partial": "*fp64",
             "directions": "*fp64", "first": "i32", "end": "i32", "shared": ("i64",) * 8, "numel": "i64", "place": "i64",
@@ -43,11 +44,31 @@ def machine_code(kernel, constants: dict, arch: str, folder, others=()) -> tuple
     return compiled.asm["ptx"], accesses, used.stdout + used.stderr
 
 
-# Parameter, whether it has a master, gradient.
+class Stored(NamedTuple):
+    """The types of a span's streams; master: None where there is none."""
+
+    param: tl.dtype
+    master: tl.dtype | None
+    grad: tl.dtype
+    moment: tl.dtype = tl.float32
+    chance: bool = False
+
+    def constants(self, moments: int) -> dict:
+        widest = max(t.primitive_bitwidth for t in (*self[:3], *[self.moment] * moments) if t is not None)
+        return {"PARAM_TYPE": self.param, "MASTER_TYPE": self.master, "GRAD_TYPE": self.grad,
+                "MOMENT_TYPES": (self.moment,) * moments, "PACK": 128 // widest}  # fmt: skip
+
+
 STORED = {
-    "fp32": (tl.float32, False, tl.float32),
-    "bf16, master": (tl.bfloat16, True, tl.bfloat16),
-    "fp16, no master": (tl.float16, False, tl.float16),
+    "fp32": Stored(tl.float32, None, tl.float32),
+    "fp32, moments in bf16": Stored(tl.float32, None, tl.float32, tl.bfloat16),
+    "bf16, master": Stored(tl.bfloat16, tl.float32, tl.bfloat16),
+    "fp16, no master": Stored(tl.float16, None, tl.float16),
+    "bf16, split": Stored(tl.bfloat16, tl.int16, tl.bfloat16),
+    "bf16, split, moments in bf16": Stored(tl.bfloat16, tl.int16, tl.bfloat16, tl.bfloat16),
+    "fp16, split, moments in fp16": Stored(tl.float16, tl.int16, tl.float16, tl.float16),
+    "bf16, by chance, moments in bf16": Stored(tl.bfloat16, None, tl.bfloat16, tl.bfloat16, True),
+    "fp16, by chance": Stored(tl.float16, None, tl.float16, tl.float32, True),
 }
 
 
@@ -60,22 +81,23 @@ def wide(accesses: Counter, access: str, bits: int = 128) -> int:
 @pytest.mark.parametrize("rule", formulas.RULES)
 def test_steps_move_16_bytes_at_a_time(rule, stored, arch, tmp_path):
     after = reference.RESET if rule != "sgd" else reference.WRITTEN
-    what, (param, master, grad) = formulas.RULES[rule], STORED[stored]
-    fp32 = what.moments + (1 if master or param == tl.float32 else 0)
-    pack = 4 if fp32 else 8
-    constants = {"UPDATE": what.update, "MOMENTS": what.moments, "COUNT": what.constants, "PARAM_TYPE": param,
-                 "HAS_MASTER": master, "GRAD_TYPE": grad, "PACK": pack, "AFTER": after, "sinks": None,
-                 "SINKS": 0}  # fmt: skip
+    what, form = formulas.RULES[rule], STORED[stored]
+    constants = {"UPDATE": what.update, "COUNT": what.constants, **form.constants(what.moments), "CHANCE": form.chance,
+                 "AFTER": after, "sinks": None, "SINKS": 0}  # fmt: skip
     ptx, accesses, used = machine_code(step.step_kernel, constants, arch, tmp_path)
     assert "STACK:0" in used
     assert not any(name.startswith(("LDL", "STL")) for name in accesses)
-    reads_grad = what.direct is None
-    # Two accesses of a thread in each stream: 1024 elements, 128 threads, four values at a time. One where it is eight.
-    each = 2 if pack == 4 else 1
-    loads = fp32 + (grad == tl.float32 and reads_grad) if fp32 else 2
-    stores = (fp32 if reads_grad else fp32 - what.moments) + (grad == tl.float32) if fp32 else 2
-    assert wide(accesses, "LDG") >= each * loads
-    assert wide(accesses, "STG") >= each * stores
+    first_pass = what.move is not None  # it has read the gradient and stored the moments
+    weight = {None: [form.param], tl.float32: [tl.float32], tl.int16: [form.param, tl.int16]}[form.master]
+    moments = [form.moment] * what.moments
+    loads = [*weight, *moments, *([] if first_pass else [form.grad])]
+    stores = [form.param, form.grad, *([form.master] if form.master else []), *([] if first_pass else moments)]
+    # 1024 elements, 128 threads: two accesses of a thread in each stream of four values at a time, one of eight.
+    pack = constants["PACK"]
+    for access, streams in (("LDG", loads), ("STG", stores)):
+        for bits in {128, 16 * pack}:
+            count = sum(t.primitive_bitwidth * pack == bits for t in streams)
+            assert wide(accesses, access, bits) >= 8 // pack * count, (access, bits)
     assert not re.search(r"\.approx|\.ftz|div\.full", ptx)
     assert not re.search(r"\b(mul|add|sub)\.f(32|64)", ptx), "without .rn the assembler may fuse them"
 
@@ -83,8 +105,8 @@ def test_steps_move_16_bytes_at_a_time(rule, stored, arch, tmp_path):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_weights_go_to_seven_others_16_bytes_at_a_time(arch, tmp_path):
     adam = formulas.RULES["adam"]
-    constants = {"UPDATE": adam.update, "MOMENTS": 2, "COUNT": adam.constants, "PARAM_TYPE": tl.float32,
-                 "HAS_MASTER": False, "GRAD_TYPE": tl.float32, "PACK": 4, "AFTER": reference.KEPT}  # fmt: skip
+    constants = {"UPDATE": adam.update, "COUNT": adam.constants, **STORED["fp32"].constants(2), "CHANCE": False,
+                 "AFTER": reference.KEPT}  # fmt: skip
     _, alone, _ = machine_code(step.step_kernel, {**constants, "sinks": None, "SINKS": 0}, arch, tmp_path)
     _, sent, used = machine_code(step.step_kernel, {**constants, "SINKS": 7}, arch, tmp_path)
     assert "STACK:0" in used
@@ -92,21 +114,33 @@ def test_weights_go_to_seven_others_16_bytes_at_a_time(arch, tmp_path):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_other_kernels_too(arch, tmp_path):
-    lamb = formulas.RULES["lamb"]
-    constants = {"DIRECT": lamb.direct, "DIRECTION": lamb.direction, "MOMENTS": 2, "COUNT": lamb.constants,
-                 "PARAM_TYPE": tl.float32, "HAS_MASTER": False, "GRAD_TYPE": tl.float32, "PACK": 4}  # fmt: skip
-    _, accesses, used = machine_code(step.norms_kernel, constants, arch, tmp_path)
+@pytest.mark.parametrize("stored", ["fp32", "bf16, split", "fp16, split, moments in fp16"])
+def test_norms(stored, arch, tmp_path):
+    lamb, form = formulas.RULES["lamb"], STORED[stored]
+    constants = {"MOVE": lamb.move, "DIRECTION": lamb.direction, "COUNT": lamb.constants, **form.constants(2)}
+    _, accesses, used = machine_code(norms.norms_kernel, constants, arch, tmp_path)
     assert "STACK:0" in used
-    assert wide(accesses, "LDG") >= 4
+    streams = [form.param, form.grad, form.moment, form.moment, *([form.master] if form.master else [])]
+    wide_ones = sum(t.primitive_bitwidth * constants["PACK"] == 128 for t in streams)
+    assert wide(accesses, "LDG") >= wide_ones
     assert wide(accesses, "STG") >= 2
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_other_kernels_too(arch, tmp_path):
     _, accesses, used = machine_code(statistics.squares_kernel, {"GRAD_TYPE": tl.float32, "PACK": 4}, arch, tmp_path)
     assert "STACK:0" in used
     assert wide(accesses, "LDG") >= statistics.UNROLL.value
-    _, accesses, used = machine_code(refresh.refresh_kernel, {"PARAM_TYPE": tl.bfloat16, "PACK": 4}, arch, tmp_path)
-    assert "STACK:0" in used
-    assert wide(accesses, "LDG") >= 2
-    assert wide(accesses, "STG") >= 2
+    for param, master, pack, each in (
+        (tl.bfloat16, tl.float32, 4, 2),
+        (tl.bfloat16, tl.int16, 8, 1),
+        (tl.float16, tl.int16, 8, 1),
+    ):
+        constants = {"PARAM_TYPE": param, "MASTER_TYPE": master, "PACK": pack}
+        _, accesses, used = machine_code(refresh.refresh_kernel, constants, arch, tmp_path)
+        assert "STACK:0" in used
+        assert wide(accesses, "LDG") >= each * (1 if master == tl.float32 else 2)
+        assert wide(accesses, "STG") >= each
 
 
 # Kind, whether all is summed in one shot, types, whether the result is measured.

@@ -2,6 +2,7 @@
 // compiled.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <tuple>
 
@@ -9,33 +10,34 @@
 
 namespace deepfast::cpu {
 
-// The types of a span's streams, so far as they are known when a loop is compiled: all fp32; weight and gradient the same
-// 16-bit type, with an fp32 or a split master and fp32 moments; or any.
-enum class Types { kFp32, kFp16, kBf16, kSplitFp16, kSplitBf16, kAny };
+// The types of a span's weight and gradient, so far as they are known when a loop is compiled: both fp32; both the same
+// 16-bit one, with an fp32 master, a split one or none; or any.
+enum class Types { kFp32, kFp16, kBf16, kSplitFp16, kSplitBf16, kAloneFp16, kAloneBf16, kAny };
 
-inline Types types_of(const Span& span, int moments) {
-  if (span.param_dtype != span.grad_dtype || !span.master != (span.param_dtype == DType::kFloat32)) return Types::kAny;
-  for (int k = 0; k < moments; ++k) {
-    if (span.moment_dtype[k] != DType::kFloat32) return Types::kAny;
-  }
-  switch (span.param_dtype) {
-    case DType::kFloat32:
-      return Types::kFp32;
-    case DType::kFloat16:
-      return span.has_split() ? Types::kSplitFp16 : Types::kFp16;
-    default:
-      return span.has_split() ? Types::kSplitBf16 : Types::kBf16;
-  }
+inline Types types_of(const Span& span) {
+  if (span.param_dtype != span.grad_dtype) return Types::kAny;
+  if (span.param_dtype == DType::kFloat32) return span.master ? Types::kAny : Types::kFp32;
+  const bool fp16 = span.param_dtype == DType::kFloat16;
+  if (!span.master) return fp16 ? Types::kAloneFp16 : Types::kAloneBf16;
+  if (span.has_split()) return fp16 ? Types::kSplitFp16 : Types::kSplitBf16;
+  return fp16 ? Types::kFp16 : Types::kBf16;
 }
 
-// What a rule reads and writes of a span.
-template <class Rule, Types kTypes>
+inline bool all_moments(const Span& span, int moments, DType dtype) {
+  return std::all_of(span.moment_dtype, span.moment_dtype + moments, [=](DType own) { return own == dtype; });
+}
+
+// What a rule reads and writes of a span. kMoments: the type of all moments, where it is known.
+template <class Rule, Types kTypes, DType kMoments = DType::kFloat32>
 class Streams {
-  static constexpr bool kAny = kTypes == Types::kAny, kFp32 = kTypes == Types::kFp32;
+  static constexpr bool kAny = kTypes == Types::kAny;
   static constexpr bool kSplit = kTypes == Types::kSplitFp16 || kTypes == Types::kSplitBf16;
-  static constexpr DType kKnown = kFp32 ? DType::kFloat32
-                                  : kTypes == Types::kFp16 || kTypes == Types::kSplitFp16 ? DType::kFloat16
-                                                                                          : DType::kBFloat16;
+  static constexpr bool kAlone = kTypes == Types::kFp32 || kTypes == Types::kAloneFp16 || kTypes == Types::kAloneBf16;
+  static constexpr bool kIsFp16 =
+      kTypes == Types::kFp16 || kTypes == Types::kSplitFp16 || kTypes == Types::kAloneFp16;
+  static constexpr DType kKnown = kTypes == Types::kFp32 ? DType::kFloat32
+                                  : kIsFp16              ? DType::kFloat16
+                                                         : DType::kBFloat16;
 
  public:
   explicit Streams(const Span& span)
@@ -86,7 +88,7 @@ class Streams {
 
   template <class V>
   DF_INLINE void store_weight(V p, int64_t i, bool past_caches) const {
-    if (kAny && by_chance_ && param_dtype() != DType::kFloat32) {
+    if (!has_master() && param_dtype() != DType::kFloat32 && by_chance_) {
       const auto rounded = stochastic(p, noise_, first_ + static_cast<uint32_t>(i), param_dtype());
       return store(rounded, static_cast<uint16_t*>(weight_) + i);
     }
@@ -113,12 +115,12 @@ class Streams {
   bool aligned() const { return reinterpret_cast<uintptr_t>(half_) % (2 * kWidth<Pack>) == 0; }
 
  private:
-  DF_INLINE bool has_master() const { return kAny ? half_ != nullptr : !kFp32; }
+  DF_INLINE bool has_master() const { return kAny ? half_ != nullptr : !kAlone; }
   DF_INLINE bool has_split() const { return kAny ? remainder_ != nullptr : kSplit; }
   DF_INLINE DType param_dtype() const { return kAny ? param_ : kKnown; }
   DF_INLINE DType grad_dtype() const { return kAny ? grad_type_ : kKnown; }
   DF_INLINE DType weight_dtype() const { return has_master() && !has_split() ? DType::kFloat32 : param_dtype(); }
-  DF_INLINE DType moment_dtype(int k) const { return kAny ? moment_type_[k] : DType::kFloat32; }
+  DF_INLINE DType moment_dtype(int k) const { return kAny ? moment_type_[k] : kMoments; }
 
   const void* grad_;
   void* weight_;         // the fp32 master where there is one
@@ -134,22 +136,38 @@ class Streams {
   DType moment_type_[Rule::kMoments > 0 ? Rule::kMoments : 1];
 };
 
+// Where moments in bf16 are met often enough to be compiled for.
+template <Types kTypes>
+constexpr bool kNarrowed = kTypes == Types::kFp32 || kTypes == Types::kSplitFp16 || kTypes == Types::kSplitBf16;
+
 // call(streams) with what is known of the span's types
 template <class Rule, class Call>
 auto with_streams(const Span& span, const Call& call) {
-  switch (types_of(span, Rule::kMoments)) {
+  const auto known = [&]<Types kTypes>() {
+    if (all_moments(span, Rule::kMoments, DType::kFloat32)) return call(Streams<Rule, kTypes>(span));
+    if constexpr (Rule::kMoments > 0 && kNarrowed<kTypes>) {
+      constexpr DType kHalf = DType::kBFloat16;
+      if (all_moments(span, Rule::kMoments, kHalf)) return call(Streams<Rule, kTypes, kHalf>(span));
+    }
+    return call(Streams<Rule, Types::kAny>(span));
+  };
+  switch (types_of(span)) {
     case Types::kFp32:
-      return call(Streams<Rule, Types::kFp32>(span));
+      return known.template operator()<Types::kFp32>();
     case Types::kFp16:
-      return call(Streams<Rule, Types::kFp16>(span));
+      return known.template operator()<Types::kFp16>();
     case Types::kBf16:
-      return call(Streams<Rule, Types::kBf16>(span));
+      return known.template operator()<Types::kBf16>();
     case Types::kSplitFp16:
-      return call(Streams<Rule, Types::kSplitFp16>(span));
+      return known.template operator()<Types::kSplitFp16>();
     case Types::kSplitBf16:
-      return call(Streams<Rule, Types::kSplitBf16>(span));
+      return known.template operator()<Types::kSplitBf16>();
+    case Types::kAloneFp16:
+      return known.template operator()<Types::kAloneFp16>();
+    case Types::kAloneBf16:
+      return known.template operator()<Types::kAloneBf16>();
     default:
-      return call(Streams<Rule, Types::kAny>(span));
+      return known.template operator()<Types::kAny>();
   }
 }
 

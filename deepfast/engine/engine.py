@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepfast.engine import schedule
+from deepfast.engine.boxes import run_of
 from deepfast.engine.config import Config
 from deepfast.engine.optimizer import choose
 from deepfast.engine.precision import Precision, loss_scaler
@@ -58,7 +59,7 @@ class Engine(Resumable):
         self._forward = Precision.of(config, module, device)
         self.dtype = self._forward.dtype
         if self.world_size > 1:
-            for t in (*module.parameters(), *module.buffers()):
+            for t in (*module.parameters(), *module.buffers(), *self._forward.originals.values()):
                 dist.broadcast(t.data, 0)
         self._own_optimizer, self._own_scheduler = optimizer is None, lr_scheduler is None
         parameters = module.parameters() if parameters is None else parameters
@@ -73,6 +74,7 @@ class Engine(Resumable):
         _, _, accumulation = config.batch_triple()
         self._reduction = Reduction(self._params(), self.optimizer, self._stage(), accumulation)
         self._note_parts()
+        self._start_masters()
         self._backwards = 0  # since the last step
         self._sync = True
         self._applied = False
@@ -88,6 +90,15 @@ class Engine(Resumable):
                 "zero_optimization.stage=3 is not built yet: stage 2 is taken, and weights are whole on every rank"
             )
         return min(stage, 2)
+
+    def _start_masters(self) -> None:
+        """From what the weights were before they were cast to 16 bits."""
+        originals, optimizer = self._forward.originals, self.optimizer
+        for part in self._parts() if isinstance(optimizer, Optimizer) else ():
+            if (value := originals.pop(part.whole, None)) is not None:
+                own = run_of(value, part.whole, part.begin, part.end) if part.sharded else value
+                optimizer.set_master(part.mine, own)  # type: ignore[attr-defined]
+        originals.clear()
 
     def _note_parts(self) -> None:
         shards = self._reduction.shards

@@ -32,17 +32,22 @@ def choose(optimizer: Any, parameters: Any, config: Config, dtype: torch.dtype) 
         if config.optimizer is None:
             raise ConfigError("no optimizer: pass optimizer= to initialize(), or set one in the configuration")
         name, arguments = config.optimizer.chosen()
-        optimizer = getattr(optim, name)(parameters, **arguments)
+        try:
+            optimizer = getattr(optim, name)(parameters, **arguments)
+        except ValueError as error:
+            raise ConfigError(f"optimizer: {error}") from None
     elif type(optimizer) in _REPLACED and not optimizer.state:
         optimizer = _replacement(optimizer)
     if isinstance(optimizer, Optimizer):
         if "param_groups" not in vars(optimizer):  # what is set here would stay on a wrapper that has its class
             raise ConfigError(f"initialize() needs the optimizer itself, not a wrapper ({type(optimizer).__name__})")
+        if optimizer._in_backward is not None:
+            raise ConfigError("initialize(): an engine needs all gradients at once: no step_in_backward()")
         optimizer._measure_norm = True
         optimizer.max_grad_norm = config.gradient_clipping or optimizer.max_grad_norm
     elif dtype in HALF:
-        log.warning("%s keeps no fp32 master: it updates 16-bit weights directly", type(optimizer).__name__)
-        lost.watch(optimizer, "a deepfast optimizer adds them up in an fp32 master")
+        log.warning("%s keeps no master: it updates 16-bit weights directly", type(optimizer).__name__)
+        lost.watch(optimizer, "a deepfast optimizer adds them up in a master")
     return optimizer
 
 

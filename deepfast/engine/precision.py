@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepfast import reference
 from deepfast.engine.config import Config
 from deepfast.errors import ConfigError
 from deepfast.scaler import LossScaler
@@ -28,6 +29,9 @@ class Precision:
         dtype: float32, float16 or bfloat16.
         device: where the module is moved.
         cast_inputs: cast floating-point inputs to the type that is computed in.
+
+    Attributes:
+        originals: the values of fp32 parameters that were cast to 16 bits, for whoever makes masters of them.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class Precision:
         self.dtype = dtype
         self.compute_dtype = torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
         self.cast_inputs = cast_inputs
+        self.originals: dict[Tensor, Tensor] = {}
         for name, p in module.named_parameters():
             if p.is_complex():
                 raise ConfigError(
@@ -44,12 +49,15 @@ class Precision:
                     "it as a real one (torch.view_as_real)"
                 )
         module.to(device)
+        for p in module.parameters():
+            if p.dtype == torch.float32 != dtype:
+                self.originals[p] = p.data
+                p.data = torch.empty_like(p.data, dtype=dtype).copy_(reference.round_master(p.data, dtype))
+            elif p.is_floating_point():
+                p.data = p.data.to(dtype)
         if self.compute_dtype == dtype:
             module.to(dtype)
             return
-        for p in module.parameters():
-            if p.is_floating_point():
-                p.data = p.data.to(dtype)
         log.info("fp16 on a CPU: weights and gradients are fp16, forward and backward compute in fp32")
 
     @classmethod

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from deepfast import reference
 from deepfast.engine import checkpoint, ranks, schedule
 from deepfast.engine.boxes import run_of
 from deepfast.engine.config import Config
 from deepfast.engine.parts import Part
 from deepfast.engine.saving import Save, lay_out
 from deepfast.engine.snapshot import Snapshot
+from deepfast.optim import Optimizer
+from deepfast.optim.state import HALF
 from deepfast.scaler import LossScaler
 
 log = logging.getLogger("deepfast")
@@ -217,11 +220,17 @@ class Resumable(nn.Module):
         own = checkpoint.unique(self.module.state_dict(keep_vars=True))
         parts = {part.whole: part for part in self._parts()}
         for name, t in values.items():
-            own[name].copy_(t)
-            part = parts.get(own[name])
-            master = None if part is None else self.optimizer.state.get(part.mine, {}).get("master")
-            if part is not None and master is not None and t.dtype == torch.float32:
-                master.copy_(run_of(t, part.whole, part.begin, part.end) if part.sharded else t)
+            p, part = own[name], parts.get(own[name])
+            if (
+                part is None
+                or t.dtype != torch.float32
+                or p.dtype not in HALF
+                or not isinstance(self.optimizer, Optimizer)
+            ):
+                p.copy_(t)
+                continue
+            p.copy_(reference.round_master(t, p.dtype))
+            self.optimizer.set_master(part.mine, run_of(t, p, part.begin, part.end) if part.sharded else t)
 
     def _load_scaler(self, given: dict[str, Any]) -> None:
         own = self.scaler.state_dict()

@@ -18,6 +18,7 @@ from torch import Tensor
 from deepfast.engine import checkpoint
 from deepfast.engine.boxes import cut
 from deepfast.engine.parts import Part
+from deepfast.optim import Optimizer
 
 
 class Snapshot:
@@ -43,7 +44,8 @@ class Snapshot:
 
     def add_optimizer(self, optimizer: torch.optim.Optimizer, parts: list[Part], names: list[str]) -> dict[str, Any]:
         """Adds the tensors; returns what is left: for JSON, with the names of what there is."""
-        packed = optimizer.state_dict()
+        ours = optimizer if isinstance(optimizer, Optimizer) else None
+        packed = optimizer.state_dict() if ours is None else ours.state_dict(compact=True)
         state = dict(packed["state"])
         rest: dict[str, Any] = {"param_groups": packed["param_groups"], "names": names, "tensors": {}, "state": {}}
         for index, (part, name) in enumerate(zip(parts, names, strict=True)):
@@ -52,6 +54,8 @@ class Snapshot:
             rest["tensors"][name] = list(tensors)
             rest["state"][name] = {entry: value for entry, value in values.items() if entry not in tensors}
             for entry, t in tensors.items():
+                if ours is not None:  # one after the other: together they may be more than the device has room for
+                    t = ours.unpacked(part.mine, entry, t)
                 self._add_state(f"optim.state.{name}.{entry}", t, part)
         return {**rest, "beside": state}  # what somebody keeps beside the parameters' states
 

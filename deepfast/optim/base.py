@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from deepfast.optim.loading import Loadable
 from deepfast.optim.options import ALIVE, asked_for
 from deepfast.optim.plan import Planned
 from deepfast.optim.shards import is_flat_shard
+from deepfast.optim.state import HALF
 from deepfast.optim.watched import States
 from deepfast.optim.wrapped import Shared, Verdict, check_seen
 
@@ -39,7 +41,10 @@ class Optimizer(Loadable, Planned):
         reset_grad: zero the gradients in the step's own pass, skipped steps included.
         backend: "auto", "cpu", "cuda", "triton" or "reference" (plain torch, slow); "auto" follows
             ``$DEEPFAST_BACKEND``.
-        rounding: only "nearest" so far.
+        rounding: how weights without a master are rounded: "nearest", or "stochastic": up or down by chance, so that
+            they are right on average and no update is lost. (Saturates where "nearest" overflows; keeps step counts.)
+        seed: of the chance, which is a function of it, the parameter's number, the step and the element's place: the
+            same on any backend and, where parameters are cut along their first dimension, on any number of ranks.
 
     Attributes:
         grad_norm: after a step the global gradient norm, unscaled, before clipping, a 0-d fp32 tensor on the
@@ -58,22 +63,40 @@ class Optimizer(Loadable, Planned):
     _leaves_gradients: Any = Shared(False)  # grad_scale or not: they are not written
     _has_stepped: Any = Shared(False)  # a step has seen what was handed over
     _sent = True  # the last step has written the weights of all ranks that step parts (parts.py)
+    _in_backward: Any = None  # whoever steps the parameters one by one (in_backward.py)
     _measure_norm = False  # set by deepfast.Engine: fill grad_norm even where nothing clips
 
     def __init__(self, params: Any, defaults: dict[str, Any], **options: Any) -> None:
         defaults |= asked_for(params, options)
         self._shared: dict[str, Any] = {}
+        self._given = {}
         self._forget_plan()
         self._check(defaults)
         super().__init__(params, defaults)
         self.state = States()
         ALIVE.add(self)
-        if self.master == "none":
+        self._check_forms()
+        if self.master == "none" and self.rounding == "nearest":
             lost.watch(self, "without master='none' they add up in a master")
+
+    def _check_forms(self) -> None:
+        """Raises ValueError for moments that there are not, and warns of what is asked for in vain."""
+        known = list(dict.fromkeys(name for group in self.param_groups for name in self._moments(group)))
+        asked = self.state_dtype if isinstance(self.state_dtype, dict) else {}
+        for name in asked:
+            if name not in known:
+                kept = ", ".join(known) or "none"
+                raise ValueError(
+                    f"deepfast: state_dtype: there is no moment {name!r}; {type(self).__name__} keeps {kept}"
+                )
+        if self.state_dtype != "fp32" and not known:
+            warnings.warn(f"deepfast: state_dtype has no effect: {type(self).__name__} keeps no moment", stacklevel=4)
+        if self.rounding == "stochastic" and not any(p.dtype in HALF for p in self._params()):
+            warnings.warn("deepfast: rounding has no effect: no parameter is 16 bits wide", stacklevel=4)
 
     def __getstate__(self) -> dict[str, Any]:
         """torch keeps only defaults, state and groups of an optimizer that is copied or pickled."""
-        own = {"_measure_norm": self._measure_norm, "_launches": [], "_planned": None, "_parts": None}
+        own = {"_measure_norm": self._measure_norm, "_launches": [], "_planned": None, "_parts": None, "_given": {}}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -117,6 +140,8 @@ class Optimizer(Loadable, Planned):
         """
         if sys._getframe(1).f_code.co_name in ("__getattr__", "__getattribute__"):
             return False
+        if self._in_backward is not None:
+            return True  # so that a scaler comes to where it is refused
         params = list(self._params())
         if any(map(is_flat_shard, params)):
             return False
@@ -133,6 +158,8 @@ class Optimizer(Loadable, Planned):
             RuntimeError: for sparse gradients, and for a backend that was asked for and is not to be had.
         """
         self._has_stepped = True
+        if self._in_backward is not None:
+            return self._in_backward.end(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():

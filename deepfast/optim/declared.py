@@ -18,7 +18,8 @@ from deepfast.reference import RULES
 class Declared(torch.optim.Optimizer):
     """The first layer of :class:`deepfast.optim.Optimizer`. A subclass of that one answers what is asked here."""
 
-    master, state_dtype, max_grad_norm, reset_grad, backend = Option(), Option(), Option(), Option(), Option()
+    master, state_dtype, rounding, seed = Option(), Option(), Option(), Option()
+    max_grad_norm, reset_grad, backend = Option(), Option(), Option()
     _shared: dict[str, Any]  # see wrapped.py
 
     def _check(self, group: dict[str, Any]) -> None:
@@ -39,8 +40,8 @@ class Declared(torch.optim.Optimizer):
     _uncounted: float | None = None
 
     def _counts_steps(self, group: dict[str, Any]) -> bool:
-        """Whether the rule needs to know how many steps a parameter has seen."""
-        return RULES[self._rule(group)].counts_steps
+        """Whether it is to be known how many steps a parameter has seen: for the rule, or for random bits."""
+        return RULES[self._rule(group)].counts_steps or self.rounding == "stochastic"
 
     def _initial(self, group: dict[str, Any]) -> float:
         """What the moments begin at."""

@@ -31,6 +31,7 @@ class Launch:
     parts: Parts | None = None  # whoever has cut the parameters, of which these are this rank's parts
     params: list[Tensor] = dataclasses.field(default_factory=list)
     groups: list[int] = dataclasses.field(default_factory=list)
+    seeds: list[int] = dataclasses.field(default_factory=list)  # where weights are rounded by chance
     waiting: list[Tensor] = dataclasses.field(default_factory=list)  # neither state nor gradient so far
     gradients: int = 0  # found for this step
     overlaps: bool = False  # some parameters lie where others of another launch do
@@ -58,9 +59,17 @@ class Launch:
         self.sends = bool(sinks) and hasattr(self._plan, "send_to")
         if self.sends:
             self._plan.send_to(list(sinks))
+        if self.seeds:
+            self._plan.by_chance(self.seeds, [self._first(p) for p in self.params])
         self.flat = any(map(is_flat_shard, self.params))
         if self.flat and self._plan.needs_norms():
             refuse_flat_shards("layer")
+
+    def _first(self, p: Tensor) -> int:
+        """Where in the whole parameter the first element is that this rank has."""
+        if self.parts is not None:
+            return self.parts.extent(p)[0]
+        return 0 if self.shards is None else self.shards.first(p)
 
     def gather(self, after: int) -> bool:
         """Finds the gradients of this step. False: the plan is stale. after: what becomes of them."""
@@ -126,3 +135,9 @@ class Launch:
         """Where each gradient of this step begins and ends."""
         flat = iter(self._plan.gradient_memory())
         return list(zip(flat, flat, strict=True))
+
+
+def seed_of(seed: int, number: int) -> int:
+    """That of an optimizer's parameter by its number: a signed 64-bit integer, as the plans take it."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + (number + 1) * 0xD1B54A32D192ED03) % (1 << 64)
+    return mixed - (1 << 64) if mixed >> 63 else mixed

@@ -30,7 +30,7 @@ class Loadable(Stateful):
             state = {k: dict(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
             for key, p in params.items() if not compact else ():
                 if isinstance(values := state.get(key), dict):
-                    values.update((name, self._unpacked(p, name, value)) for name, value in values.items())
+                    values.update((name, self.unpacked(p, name, value)) for name, value in values.items())
             state_dict["state"] = state
 
         first = self.register_state_dict_post_hook(unwatch, prepend=True)  # the user's may make anything of it
@@ -40,8 +40,8 @@ class Loadable(Stateful):
             first.remove()
 
     @torch.no_grad()
-    def _unpacked(self, p: Tensor, name: str, value: Any) -> Any:
-        """A value of the state of ``p`` in the form in which it travels."""
+    def unpacked(self, p: Tensor, name: str, value: Any) -> Any:
+        """A value of the state of ``p`` in the form in which it travels: a split master as an fp32 tensor."""
         if name != "master" or not isinstance(value, Tensor) or value.dtype == torch.float32:
             return value
         whole, shards = reference.master_value(local(value), local(p)), Shards.of(p)
@@ -116,6 +116,7 @@ class Loadable(Stateful):
         for p, group in params:
             if p in saved and self._counts_steps(group):
                 saved[p]["step"] = torch.as_tensor(self._steps_of(saved[p], group)).reshape(())
+        self._given = {}
         for p, _ in params:
             if p not in saved:
                 self.state.pop(p, None)
@@ -146,7 +147,8 @@ class Loadable(Stateful):
             there = torch.empty_like(wide, dtype=given.dtype)
             copy_into(there if shards is None else shards.wrap(there, p), given)
             wide = reference.master_value(there, weight)
-        self._keep_master(p, wide)
+        master = local(kept)
+        master.copy_(reference.master_of(wide, p.dtype, master.dtype))
 
 
 def _begun(values: dict[str, Any] | None) -> bool:

@@ -32,6 +32,7 @@ class Options:
     master: str = "auto"
     state_dtype: str | dict[str, str] = "fp32"
     rounding: str = "nearest"
+    seed: int = 0
     max_grad_norm: float | None = None
     reset_grad: bool = False
     backend: str = "auto"
@@ -41,13 +42,15 @@ class Options:
         _choose("master", self.master, MASTERS, ("split8",))
         for form in moments:
             _choose("state_dtype", form, MOMENTS, ("int8",))
-        _choose("rounding", self.rounding, ("nearest",), ("stochastic",))
+        _choose("rounding", self.rounding, ("nearest", "stochastic"))
+        if self.rounding == "stochastic" and self.master != "none":
+            raise ValueError("deepfast: rounding='stochastic' is for weights without a master: give master='none', too")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"deepfast: max_grad_norm must be positive, got {self.max_grad_norm}")
         ops.forced(self.backend)
 
 
-def _choose(option: str, value: Any, known: Collection[str], later: Collection[str]) -> None:
+def _choose(option: str, value: Any, known: Collection[str], later: Collection[str] = ()) -> None:
     if value not in known:
         verdict = "is not built yet" if value in later else "is not known"
         raise ValueError(f"deepfast: {option}={value!r} {verdict}: choose one of {', '.join(known)}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from deepfast import ops, reference
 from deepfast.optim import memory
-from deepfast.optim.launch import Launch
+from deepfast.optim.launch import Launch, seed_of
 from deepfast.optim.parts import Parts
 from deepfast.optim.shards import Shards, local
 from deepfast.optim.state import Stateful, is_wrapper
@@ -22,6 +24,13 @@ class _Identity(TorchFunctionMode):
 
     def __torch_function__(self, *_: Any, **__: Any) -> bool:
         return False
+
+
+class Member(NamedTuple):
+    p: Tensor
+    number: int  # among all of the optimizer's parameters
+    group: dict[str, Any]
+    row: int  # the group's, among the groups
 
 
 class Planned(Stateful):
@@ -70,7 +79,7 @@ class Planned(Stateful):
     def _seen(self, loose: list[Tensor]) -> Any:
         """All that a plan depends on, but for the parameters. loose: those with state that nobody watches."""
         groups = [(self._rule(group), self._moments(group), len(group["params"])) for group in self.param_groups]
-        options = self.defaults.get("master"), self.defaults.get("backend"), self.defaults.get("state_dtype")
+        options = [self.defaults.get(name) for name in ("master", "state_dtype", "rounding", "seed", "backend")]
         return groups, options, id(self.state), look(self.state, loose)
 
     def _forget_plan(self) -> None:
@@ -85,29 +94,40 @@ class Planned(Stateful):
         return all(found)
 
     def _plan(self) -> None:
-        """Deals the parameters out to launches, and makes their state where it is missing."""
-        launches: dict[Any, Launch] = {}
-        fresh, seen, layers = [], set(), memory.layers(map(local, self._params()))
-        for index, group in enumerate(self.param_groups):
-            rule, backend = self._rule(group), self.backend
+        """Deals the parameters out to launches."""
+        seen: set[int] = set()
+        for p in self._params():
+            if id(p) in seen:
+                raise RuntimeError(f"deepfast: a parameter of shape {tuple(p.shape)} is in the groups twice")
+            seen.add(id(p))
+        self._launches = self._deal(self._members(), memory.layers(map(local, self._params())))
+
+    def _members(self) -> Iterator[Member]:
+        numbers = itertools.count()
+        for row, group in enumerate(self.param_groups):
             for p in group["params"]:
-                if id(p) in seen:
-                    raise RuntimeError(f"deepfast: a parameter of shape {tuple(p.shape)} is in the groups twice")
-                seen.add(id(p))
-                grad = p.grad
-                layer = layers.get(id(local(p)))
-                launch = self._launch_of(launches, p, grad, rule, backend, Shards.of(p), group, layer)
-                if not self._has_state(p, group):
-                    if grad is None:
-                        launch.waiting.append(p)
-                        continue
-                    fresh.append((p, group))
-                launch.params.append(p)
-                launch.groups.append(index)
+                yield Member(p, next(numbers), group, row)
+
+    def _deal(self, members: Iterable[Member], layers: dict[int, int]) -> list[Launch]:
+        """Launches for some parameters, whose state is made where it is missing. layers: see :func:`memory.layers`."""
+        launches: dict[Any, Launch] = {}
+        fresh, backend, by_chance = [], self.backend, self.rounding == "stochastic"
+        for p, number, group, row in members:
+            layer = layers.get(id(local(p)))
+            launch = self._launch_of(launches, p, p.grad, self._rule(group), backend, Shards.of(p), group, layer)
+            if not self._has_state(p, group):
+                if p.grad is None:
+                    launch.waiting.append(p)
+                    continue
+                fresh.append((p, group))
+            launch.params.append(p)
+            launch.groups.append(row)
+            if by_chance:
+                launch.seeds.append(seed_of(self.seed, number))
         self._init_state(fresh)
-        self._launches = list(launches.values())
-        for launch in self._launches:
+        for launch in launches.values():
             launch.build(self.state)
+        return list(launches.values())
 
     def _launch_of(
         self,

@@ -75,6 +75,13 @@ class Shards(NamedTuple):
             shard, self.mesh, self.placements, run_check=False, shape=like.shape, stride=like.stride()
         )
 
+    def first(self, p: Any) -> int:
+        """Where in the whole tensor the first element of this rank's shard is, row after row."""
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        _, offsets = compute_local_shape_and_global_offset(p.shape, self.mesh, self.placements)
+        return sum(offset * stride for offset, stride in zip(offsets, p.stride(), strict=True))
+
     def distribute(self, full: Tensor) -> Tensor:
         """Cuts a tensor that every rank has whole."""
         from torch.distributed.tensor import distribute_tensor

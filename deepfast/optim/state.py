@@ -15,6 +15,7 @@ from deepfast.optim import memory
 from deepfast.optim.declared import Declared
 from deepfast.optim.options import MASTERS, MOMENTS
 from deepfast.optim.shards import Shards, copy_into, is_sharded, local
+from deepfast.reference import RULES
 
 HALF = frozenset((torch.float16, torch.bfloat16))
 _FORMS = ops.KERNEL_DTYPES | {torch.int16}
@@ -22,6 +23,8 @@ _FORMS = ops.KERNEL_DTYPES | {torch.int16}
 
 class Stateful(Declared):
     """The second layer of :class:`deepfast.optim.Optimizer`: state is made where it is missing, and mended."""
+
+    _given: dict[Tensor, Tensor]  # fp32 values of parameters that have no state yet
 
     def init_state(self) -> None:
         """Allocates the state of every parameter that has none yet, as its first step would, without stepping.
@@ -54,9 +57,9 @@ class Stateful(Declared):
                 views = [_zeros_like(t, dtype, self._streams(params, nth)) for nth, t in enumerate(like)]
             else:
                 views = memory.zeros_like_each(like, dtype, device, beside)
-            for p, model, t in zip(params, like, views, strict=True):
-                if name == "master" and dtype == torch.float32:
-                    t.copy_(model)  # (a split one lacks nothing)
+            for p, t in zip(params, views, strict=True):
+                if name == "master":
+                    self._fill_master(p, t)
                 elif initial:
                     t.fill_(complex(initial, initial) if dtype.is_complex else initial)
                 shards = Shards.of(p) if alone else None
@@ -90,6 +93,8 @@ class Stateful(Declared):
         for count in (values.get("step"), group.get("step"), self._uncounted):
             if count is not None:
                 return count
+        if not RULES[self._rule(group)].counts_steps:
+            return 0
         raise ValueError(
             f"deepfast: a state of {type(self).__name__} has {', '.join(values)} but no 'step', nor has its group: put "
             "there how many steps it has seen"
@@ -124,34 +129,49 @@ class Stateful(Declared):
         return value if _is_special(p) or graphs.capturing(p.device) else memory.in_order_of(value, p)
 
     @torch.no_grad()
-    def set_master(self, p: Tensor, value: Tensor) -> None:
-        """Gives a 16-bit parameter the fp32 ``value``: the parameter is that rounded, its master knows the rest.
+    def get_master(self, p: Tensor) -> Tensor:
+        """fp32, of the shape of ``p``: what it is in full, as far as that is known, in a new tensor."""
+        weight, shards = local(p).detach(), Shards.of(p)
+        master = self.state.get(p, {}).get("master")
+        given = self._given.get(p)
+        if master is not None:
+            wide = reference.master_value(local(master), weight).clone()
+        else:
+            wide = weight.float().clone() if given is None else given.clone()
+        return wide if shards is None else shards.wrap(wide, p)
 
-        As when a model is cast to 16 bits and its optimizer shall start from what it was. Without a master, and of
-        other parameters, the parameter alone is written.
+    @torch.no_grad()
+    def set_master(self, p: Tensor, value: Tensor) -> None:
+        """Gives a 16-bit parameter the fp32 ``value``: the parameter becomes that rounded, its master knows the rest.
+
+        As when a model is cast to 16 bits, and training shall start from what it was. Where there is no state so far,
+        the value is kept until there is. Without a master, and of other parameters, the parameter alone is written.
 
         Args:
             p: one of the optimizer's.
-            value: of its shape, in fp32.
+            value: of its shape.
         """
-        group = next((g for g in self.param_groups if any(q is p for q in g["params"])), None)
-        if group is None:
+        if not any(q is p for q in self._params()):
             raise ValueError(f"deepfast: a parameter of shape {tuple(p.shape)} is not in the optimizer's groups")
-        self._init_state([(p, group)])
-        if "master" not in self.state.get(p, {}):
-            p.copy_(value)
+        weight, shards = local(p), Shards.of(p)
+        if self._dtype_of("master", p) is None:
+            copy_into(p, value)
             return
-        weight = local(p)
         wide = torch.empty_like(weight, dtype=torch.float32)
-        shards = Shards.of(p)
         copy_into(wide if shards is None else shards.wrap(wide, p), value)
         weight.copy_(reference.round_master(wide, p.dtype))
-        self._keep_master(p, wide)
+        self._given[p] = wide
+        if (master := self.state.get(p, {}).get("master")) is not None:
+            self._fill_master(p, local(master))
 
-    def _keep_master(self, p: Tensor, shard: Tensor) -> None:
-        """The master of ``p`` becomes fp32 ``shard``; it is for the weight that rounds to."""
-        master = local(self.state[p]["master"])
-        master.copy_(reference.master_of(shard, p.dtype, master.dtype))
+    def _fill_master(self, p: Tensor, master: Tensor) -> None:
+        """A new master begins at what was given for it, where that is still what the weight is, or at the weight."""
+        wide, weight = self._given.pop(p, None), local(p).detach()
+        if wide is None or wide.shape != weight.shape:
+            wide = weight.float()
+        else:
+            reference.refresh(wide, weight)
+        master.copy_(reference.master_of(wide, p.dtype, master.dtype))
 
     @torch.no_grad()
     def refresh_master(self) -> None:
@@ -203,4 +223,3 @@ def _zeros_like(t: Tensor, dtype: torch.dtype, beside: list[Tensor]) -> Tensor:
     if is_wrapper(t):
         return torch.zeros_like(t, dtype=dtype)
     return memory.zeros_like_each([t], dtype, t.device, lambda _: beside)[0]
-

@@ -28,20 +28,20 @@ def master_value(master: Tensor, weight: Tensor) -> Tensor:
     near = weight.float()
     if weight.dtype == torch.float16:
         below = near - master.float() * _UNIT_BELOW
-        return torch.where(near.abs() < _SMALLEST_NORMAL_FP16, below, _from_bits(_bits(near) + master.int()))
-    whole = _bits(near) + master.int()
-    return torch.where((whole ^ _bits(near)) < 0, near, _from_bits(whole))
+        return torch.where(near.abs() < _SMALLEST_NORMAL_FP16, below, _frombits_of(bits_of(near) + master.int()))
+    whole = bits_of(near) + master.int()
+    return torch.where((whole ^ bits_of(near)) < 0, near, _frombits_of(whole))
 
 
 def master_of(x: Tensor, dtype: torch.dtype, kept: torch.dtype) -> Tensor:
-    """What is kept of fp32 ``x``, the value of a weight of ``dtype``: all of it, or (int16) what ``round_master`` lacks.
+    """What is kept of fp32 ``x``, the value of a weight of ``dtype``: all of it, or (int16) what that lacks.
 
     See ``csrc/codec/split.h``.
     """
     if kept == torch.float32:
         return x
     near = round_master(x, dtype).float()
-    missing = _bits(x) - _bits(near)
+    missing = bits_of(x) - bits_of(near)
     if dtype == torch.float16:
         below = ((near - x) / _UNIT_BELOW).round().nan_to_num(0.0, 0.0, 0.0)
         missing = torch.where(near.abs() < _SMALLEST_NORMAL_FP16, below.int(), missing)
@@ -55,11 +55,11 @@ def refresh(master: Tensor, weight: Tensor) -> None:
     master.copy_(master_of(now, weight.dtype, master.dtype))
 
 
-def _bits(x: Tensor) -> Tensor:
+def bits_of(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.int32)
 
 
-def _from_bits(bits: Tensor) -> Tensor:
+def _frombits_of(bits: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
@@ -71,7 +71,7 @@ def round_master(x: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float16:
         return torch.where(x.isfinite(), x.clamp(-_FP16_MAX, _FP16_MAX), x).to(dtype)
     if dtype == torch.bfloat16:
-        bits = _bits(x).to(torch.int64) & 0x7FFFFFFF
+        bits = bits_of(x).to(torch.int64) & 0x7FFFFFFF
         magnitude = ((bits + 0x8000) >> 16).clamp(max=_BF16_MAX_BITS)
         rounded = (magnitude << 16).to(torch.int32).view(torch.float32).copysign(x)
         return torch.where(x.isfinite(), rounded, x).to(dtype)

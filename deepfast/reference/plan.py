@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deepfast.reference.codec import master_of, master_value, real, refresh, round_master, wide
 from deepfast.reference.formulas import RULES
+from deepfast.reference.noise import noise, stochastic
 from deepfast.reference.operators import decide_, statistics
 
 
@@ -68,9 +69,10 @@ class Plan:
     Args:
         rule: a key of ``RULES``.
         params: n tensors, any floating dtype and layout.
-        masters: n tensors, fp32, or int16 where they are split (``csrc/codec/split.h``); an empty one where there is none.
+        masters: n tensors, fp32, or int16 where they are split (``csrc/codec/split.h``); an empty one where there is
+            none.
         moments: as many times n as the rule keeps, all first moments first, in the types they are stored in.
-        steps: n one-element tensors, or none where the rule does not count.
+        steps: n one-element tensors, or none where neither the rule counts nor chance is asked for.
         groups: int32 [n], or a list, each parameter's row of hyperparameters.
 
     Like theirs it does not keep the state alive.
@@ -99,6 +101,14 @@ class Plan:
         self._stepped: list[int] = []
         self._after = KEPT
         self._directions: list[Tensor] = []
+        self._chance: list[tuple[int, int]] = []
+
+    def by_chance(self, seeds: Sequence[int], first: Sequence[int]) -> None:
+        """From now on weights without a master are rounded by chance (``csrc/codec/noise.h``).
+
+        seeds: 64 bits for each parameter. first: where in the whole one its first element is. Step counts are needed.
+        """
+        self._chance = list(zip(seeds, first, strict=True))
 
     def needs_norms(self) -> bool:
         return self._rule.adapt is not None
@@ -218,13 +228,17 @@ class Plan:
             else:
                 new = self._rule.adapt(p, self._directions[nth], norms[nth], row[1:])
             new = torch.where(skipped, p, new)
-            if kept is None:
+            if kept is None and self._chance and param.dtype in (torch.float16, torch.bfloat16):
+                seed, first = self._chance[i]
+                chance = noise(seed, _held(self._steps[i]) + 1, first, param) >> 16
+                param.copy_(torch.where(skipped, param, stochastic(new, param.dtype, chance)))
+            elif kept is None:
                 real(param).copy_(new)
             else:
                 master = _held(kept)
                 master.copy_(torch.where(skipped, master, master_of(new, param.dtype, master.dtype)))
                 param.copy_(torch.where(skipped, param, round_master(new, param.dtype)))
-            if self._rule.counts_steps:
+            if self._steps:
                 count = _held(self._steps[i])
                 count.copy_(torch.where(skipped, count, count + 1))
             leave(grad, record, self._after)

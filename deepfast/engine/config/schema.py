@@ -30,6 +30,9 @@ class Bf16(Section):
     enabled: bool = Field(False, description="train with bf16 weights and gradients (`bf16: true` for short)")
 
 
+_MomentForm = Literal["fp32", "bf16", "param"]
+
+
 class OptimizerParams(Section):
     lr: float | None = Field(None, gt=0, le=1e6, description="peak learning rate; the trainer's default is 5e-4")
     betas: Annotated[tuple[float, float], Strict(False)] | None = Field(
@@ -46,12 +49,21 @@ class OptimizerParams(Section):
     nesterov: bool = Field(False, description="SGD with Nesterov momentum")
     lr_decay: float = Field(0.0, ge=0, description="of Adagrad")
     initial_accumulator_value: float = Field(0.0, ge=0, description="of Adagrad")
+    master: Literal["auto", "split", "fp32", "none"] = Field(
+        "auto", description="how the fp32 value of a 16-bit weight is kept: `auto` is `split`, in two bytes"
+    )
+    state_dtype: _MomentForm | dict[str, _MomentForm] = Field(
+        "fp32", description='how moments are kept: `fp32`, `bf16`, `param`, or `{"exp_avg": "bf16"}`'
+    )
+    rounding: Literal["nearest", "stochastic"] = Field("nearest", description="of weights with `master: none`")
 
 
 # type -> what its params may hold; DeepSpeed has more words for Adam
 _DEEPSPEEDS = "adam_w_mode torch_adam bias_correction".split()
+_FORMS = "master state_dtype rounding".split()
 OPTIMIZER_PARAMS = {
-    name: [*known.split(), *(_DEEPSPEEDS if name in ("AdamW", "Adam") else ())] for name, known in OPTIMIZERS.items()
+    name: [*known.split(), *(_DEEPSPEEDS if name in ("AdamW", "Adam") else ()), *_FORMS]
+    for name, known in OPTIMIZERS.items()
 }
 if TYPE_CHECKING:
     OptimizerName = str
@@ -67,7 +79,7 @@ class OptimizerSection(Section):
 
     def chosen(self) -> tuple[str, dict[str, Any]]:
         """The class's name in :mod:`deepfast.optim` and its arguments; DeepSpeed's default is no weight decay."""
-        ours = set(OPTIMIZERS[self.type].split())
+        ours = {*OPTIMIZERS[self.type].split(), *_FORMS}
         arguments = self.params.model_dump(include=ours, exclude_unset=True, exclude_none=True)
         name = "AdamW" if self.type == "Adam" and self.params.adam_w_mode else self.type
         return name, {"weight_decay": 0.0, **arguments}
