@@ -47,7 +47,7 @@ class Streams {
         remainder_(span.has_split() ? static_cast<uint16_t*>(span.master) : nullptr),
         param_(span.param_dtype),
         grad_type_(span.grad_dtype),
-        by_chance_(span.rounding == Rounding::kStochastic && !span.master),
+        by_chance_(span.rounding == Rounding::kStochastic),
         noise_(Noise::of(span.seed, span.step ? static_cast<uint64_t>(*span.step) : 0)),
         first_(static_cast<uint32_t>(span.first)) {
     for (int k = 0; k < Rule::kMoments; ++k) {
