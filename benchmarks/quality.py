@@ -21,7 +21,7 @@ import deepfast
 from deepfast.train import data, gpt2
 
 mpl.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 LENGTH, BATCH, HELD_OUT, EVERY = 64, 16, 256, 40
 REFERENCE = "fp32"
