@@ -98,13 +98,13 @@ def plotted(known: dict[str, Any]) -> plt.Figure:
         for ax in (whole, near):
             ax.plot(steps, off.mean(0), color=f"C{nth}", label=form, linewidth=1.2)
             ax.fill_between(steps, off.amin(0), off.amax(0), color=f"C{nth}", alpha=0.2, linewidth=0)
-    for ax, title in ((whole, "all"), (near, "the same, ±0.5 %")):
+    for ax, title in ((whole, "all"), (near, "near fp32")):
         ax.axhline(0, color="black", linewidth=0.8)
         ax.set_title(title, fontsize=8)
         ax.set_xlabel("step", fontsize=8)
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
-    near.set_ylim(-0.5, 0.5)
+    near.set_ylim(-0.1, 0.1)
     whole.set_ylabel("validation loss, % above fp32's", fontsize=8)
     fig.legend(*whole.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     return fig
