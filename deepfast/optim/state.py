@@ -136,11 +136,10 @@ class Stateful(Declared):
         """fp32, of the shape of ``p``: what it is in full, as far as that is known, in a new tensor."""
         weight, shards = local(p).detach(), Shards.of(p)
         master = self.state.get(p, {}).get("master")
-        given = self._given.get(p)
-        if master is not None:
-            wide = reference.master_value(local(master), weight).clone()
-        else:
-            wide = weight.float().clone() if given is None else given.clone()
+        known = self._given.get(p) if master is None else reference.master_value(local(master), weight)
+        wide = (weight.float() if known is None else known).clone()
+        if known is not None:
+            reference.refresh(wide, weight)  # somebody may have written to it
         return wide if shards is None else shards.wrap(wide, p)
 
     @torch.no_grad()
