@@ -34,7 +34,7 @@ def test_one_state_tensor_drags_no_other_along(dtype):
     for p in params:
         for value in optimizer.state[p].values():
             kept = value.untyped_storage().nbytes()
-            assert kept <= max(BLOCK, value.nbytes)
+            assert kept <= max(BLOCK, value.nbytes + 63)  # whole cache lines
             assert len(pickle.dumps(value)) < kept + 2000
             assert saved(value) < kept + 4000
             assert copy.deepcopy(value).untyped_storage().nbytes() <= kept

@@ -169,11 +169,13 @@ class Stateful(Declared):
     def _fill_master(self, p: Tensor, master: Tensor) -> None:
         """A new master begins at what was given for it, where that is still what the weight is, or at the weight."""
         wide, weight = self._given.pop(p, None), local(p).detach()
-        if wide is None or wide.shape != weight.shape:
-            wide = weight.float()
-        else:
+        if wide is not None and wide.shape == weight.shape:
             reference.refresh(wide, weight)
-        master.copy_(reference.master_of(wide, p.dtype, master.dtype))
+            master.copy_(reference.master_of(wide, p.dtype, master.dtype))
+        elif master.dtype == torch.float32:
+            master.copy_(weight)
+        else:
+            master.zero_()  # nothing is lacking
 
     @torch.no_grad()
     def refresh_master(self) -> None:
