@@ -66,6 +66,20 @@ def check_every_variant():
         assert launched == (WARM_LAMB if needs_norms(name) else WARM), (name, variant, dtype, launched)
 
 
+def check_storage_forms():
+    """One launch whatever the form, and the second optimizer finds all compiled."""
+    chance = {"master": "none", "rounding": "stochastic"}
+    forms = ({"master": "fp32"}, {"state_dtype": "param"}, {"master": "none", "state_dtype": "bf16"}, chance)
+    for name, dtype, form in itertools.product(("Adam", "LAMB", "SGD"), DTYPES[1:], forms):
+        launched = stepped(name, dtype, SHAPES[:3], steps=2, **form)
+        assert launched == (WARM_LAMB if needs_norms(name) else WARM), (name, dtype, form, launched)
+        known = played.variants.copy()
+        if "rounding" in form:
+            form = {**form, "seed": 12345}
+        assert stepped(name, dtype, [(1,)], steps=2, **form) == launched
+        assert not played.variants - known, f"compiled again: {played.variants - known}"
+
+
 def check_tensors_beside_a_boundary():
     """They are another kind than those on one, so there is another launch."""
     for dtype in DTYPES:

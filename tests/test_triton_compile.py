@@ -120,10 +120,12 @@ def test_norms(stored, arch, tmp_path):
     constants = {"MOVE": lamb.move, "DIRECTION": lamb.direction, "COUNT": lamb.constants, **form.constants(2)}
     _, accesses, used = machine_code(norms.norms_kernel, constants, arch, tmp_path)
     assert "STACK:0" in used
-    streams = [form.param, form.grad, form.moment, form.moment, *([form.master] if form.master else [])]
-    wide_ones = sum(t.primitive_bitwidth * constants["PACK"] == 128 for t in streams)
-    assert wide(accesses, "LDG") >= wide_ones
-    assert wide(accesses, "STG") >= 2
+    weight = {None: [form.param], tl.int16: [form.param, tl.int16]}[form.master]
+    streams = [*weight, form.grad, form.moment, form.moment]
+    for bits in (128, 64):  # a thread has four elements of a tile: 64 bits of a stream of 16-bit values
+        count = sum(t.primitive_bitwidth * 4 == bits for t in streams)
+        assert wide(accesses, "LDG", bits) >= count
+        assert wide(accesses, "STG", bits) >= 2 * (form.moment.primitive_bitwidth * 4 == bits)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -9,7 +9,7 @@
 namespace deepfast::cuda {
 
 // Thread blocks of a step that a multiprocessor holds at least: as many as there are registers for without spilling.
-template <class Rule, bool kAny>
+template <class Rule>
 constexpr int kStepResident = Rule::kMoments > 2 ? 2 : 3;
 
 // Sinks, as a launch takes them along.
@@ -142,7 +142,7 @@ inline __device__ void count_steps(const Table& table) {
 // One thread finds the rule out for all: its fp64 arithmetic is slow on most GPUs. The step counts are moved on by the
 // last thread block to finish, when nobody will read them any more.
 template <class Rule, bool kAny>
-__global__ void __launch_bounds__(kThreads, kStepResident<Rule, kAny>)
+__global__ void __launch_bounds__(kThreads, kStepResident<Rule>)
     step_kernel(const __grid_constant__ Packed packed, const StepRecord* record_at, const Norms* norms,
                 Afterwards after, const __grid_constant__ Others others, uint32_t* counter) {
   const Table table(packed);
