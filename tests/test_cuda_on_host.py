@@ -136,8 +136,9 @@ def test_whole_steps_give_the_same_bits(name, variant, dtype, backend):
 @pytest.mark.parametrize(
     "forms", [{"master": "fp32"}, {"master": "none", "state_dtype": "param"}, {"state_dtype": "bf16"}]
 )
-def test_so_do_steps_of_whatever_is_kept_in_another_form(name, dtype, forms):
-    compare_steps(name, next(iter(VARIANTS[name])), dtype, "cuda", **forms)
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_so_do_steps_of_whatever_is_kept_in_another_form(name, dtype, forms, backend):
+    compare_steps(name, next(iter(VARIANTS[name])), dtype, backend, **forms)
 
 
 def compare_steps(name, variant, dtype, backend, **forms):
