@@ -124,9 +124,20 @@ def gradient_statistics(backend: str, dtype: torch.dtype, numel: int) -> None:
     figure(f"statistics, {str(dtype)[6:]}, {numel // M}M, {backend}", {"statistics": run}, dtype.itemsize * numel)
 
 
-def full_step(backend: str, numel: int, peer: bool) -> None:
-    """Gradient read twice and reset, master and moments read and written, the weight written: 32 bytes a parameter."""
-    optimizer = deepfast.AdamW(parameters(numel, torch.float16), max_grad_norm=1.0, reset_grad=True, backend=backend)
+# What a full step of 16-bit weights is asked beside, and the bytes it moves: gradients read twice and reset, weights,
+# masters and moments read and written (a weight with an fp32 master is only written).
+FORMS: dict[str, tuple[dict[str, str], int]] = {
+    "": ({}, 30),
+    ", fp32 master": ({"master": "fp32"}, 32),
+    ", bf16 moments": ({"state_dtype": "bf16"}, 22),
+    ", stochastic rounding": ({"master": "none", "rounding": "stochastic"}, 26),
+}
+
+
+def full_step(backend: str, numel: int, peer: bool, form: str = "") -> None:
+    options, moved = FORMS[form]
+    params = parameters(numel, torch.float16)
+    optimizer = deepfast.AdamW(params, max_grad_norm=1.0, reset_grad=True, backend=backend, **options)
     scaler = deepfast.LossScaler(DEVICE, init_scale=128.0)
 
     def run() -> None:
@@ -134,7 +145,12 @@ def full_step(backend: str, numel: int, peer: bool) -> None:
         scaler.update()
 
     cases = {"full step": run, **({"torch's parts": recipe(numel)} if peer else {})}
-    figure(f"full fp16 AdamW step, {numel // M}M, {backend}", cases, 32 * numel)
+    figure(f"full fp16 AdamW step{form}, {numel // M}M, {backend}", cases, moved * numel)
+
+
+def narrow_moments(backend: str, numel: int) -> None:
+    optimizer = deepfast.AdamW(parameters(numel, torch.float32), state_dtype="bf16", backend=backend)
+    figure(f"AdamW, fp32, bf16 moments, {numel // M}M, {backend}", {"step": optimizer.step}, 20 * numel)
 
 
 def recipe(numel: int) -> Callable[[], object]:
@@ -186,7 +202,9 @@ def cases_of(backend: str) -> dict[str, Callable[[], object]]:
             cases[f"{name} {n}"] = functools.partial(step, backend, name, n, peer and name in FUSED)
         for dtype in (torch.float32, torch.float16):
             cases[f"statistics {dtype} {n}"] = functools.partial(gradient_statistics, backend, dtype, n)
-        cases[f"full {n}"] = functools.partial(full_step, backend, n, peer and n == 64 * M)
+        for form in FORMS if n == 256 * M else ("",):
+            cases[f"full {n}{form}"] = functools.partial(full_step, backend, n, peer and n == 64 * M, form)
+        cases[f"narrow {n}"] = functools.partial(narrow_moments, backend, n)
         cases[f"accumulate {n}"] = functools.partial(accumulate, backend, n)
     for count, numel in ((148, 840_000), (2000, 256), (10_000, 256)):
         few = count // 100 if gpu_played.PLAYED else count

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import torch
 from tqdm import tqdm
 
 import deepfast
 from deepfast.train import data, gpt2
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
 
 LENGTH, BATCH, HELD_OUT, EVERY = 64, 16, 256, 40
 REFERENCE = "fp32"
@@ -80,6 +83,33 @@ def trained(form: str, seed: int, steps: int, folder: Path, rate: float) -> dict
     return {"validation": losses}
 
 
+def losses(known: dict[str, Any], form: str) -> torch.Tensor:
+    """[seeds, validations]"""
+    return torch.tensor([run["validation"] for run in known["runs"][form].values()], dtype=torch.float64)
+
+
+def plotted(known: dict[str, Any]) -> plt.Figure:
+    """How far each form's validation loss is from that of fp32: the seeds' mean, and the range that they span."""
+    fig, (whole, near) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    exact = losses(known, REFERENCE)
+    steps = [known["about"]["every"] * (nth + 1) for nth in range(exact.shape[1])]
+    for nth, form in enumerate(f for f in FORMS if f != REFERENCE and f in known["runs"]):
+        off = 100 * (losses(known, form) / exact - 1)
+        for ax in (whole, near):
+            ax.plot(steps, off.mean(0), color=f"C{nth}", label=form, linewidth=1.2)
+            ax.fill_between(steps, off.amin(0), off.amax(0), color=f"C{nth}", alpha=0.2, linewidth=0)
+    for ax, title in ((whole, "all"), (near, "near fp32")):
+        ax.axhline(0, color="black", linewidth=0.8)
+        ax.set_title(title, fontsize=8)
+        ax.set_xlabel("step", fontsize=8)
+        ax.tick_params(labelsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+    near.set_ylim(-0.1, 0.1)
+    whole.set_ylabel("validation loss, % above fp32's", fontsize=8)
+    fig.legend(*whole.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+    return fig
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
@@ -101,9 +131,9 @@ def main() -> None:
                 if str(seed) not in runs:
                     runs[str(seed)] = trained(form, seed, chosen.steps, folder, chosen.lr)
                     path.write_text(json.dumps(known, indent=1) + "\n")
+    plotted(known).savefig(chosen.out / "quality.png", dpi=160, metadata={"Software": None})
     for form in FORMS:
-        finals = [run["validation"][-1] for run in known["runs"][form].values()]
-        print(f"{form:40} {statistics.mean(finals):.4f}")
+        print(f"{form:40} {losses(known, form)[:, -1].mean():.4f}")
 
 
 if __name__ == "__main__":

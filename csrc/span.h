@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "math/numeric.h"
+
 namespace deepfast {
 
 enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kInt16 };
@@ -35,7 +37,7 @@ struct Span {
   DType moment_dtype[kMaxMoments];
   Rounding rounding;
 
-  bool has_split() const { return master && master_dtype == DType::kInt16; }
+  DF_INLINE bool has_split() const { return master && master_dtype == DType::kInt16; }
 };
 
 // Other ranks to whom new weights go, too: how many bytes after this rank's weight each has its own.

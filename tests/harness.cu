@@ -14,12 +14,15 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <map>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../csrc/cpu/kernels.h"
 #include "harness.h"
 #include "harness_fold.h"
+#include "harness_spans.h"
 
 using namespace deepfast;
 
@@ -35,68 +38,19 @@ void play(int) {}
 constexpr bool kPlayed = false;
 #endif
 
-void require_one_launch(int64_t before, const char* otherwise) {
-  require(!kPlayed || launches() - before == 1, otherwise);
+// Each of a rule's passes has two kernels, and they are two: which one is launched follows from the spans.
+void require_kernel(int rule, const char* pass, bool asks) {
+#if defined(CUDA_ON_HOST)
+  static std::map<std::tuple<int, std::string, bool>, const void*> known;
+  const void* kernel = known.try_emplace({rule, pass, asks}, cuda_on_host::kernel).first->second;
+  require(kernel == cuda_on_host::kernel, "not the kernel of other spans that are kept like these");
+  const auto other = known.find({rule, pass, !asks});
+  require(other == known.end() || other->second != kernel, "the kernel of spans that are kept otherwise");
+#endif
 }
 
-// The same spans twice: for the CPU, and for the device that is played.
-struct Twins {
-  std::vector<Buffer> cpu, cuda;
-  std::vector<Span> on_cpu, on_cuda;
-  std::vector<std::string> names;
-
-  // One buffer a side; the span's pointer to it on each.
-  template <class Pointer>
-  void add(Buffer buffer, Pointer Span::* field, Span& a, Span& b, const char* name) {
-    set(a.*field, b.*field, std::move(buffer), name);
-  }
-  template <class Pointer>
-  void set(Pointer& a, Pointer& b, Buffer buffer, const char* name) {
-    cuda.push_back(buffer.copy());
-    cpu.push_back(std::move(buffer));
-    a = reinterpret_cast<Pointer>(cpu.back().data());
-    b = reinterpret_cast<Pointer>(cuda.back().data());
-    names.push_back(std::string(name) + " of span " + std::to_string(on_cpu.size()));
-  }
-  void compare(const char* when) const {
-    for (size_t i = 0; i < cpu.size(); ++i) {
-      const int64_t at = cpu[i].differs_from(cuda[i]);
-      if (at < 0) continue;
-      require(false, names[i] + " differs " + when + " from element " + std::to_string(at) + " of " +
-                         std::to_string(cpu[i].numel) + " on");
-    }
-  }
-};
-
-void add_span(Twins& twins, int rule, int64_t numel, const Taste& taste, int64_t groups) {
-  Span a = {}, b = {};
-  const Offsets offset;
-  a.numel = numel;
-  a.param_dtype = any_dtype();
-  a.grad_dtype = chance(70) ? a.param_dtype : any_dtype();
-  a.group = static_cast<int32_t>(below(groups));
-  b = a;
-  const auto stream = [&](auto Span::* field, DType dtype, const char* name, bool positive = false) {
-    Buffer buffer(numel, dtype, offset());
-    fill(buffer, dtype, taste, positive);
-    twins.add(std::move(buffer), field, a, b, name);
-  };
-  stream(&Span::param, a.param_dtype, "param");
-  stream(&Span::grad, a.grad_dtype, "grad");
-  if (a.param_dtype != DType::kFloat32 && chance(70)) stream(&Span::master, DType::kFloat32, "master");
-  for (int k = 0; k < kRules[rule].moments; ++k) {
-    Buffer buffer(numel, DType::kFloat32, offset());
-    fill(buffer, DType::kFloat32, taste, k > 0 || kRules[rule].moments == 1);
-    twins.set(a.moment[k], b.moment[k], std::move(buffer), "a moment");
-  }
-  if (kRules[rule].counts_steps) {
-    Buffer step(1, DType::kFloat32, 0);
-    const float count = chance(30) ? 0.0f : chance(5) ? 0x1p24f : static_cast<float>(below(100000));
-    std::memcpy(step.data(), &count, 4);
-    twins.add(std::move(step), &Span::step, a, b, "the step count");
-  }
-  twins.on_cpu.push_back(a);
-  twins.on_cuda.push_back(b);
+void require_one_launch(int64_t before, const char* otherwise) {
+  require(!kPlayed || launches() - before == 1, otherwise);
 }
 
 // Hyperparameters for both sides; on the device, some learning rates are read from memory.
@@ -185,7 +139,8 @@ void step_case(int rule, const std::vector<int64_t>& numels, int64_t groups) {
   doing = std::string(kRules[rule].name) + ", " + std::to_string(numels.size()) + " spans";
   Twins twins;
   const Taste taste = any_taste();
-  for (int64_t numel : numels) add_span(twins, rule, numel, taste, groups);
+  const Forms forms = chance(25) ? Forms{false, false, false, false} : Forms();
+  for (int64_t numel : numels) add_span(twins, rule, numel, taste, forms, groups);
   const int64_t count = numels.size();
   const Hypers hypers(rule, groups);
   const Afterwards after = static_cast<Afterwards>(below(3));
@@ -207,6 +162,7 @@ void step_case(int rule, const std::vector<int64_t>& numels, int64_t groups) {
     if (kRules[rule].needs_norms) {
       cpu::norms(rule, twins.on_cpu.data(), count, hypers.table.data(), hypers.stride, record[0], expected.data());
       cuda::norms(rule, job, measures.workspace, record.data(), got.data(), nullptr);
+      require_kernel(rule, "norms", narrow_moments(rule, twins.on_cuda));
       finish("norms");
       measures.check();
       for (int64_t s = 0; s < count; ++s) {
@@ -216,9 +172,15 @@ void step_case(int rule, const std::vector<int64_t>& numels, int64_t groups) {
       }
       twins.compare("after the first pass");
     }
-    cpu::step(rule, twins.on_cpu.data(), count, hypers.table.data(), hypers.stride, record[0], expected.data(), after);
+    // Another rank's weight has its place relative to this one's: the same for all spans, so there is one.
+    int64_t further[2] = {};
+    const bool sends = count == 1 && nth == 0 && chance(50);
+    if (sends) further_on(twins, further);
+    cpu::step(rule, twins.on_cpu.data(), count, hypers.table.data(), hypers.stride, record[0], expected.data(), after,
+              {&further[0], sends});
     const int64_t before = launches();
-    cuda::step(rule, job, steps.workspace, record.data(), got.data(), after, {}, nullptr);
+    cuda::step(rule, job, steps.workspace, record.data(), got.data(), after, {&further[1], sends}, nullptr);
+    require_kernel(rule, "step", needs_asking(rule, twins.on_cuda));
     finish("a step");
     if (cuda::step_needs(job).table == 0) require_one_launch(before, "more than one launch");
     steps.check();

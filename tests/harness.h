@@ -84,6 +84,7 @@ struct Buffer {
   }
   char* data() const { return memory.get() + lead; }
   bool is_nan(int64_t i) const {
+    if (dtype == DType::kInt16) return false;
     if (dtype == DType::kFloat32) return std::isnan(reinterpret_cast<const float*>(data())[i]);
     const uint16_t half = reinterpret_cast<const uint16_t*>(data())[i];
     return std::isnan(dtype == DType::kFloat16 ? Fp16::decode(half) : Bf16::decode(half));

@@ -63,7 +63,7 @@ def whole_state(e: deepfast.Engine, seed=1) -> dict[str, dict[str, torch.Tensor]
     for i, (name, p) in enumerate(e.module.named_parameters()):
         moments = {entry: torch.rand(p.shape, generator=g) for entry in ("exp_avg", "exp_avg_sq")}
         if p.dtype != torch.float32:
-            moments["master"] = p.detach().float() + 1e-6 * torch.rand(p.shape, generator=g)
+            moments["master"] = p.detach().float() * (1 + 1e-4 * torch.rand(p.shape, generator=g))  # rounds to p
         state[name] = {**moments, "step": torch.tensor(float(i))}
     return state
 
@@ -72,7 +72,11 @@ def give_state(e: deepfast.Engine, state: dict[str, dict[str, torch.Tensor]]) ->
     e.optimizer.init_state()
     for part, name in zip(e._parts(), e._names(), strict=True):
         for entry, t in state[name].items():
-            e.optimizer.state[part.mine][entry].copy_(t if entry == "step" else elements(part, t))
+            own = t if entry == "step" else elements(part, t)
+            if entry == "master":
+                e.optimizer.set_master(part.mine, own)
+            else:
+                e.optimizer.state[part.mine][entry].copy_(own)
 
 
 def check_state(e: deepfast.Engine, state: dict[str, dict[str, torch.Tensor]]) -> None:
@@ -80,7 +84,8 @@ def check_state(e: deepfast.Engine, state: dict[str, dict[str, torch.Tensor]]) -
         kept = e.optimizer.state[part.mine]
         assert kept.keys() == state[name].keys(), name
         for entry, t in state[name].items():
-            assert torch.equal(kept[entry], t if entry == "step" else elements(part, t)), (name, entry)
+            found = e.optimizer.get_master(part.mine) if entry == "master" else kept[entry]
+            assert torch.equal(found, t if entry == "step" else elements(part, t)), (name, entry)
 
 
 def saved_by(engines: list[deepfast.Engine], directory, **options):

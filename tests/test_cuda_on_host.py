@@ -128,10 +128,25 @@ def test_the_programs_compile_for_a_gpu(tmp_path, program):
 @pytest.mark.parametrize("backend", ["cuda"])
 def test_whole_steps_give_the_same_bits(name, variant, dtype, backend):
     """Norm, clipping, update, rounding and reset through the optimizers, on both backends."""
+    compare_steps(name, variant, dtype, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize(
+    "forms", [{"master": "fp32"}, {"master": "none", "state_dtype": "param"}, {"state_dtype": "bf16"}]
+)
+def test_so_do_steps_of_whatever_is_kept_in_another_form(name, dtype, forms):
+    compare_steps(name, next(iter(VARIANTS[name])), dtype, "cuda", **forms)
+
+
+def compare_steps(name, variant, dtype, backend, **forms):
     results = []
     for chosen in (backend, "cpu"):
         params = parameters(dtype)
-        optimizer = OURS[name](params, backend=chosen, max_grad_norm=1.0, reset_grad=True, **VARIANTS[name][variant])
+        optimizer = OURS[name](
+            params, backend=chosen, max_grad_norm=1.0, reset_grad=True, **{**VARIANTS[name][variant], **forms}
+        )
         for step in range(3):
             give_gradients(params, seed=step, scale=10.0 ** (step - 1))
             optimizer.step()
@@ -213,6 +228,35 @@ def test_learning_rates_are_read_when_the_kernel_runs(cuda_on_host):
     plan.gather([], False)
     with pytest.raises(RuntimeError, match="one float32 or float64 value"):
         plan.step(hyper, [torch.tensor(1)], torch.tensor([1.0, 0.0, 0.0]), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rule", ["sgd", "lion", "adagrad"])
+def test_chance_is_the_same_and_moves_on(cuda_on_host, rule, dtype):
+    """Weights without a master, of which some are parts of larger ones; one step of the three is skipped."""
+    moments, hyper = {
+        "sgd": (0, [0.1, 0, 0, 0, 0]),
+        "lion": (1, [0.1, 0.9, 0.99, 0]),
+        "adagrad": (1, [0.1, 0, 0, 1e-8]),
+    }[rule]
+    results = []
+    for backend in (cuda_on_host, ops.native):
+        g = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(n, generator=g).to(dtype)) for n in (5, 4099, 4099)]
+        steps = [torch.full((), 3.0) for _ in params]
+        kept = [torch.zeros(p.shape, dtype=dtype) for _ in range(moments) for p in params]
+        plan = backend.Plan(
+            rule, params, [torch.empty(0)] * 3, kept, steps, torch.zeros(len(params), dtype=torch.int32)
+        )
+        plan.by_chance([7, 8, 8], [0, 0, 4099])
+        for skipped in (0.0, 2.0, 0.0):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=g).to(dtype)
+            plan.gather([], 0)
+            plan.step(torch.tensor([[1.0, *hyper]], dtype=torch.float64), [], torch.tensor([1.0, skipped, 0.0]), None)
+        assert all(step == 5.0 for step in steps)
+        results.append([*params, *kept])
+    assert all(map(torch.equal, *results))
 
 
 def test_the_operators_give_the_same_bits(cuda_on_host):

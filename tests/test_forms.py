@@ -252,3 +252,65 @@ def test_what_is_asked_for_in_vain_is_said():
         deepfast.SGD(parameters(), lr=0.1, state_dtype="bf16")
     with pytest.warns(UserWarning, match="rounding has no effect: no parameter is 16 bits wide"):
         deepfast.SGD(parameters(), lr=0.1, master="none", rounding="stochastic")
+
+
+def engine_of(precision, rate=1e-2, seed=0, **form):
+    torch.manual_seed(seed)
+    module = nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 1))
+    before = [p.detach().clone() for p in module.parameters()]
+    config = {
+        "train_batch_size": 8,
+        "optimizer": {"type": "AdamW", "params": {"lr": rate, **form}},
+        **({} if precision == "fp32" else {precision: {"enabled": True}}),
+    }
+    engine, *_ = deepfast.initialize(model=module, config=config)
+    return engine, before
+
+
+def train(engine, steps=3):
+    for i in range(steps):
+        x = torch.randn(8, 20, generator=torch.Generator().manual_seed(i))
+        engine.backward(engine(x).float().square().mean())
+        engine.step()
+
+
+@pytest.mark.parametrize("master", ["split", "fp32"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_an_engine_starts_from_the_fp32_values_that_it_casts(precision, master):
+    engine, before = engine_of(precision, rate=1e-30, master=master)
+    train(engine, 1)
+    assert engine.was_step_applied() or precision == "fp16"
+    for p, exact in zip(engine.module.parameters(), before, strict=True):
+        torch.testing.assert_close(engine.optimizer.get_master(p), exact, rtol=0, atol=2.0**-40)
+        assert not torch.equal(exact, p.float())
+
+
+FORMS = {
+    "split": {},
+    "fp32 master": {"master": "fp32"},
+    "bf16 moments": {"state_dtype": "bf16"},
+    "one in bf16": {"master": "fp32", "state_dtype": {"exp_avg": "bf16"}},
+    "by chance": {"master": "none", "rounding": "stochastic"},
+}
+
+
+@pytest.mark.parametrize("before", FORMS)
+@pytest.mark.parametrize("after", FORMS)
+def test_checkpoints_move_between_forms(tmp_path, before, after):
+    first, _ = engine_of("bf16", **FORMS[before])
+    train(first)
+    first.save_checkpoint(tmp_path)
+    second, _ = engine_of("bf16", seed=1, **FORMS[after])
+    second.load_checkpoint(tmp_path)
+    for p, q in zip(first.module.parameters(), second.module.parameters(), strict=True):
+        assert torch.equal(p, q)
+        if after != "by chance":
+            assert torch.equal(second.optimizer.get_master(q), first.optimizer.get_master(p))
+        for moment in ("exp_avg", "exp_avg_sq"):
+            found, exact = second.optimizer.state[q][moment], first.optimizer.state[p][moment]
+            assert torch.equal(found, exact.to(found.dtype))
+        assert second.optimizer.state[q]["step"] == 3
+    train(second, 1)
+    if before == after:
+        train(first, 1)
+        assert all(map(torch.equal, first.module.parameters(), second.module.parameters()))

@@ -49,7 +49,7 @@ def test_every_stage_passes(rehearsed):
     assert said["commit"] == "abc"
     assert said["rehearsed"] is True
     assert said["machine"]["torch"]
-    xml = {"tests.xml", "collectives.xml", "optimizers.xml"}
+    xml = {"tests.xml", "collectives.xml", "engine.xml", "optimizers.xml"}
     assert {path.name for path in out.iterdir()} == {"gpu.json", "log.txt", "figures.jsonl", *xml}
 
 
@@ -77,6 +77,7 @@ PLANTED = {
     ],
     "tests/test_gpu.py": [("def test_any_layout(backend, device):", "def test_any_layout(backend, device, layout):")],
     "tests/peers_ranks.py": [("reference.reduced(tensors", "reference.reduce(tensors")],
+    "tests/zero_ranks.py": [("engine.module.loss(", "engine.module.lost(")],  # engine
     "tests/test_plan.py": [("import torch\n", "import torch\nimport torch_\n")],
     "kernels/scaler.py": [("tl.store(", "tl.stores(")],
 }

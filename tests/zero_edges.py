@@ -49,14 +49,14 @@ def check_no_sync_and_weights():
 
     def loss_of(net, step, k, rank):
         torch.manual_seed(100 * step + 10 * k + rank)
-        ids = torch.randint(97, (4, 7))
-        return nn.functional.cross_entropy(net(ids, (k + rank) % 2 == 0).flatten(0, 1), ids.flatten())
+        ids = torch.randint(97, (4, 7)).to(engines[0].device)
+        return plain.loss(net(ids, (k + rank) % 2 == 0), ids)
 
-    plain = Net()
     rounds = ((False, True, False), (True, True, False), (True, False, True))  # which micro-batches are in no_sync
     engines = [
         run({}, stage, 3, steps=0, optimizer="SGD", arguments={"lr": 0.5, "dampening": 0}) for stage in (0, 1, 2)
     ]
+    plain = Net().to(engines[0].device)
     torchs = torch.optim.SGD(plain.parameters(), lr=0.5, momentum=0.9)
     for step, kinds in enumerate(rounds):
         torchs.zero_grad()
@@ -136,7 +136,7 @@ def check_what_backward_still_needs_is_not_overwritten():
     """A graph of before the step would take the weights of after it, which other ranks have written."""
     engine = run({}, 2, 1, steps=1)
     torch.manual_seed(RANK)
-    out = engine(torch.randint(97, (4, 7)), True)
+    out = engine(torch.randint(97, (4, 7)).to(engine.device), True)
     train(engine, 1, SIZE)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()

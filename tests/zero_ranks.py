@@ -54,6 +54,27 @@ class Net(nn.Module):
         x = self.norm(x @ self.transposed.t().to(x.dtype))
         return self.tied(self.head(x * self.sometimes if both else x))
 
+    def loss(self, out, ids):
+        return nn.functional.cross_entropy(out.flatten(0, 1), ids.flatten())
+
+
+class Exact(Net):
+    """The same parameters, with gradients that are small multiples of a power of two: sums of them are exact in any
+    order and of every type, so that ranks, micro-batches and devices all come to the same bits."""
+
+    def forward(self, ids, both):
+        g = torch.Generator().manual_seed(int(ids.sum()))
+        unused = {"never", "empty", *([] if both else ["sometimes"])}
+        terms = []
+        for name, p in self.named_parameters():
+            given = torch.randint(-31, 32, p.shape, generator=g) / 32
+            if p.requires_grad and name not in unused:
+                terms.append((p * given.to(p)).sum(dtype=torch.float32))
+        return torch.stack(terms)
+
+    def loss(self, out, ids):
+        return out.sum()
+
 
 def run(
     config,
@@ -92,9 +113,9 @@ def train(engine, step, size, spoil=None, weights=False):
     for k in range(engine.gradient_accumulation_steps()):
         nth = k * size + rank  # dealt out in turn
         torch.manual_seed(1000 * step + nth)
-        ids = torch.randint(97, (4, 7))
+        ids = torch.randint(97, (4, 7)).to(engine.device)
         out = engine(ids, (step + nth) % 2 == 0).float()
-        loss = nn.functional.cross_entropy(out.flatten(0, 1), ids.flatten())
+        loss = engine.module.loss(out, ids)
         if spoil is not None:
             loss = loss * spoil(step, nth)
         engine.backward(loss, *([1.0 + nth % 3] if weights else []))
@@ -102,11 +123,13 @@ def train(engine, step, size, spoil=None, weights=False):
 
 
 def kept(engine):
-    """All that a step changes: weights, whole state by name, norm, scale."""
-    found = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    """All that a step changes, on the CPU: weights, whole state by name, norm, scale."""
+    found = {name: p.detach().to("cpu", copy=True) for name, p in engine.module.named_parameters()}
     names = {p: name for name, p in engine.module.named_parameters()}
     for part in engine._parts():
         for key, value in engine.optimizer.state.get(part.mine, {}).items():
+            if key == "master":
+                value = engine.optimizer.get_master(part.mine)
             found[f"{names[part.whole]}.{key}"] = whole(part, value)
     found["norm"] = torch.tensor(engine.get_global_grad_norm())
     found["scale"] = torch.tensor(engine.loss_scale)
@@ -115,8 +138,8 @@ def kept(engine):
 
 
 def in_memory(t):
-    """Its elements as they lie in memory, 1-D."""
-    return t.detach().as_strided((t.numel(),), (1,)).clone()
+    """Its elements as they lie in memory, 1-D, on the CPU."""
+    return t.detach().as_strided((t.numel(),), (1,)).to("cpu", copy=True)
 
 
 def whole(part, value):
@@ -127,7 +150,7 @@ def whole(part, value):
         same_everywhere(value)
         return in_memory(value)
     pieces = [None] * SIZE
-    dist.all_gather_object(pieces, value)
+    dist.all_gather_object(pieces, value.cpu())
     joined = torch.cat(pieces)
     assert joined.numel() == part.whole.numel()
     return joined
@@ -135,7 +158,8 @@ def whole(part, value):
 
 def same_everywhere(t):
     everyone = [None] * SIZE
-    dist.all_gather_object(everyone, t.detach())
+    t = t.detach().cpu()
+    dist.all_gather_object(everyone, t)
     for other in everyone:
         same_bits(t, other)
 
@@ -164,6 +188,10 @@ CASES = {
     "clipped fp16": ({**DTYPES["fp16"], "gradient_clipping": 0.05}, 1, {}),
     "overflow": (DTYPES["fp16"], 2, {"spoil": overflows}),
     "static scale": ({**DTYPES["fp16"], "train_loss_scale": 128.0}, 1, {"spoil": overflows}),
+    "fp32 master": (DTYPES["fp16"], 1, {"arguments": {"master": "fp32"}}),
+    "bf16 moments": (DTYPES["bf16"], 3, {"arguments": {"state_dtype": "bf16"}}),
+    "LAMB, bf16 moments": (DTYPES["fp16"], 1, {"optimizer": "LAMB", "arguments": {"state_dtype": "bf16"}}),
+    "by chance": (DTYPES["bf16"], 1, {"optimizer": "Lion", "arguments": {"master": "none", "rounding": "stochastic"}}),
     "no master": (DTYPES["fp16"], 1, {"optimizer": "SGD", "arguments": {"master": "none", "lr": 0.1}}),
     **{f"{name} bf16": ({**DTYPES["bf16"], "gradient_clipping": 0.5}, 1, {"optimizer": name}) for name in NAMES},
 }

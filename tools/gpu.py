@@ -48,7 +48,7 @@ KERNELS = "regex:(step|norms|statistics)_kernel"
 NEEDS_A_DEVICE = "graph or captur or stream or launches or waits or leaked or this_gpu or two_processes or triton"
 # Of the other tests, the files with tests that are given a backend and that are run with a GPU's.
 OPTIMIZER_TESTS = [f"tests/test_{name}.py" for name in ("optimizers", "gradients", "masters", "edges", "plan",
-                                                        "replaced_states")]  # fmt: skip
+                                                        "replaced_states", "forms", "chance")]  # fmt: skip
 
 
 def importable(name: str) -> bool:
@@ -97,6 +97,9 @@ def stages(programs: Mapping[str, Path], out: Path, scratch: Path, rehearsed: bo
     as_they_are = ["--clock-control", "none", "--pipeline-boost-state", "dynamic"]
     profiler = [] if rehearsed else [ncu, *as_they_are, "--kernel-name", KERNELS, *sections]
     few = "-k", "cuda and SGD" if rehearsed else "cuda or triton"
+    engine = {"engine": "cuda"}
+    if not rehearsed:  # at once: most of the time goes into imports, and into what Triton compiles
+        engine |= {"engine-triton": "triton and not two_processes", "engine-triton-2": "triton and two_processes"}
     return [
         Stage("facts", 150, [[PYTHON, TOOLS / "gpu.py", "--facts", scratch / "facts.json"]]),
         Stage("torch-free", 60, programs_of(lambda many, _: min(many, 7) if rehearsed else many),
@@ -108,6 +111,9 @@ def stages(programs: Mapping[str, Path], out: Path, scratch: Path, rehearsed: bo
         Stage("collectives", 80, [[*tests, "-m", "gpu", "tests/test_gpu.py", junit("collectives"), "-k",
                                    "two_processes and cuda" if rehearsed else "two_processes"]],
               {"GLOO_SOCKET_IFNAME": "lo"}),
+        Stage("engine", 240 if rehearsed else 150, [
+            [*tests, "-m", "gpu", "tests/test_gpu_engine.py", junit(name), "-k", which]
+            for name, which in engine.items()], {"GLOO_SOCKET_IFNAME": "lo", **one_thread}),
         sanitizer("memcheck"),
         sanitizer("racecheck", "--racecheck-num-workers", 2),
         sanitizer("synccheck"),

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CARRIED, PREBUILT = ROOT / ".gpu", ROOT / "deepfast/prebuilt"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # What is imported beside torch and pytest, and is not on every machine that has those.
-PACKAGES = ("pydantic", "expecttest", "ninja")
+PACKAGES = ("pydantic", "safetensors", "numpy", "expecttest", "ninja")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 LIBRARIES = "from deepfast import build as b; [b.build(b.PREBUILT, library) for library in (%s)]"
 

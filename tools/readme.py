@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -61,6 +62,45 @@ def best(contenders: dict[str, Figure], among) -> str:
     name = min(peers, key=lambda name: peers[name].cost)
     ratio = peers[name].cost / contenders[OURS].cost
     return f"{ratio:.{2 if ratio < 10 else 0}f}× ({label(name.removeprefix('torch_'))})"
+
+
+# As quality.py calls a form, and as bench_forms.py calls the contender that has it.
+FORMS = {
+    "fp32": "deepfast_fp32",
+    "bf16, split master": "deepfast",
+    "fp16, split master": "",
+    "bf16, split master, bf16 moments": "deepfast_bf16_moments",
+    "bf16, no master, stochastic rounding": "deepfast_stochastic_rounding",
+    "bf16, no master": "torch_fused_no_master",
+}
+
+
+def forms(folder: Path = RESULTS) -> str:
+    """What a form costs, and what it does to training; then the memory that others need."""
+    if not all((folder / name).exists() for name in ("quality.json", "forms.json")):
+        return ""
+    known = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
+    memory = read(folder / "forms.json")
+    (peaks,) = memory.cases.values()
+    finals = {form: [run["validation"][-1] for run in runs.values()] for form, runs in known["runs"].items()}
+    rows = [
+        ["AdamW", "validation loss, three seeds", "against fp32", "peak memory of a step of GPT-2 124M"],
+        ["---"] * 4,
+    ]
+    for form, contender in FORMS.items():
+        if form in finals:
+            off = [100 * (a / b - 1) for a, b in zip(finals[form], finals["fp32"], strict=True)]
+            change = "" if form == "fp32" else f"{min(off):+.2f} to {max(off):+.2f} %"
+            rows.append([form, " ".join(f"{x:.3f}" for x in finals[form]), change, _needed(peaks.get(contender))])
+    others = ", ".join(f"{label(name)} {_needed(peak)}" for name, peak in peaks.items() if name not in FORMS.values())
+    about = known["about"]
+    return (
+        f"{table(rows)}\nGPT-2 tiny on the standard library's source, {about['steps']} steps of {about['batch']} "
+        f"sequences of {about['length']}, learning rate {about['lr']} with warm-up and cosine "
+        f"([figures](benchmarks/results/quality.json), the same seeds and data for all). Memory of one process, "
+        f"beyond what it had before the model ([figures](benchmarks/results/forms.json): {memory.described}); "
+        f"others: {others}.\n\n![Validation loss against fp32's](benchmarks/results/quality.png)\n"
+    )
 
 
 def sums(results: Results) -> str:
@@ -123,4 +163,5 @@ def between(text: str, name: str, generated: str) -> str:
 if __name__ == "__main__":
     text = README.read_text(encoding="utf-8")
     text = between(text, "configuration", config.table() + "\n")
+    text = between(text, "forms", forms())
     README.write_text(between(text, "benchmarks", benchmarks()), encoding="utf-8")

@@ -23,8 +23,8 @@ template <class Backend>
 class Plan : public torch::CustomClassHolder {
  public:
   // masters: [n], an empty tensor where there is none. moments: all first moments, then all second ones, …
-  // steps: [n], or none where neither the rule counts nor chance is asked for. groups: int32 [n], each parameter's row of hyperparameters.
-  // The plan keeps neither alive (entry.h).
+  // steps: [n], or none where neither the rule counts nor chance is asked for. groups: int32 [n], each parameter's row
+  // of hyperparameters. The plan keeps neither alive (entry.h).
   Plan(const std::string& rule, TensorList params, TensorList masters, TensorList moments, TensorList steps,
        const Tensor& groups)
       : rule_(find_rule(rule.c_str())),
@@ -59,8 +59,8 @@ class Plan : public torch::CustomClassHolder {
   // From now on steps write each new weight this many bytes further on, too: where other ranks have theirs.
   void send_to(std::vector<int64_t> displacements) { sinks_ = std::move(displacements); }
 
-  // From now on steps round weights without a master by chance (csrc/codec/noise.h): each parameter's seed, and where in
-  // the whole one its first element is. The step counts are needed.
+  // From now on steps round weights without a master by chance (csrc/codec/noise.h): each parameter's seed, and where
+  // in the whole one its first element is. The step counts are needed.
   void by_chance(const std::vector<int64_t>& seeds, const std::vector<int64_t>& first) {
     check_count(seeds.size(), entries_.size(), "seeds");
     check_count(first.size(), entries_.size(), "places");

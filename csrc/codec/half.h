@@ -1,10 +1,10 @@
 // fp16 and bf16 as bit patterns: how a value is stored, never what it means. Load decodes to fp32, store encodes.
 //
-// Three rules of rounding. `nearest_even` is torch's and overflows to infinity. `from_master` is for a weight whose fp32
-// value is kept elsewhere: it saturates at the largest finite value, and bf16 rounds half away from zero, so that a
-// 16-bit remainder can represent the difference exactly (round-half-even cannot: an even bf16 has 65,537 fp32
-// preimages). `stochastic` is for a weight without one: up or down by chance, saturating, right on average. Infinities and
-// NaN stay what they are under all.
+// Three rules of rounding. `nearest_even` is torch's and overflows to infinity. `from_master` is for a weight whose
+// fp32 value is kept elsewhere: it saturates at the largest finite value, and bf16 rounds half away from zero, so that
+// a 16-bit remainder can represent the difference exactly (round-half-even cannot: an even bf16 has 65,537 fp32
+// preimages). `stochastic` is for a weight without one: up or down by chance, saturating, right on average. Infinities
+// and NaN stay what they are under all.
 #pragma once
 
 #include "../math/numeric.h"
@@ -18,6 +18,11 @@ struct Fp16 {
   static constexpr float kLargest = 65504.0f;
 
   static DF_INLINE float decode(uint16_t h) {
+#if defined(__CUDA_ARCH__)
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
+    return x;
+#else
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
     if (magnitude >= 0x7c00u) {  // inf, NaN (made quiet, as the hardware does)
       return from_bits(sign | kInfinity | (magnitude & 0x3ffu) << 13 | (magnitude > 0x7c00u ? 0x00400000u : 0u));
@@ -26,9 +31,15 @@ struct Fp16 {
       return from_bits(sign | to_bits(static_cast<float>(magnitude) * 0x1p-24f));
     }
     return from_bits(sign | ((magnitude << 13) + (112u << 23)));
+#endif
   }
 
   static DF_INLINE uint16_t nearest_even(float x) {
+#if defined(__CUDA_ARCH__)
+    uint16_t h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+    return h;
+#else
     const uint32_t sign = (to_bits(x) & kSign) >> 16, magnitude = to_bits(x) & ~kSign;
     if (magnitude > kInfinity) return static_cast<uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));
     if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // from 65520 on
@@ -36,6 +47,7 @@ struct Fp16 {
       return static_cast<uint16_t>(sign | (to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u));
     }
     return static_cast<uint16_t>(sign | ((magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
+#endif
   }
 
   static DF_INLINE uint16_t from_master(float x) { return nearest_even(cut(x, kLargest)); }

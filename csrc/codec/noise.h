@@ -1,5 +1,5 @@
-// Random bits that are a function of where and when: no generator has a state that somebody would have to keep, share or
-// capture. The same element of the same parameter at the same step has the same ones, on any backend and any rank.
+// Random bits that are a function of where and when: no generator has a state that somebody would have to keep, share
+// or capture. The same element of the same parameter at the same step has the same ones, on any backend and any rank.
 #pragma once
 
 #include "../math/numeric.h"

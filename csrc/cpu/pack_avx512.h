@@ -129,8 +129,7 @@ DF_INLINE Halves stochastic_fp16(Pack a, Words chance) {
   const __m512i units = _mm512_cvttps_epi32((magnitude(a) * Pack(1.0f / kUnitBelow)).x);
   const __m512i below = _mm512_srli_epi32(_mm512_add_epi32(units, chance), 16);
   const auto is_below = Pack(kSmallestNormalFp16) > magnitude(a);
-  const __m512i rounded =
-      _mm512_mask_mov_epi32(_mm512_min_epu32(normal, _mm512_set1_epi32(0x7bff)), is_below.x, below);
+  const __m512i rounded = _mm512_mask_mov_epi32(_mm512_min_epu32(normal, _mm512_set1_epi32(0x7bff)), is_below.x, below);
   const __m512i sign = _mm512_srli_epi32(_mm512_and_si512(_mm512_castps_si512(a.x), _mm512_set1_epi32(1 << 31)), 16);
   return _mm512_cvtepi32_epi16(_mm512_or_si512(rounded, sign));
 }

@@ -98,7 +98,8 @@ struct Table {
   // Whether span s takes what its predecessor was prepared with.
   bool same(int64_t s) const {
     if (s == 0 || spans[s].group != spans[s - 1].group) return false;
-    return !spans[s].step || *spans[s].step == *spans[s - 1].step;
+    if (!spans[s].step || !spans[s - 1].step) return true;  // the rule does not count
+    return *spans[s].step == *spans[s - 1].step;
   }
 
   template <class Rule>

@@ -33,8 +33,7 @@ class Streams {
   static constexpr bool kAny = kTypes == Types::kAny;
   static constexpr bool kSplit = kTypes == Types::kSplitFp16 || kTypes == Types::kSplitBf16;
   static constexpr bool kAlone = kTypes == Types::kFp32 || kTypes == Types::kAloneFp16 || kTypes == Types::kAloneBf16;
-  static constexpr bool kIsFp16 =
-      kTypes == Types::kFp16 || kTypes == Types::kSplitFp16 || kTypes == Types::kAloneFp16;
+  static constexpr bool kIsFp16 = kTypes == Types::kFp16 || kTypes == Types::kSplitFp16 || kTypes == Types::kAloneFp16;
   static constexpr DType kKnown = kTypes == Types::kFp32 ? DType::kFloat32
                                   : kIsFp16              ? DType::kFloat16
                                                          : DType::kBFloat16;
@@ -65,9 +64,8 @@ class Streams {
   template <bool kGrad, class V>
   DF_INLINE Loaded<V> load(int64_t i, V v) const {
     Loaded<V> x;
-    x.p = has_split()
-              ? decode_split(cpu::load(half_ + i, v), cpu::load(remainder_ + i, v), param_dtype())
-              : cpu::load<V>(weight_, weight_dtype(), i);
+    x.p = has_split() ? decode_split(cpu::load(half_ + i, v), cpu::load(remainder_ + i, v), param_dtype())
+                      : cpu::load<V>(weight_, weight_dtype(), i);
     if constexpr (kGrad) x.g = cpu::load<V>(grad_, grad_dtype(), i);
     for (int k = 0; k < Rule::kMoments; ++k) x.moment[k] = cpu::load<V>(moment_[k], moment_dtype(k), i);
     return x;

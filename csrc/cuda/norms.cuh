@@ -6,41 +6,48 @@
 namespace deepfast::cuda {
 
 // Neighbouring threads read 256 bytes of a row, and others the rows of another block, 4 KiB away: several rows at once
-// make longer pieces of it.
-constexpr int kRowsAtOnce = 2;
+// make longer pieces of it. (There are registers for one where types are looked at, or where a split
+// master lies beside an fp32 gradient.)
+template <class S>
+constexpr int kRowsAtOnce = S::kAny || (S::kSplit && !std::is_same_v<typename S::Grad, Half>) ? 1 : 2;
 
 // The sums over the blocks [first, last) of a span. A block's sums are taken while its elements are in registers.
-template <class Rule, Weight kWeight, class Grad>
-__device__ void measure(const Rule& rule, const Span& span, int64_t first, int64_t last, float multiplier,
+template <class S>
+__device__ void measure(const typename S::Rule& rule, const Span& span, int64_t first, int64_t last, float multiplier,
                         Norms* partial) {
-  using S = Streams<Rule, kWeight, Grad>;
   constexpr int kSize = S::kPack;
+  using Count = std::conditional_t<S::kAny, int, int64_t>;
   const S streams(span);
   const int phase = streams.phase();
   const Group<kSize> group;
   for (int64_t block = first + group.index; block < last; block += group.kGroups) {
-    const int64_t begin = block * kStepBlock, n = min(span.numel - begin, static_cast<int64_t>(kStepBlock));
+    const int64_t begin = block * kStepBlock;
+    const auto n = static_cast<Count>(min(span.numel - begin, static_cast<int64_t>(kStepBlock)));
     Lane params[kSize] = {}, directions[kSize] = {};
-    group.template for_each<kRowsAtOnce>(
-        begin, n, phase,
-        [&](int64_t i, auto size) { return Loaded<size.value, true, Rule, kWeight, Grad>(streams, i, multiplier); },
-        [&](auto& x, int64_t i, int j, auto) {
-          int lane = j;
-          in_registers<Rule>(x.p, x.g, x.moment, [&](float p, float g, auto&... moment) {
-            params[lane].add(p);
-            directions[lane++].add(rule.direct(p, g, moment...));
-          });
+    group.template for_each<kRowsAtOnce<S>>(
+        begin, n, phase, [&](int64_t i, auto size) { return Loaded<size.value, true, S>(streams, i); },
+        [&](const auto& loaded, int64_t i, int at, auto size) {
+          Values<size.value, S> x(loaded, streams, multiplier);
+          float direction[size.value];
+          x.each([&](int j, float p, float g, auto&... moment) { direction[j] = rule.direct(p, g, moment...); });
           x.store_moments(streams, i);
+          if constexpr (S::kAny) {  // what is measured is what the second pass will take
+            x.each([&](int j, float p, float, auto&... moment) { direction[j] = rule.direction(p, moment...); });
+          }
+#pragma unroll
+          for (int j = 0; j < size.value; ++j) {
+            params[at + j].add(x.p[j]);
+            directions[at + j].add(direction[j]);
+          }
         });
     // In fp64, the direction is found again from the moments, as in the second pass.
     const auto again = [&](const auto& value) {
       return [&](double (&sums)[kSize]) {
-        group.template for_each<1>(begin, n, phase, [&](int64_t i, int j, auto size) {
-          Loaded<size.value, false, Rule, kWeight, Grad> x(streams, i, multiplier);
-          int lane = j;
-          in_registers<Rule>(x.p, x.g, x.moment, [&](float p, float, auto&... moment) {
+        group.template for_each<1>(begin, n, phase, [&](int64_t i, int at, auto size) {
+          Values<size.value, S> x(Loaded<size.value, false, S>(streams, i), streams, multiplier);
+          x.each([&](int j, float p, float, auto&... moment) {
             const double v = value(p, moment...);
-            sums[lane++] += v * v;
+            sums[at + j] += v * v;
           });
         });
       };
@@ -52,26 +59,28 @@ __device__ void measure(const Rule& rule, const Span& span, int64_t first, int64
   }
 }
 
-template <class Rule>
+template <class Rule, bool kAny>
 __global__ void __launch_bounds__(kThreads, kResident)
     norms_kernel(const __grid_constant__ Packed packed, const StepRecord* record_at, Norms* partial, uint32_t* counters,
                  Norms* out) {
   const Table table(packed);
   const StepRecord record = *record_at;
+  if (record.skipped()) {
+    for (Share share(table); share.more(); share.next()) {
+      if (threadIdx.x == 0) out[share.span] = Norms();
+    }
+    return;
+  }
   __shared__ Rule shared;
   for (Share share(table); share.more(); share.next()) {
     const Span& span = table.spans[share.span];
-    if (record.skipped()) {
-      if (threadIdx.x == 0) out[share.span] = Norms();
-      continue;
-    }
     __syncthreads();
     if (threadIdx.x == 0) shared = prepare<Rule>(table, span);
     __syncthreads();
-    const Rule rule = shared;
+    const Rule& rule = shared;  // there it takes no registers
     Norms* sums = partial + table.first[share.span];
-    with_types(span, [&]<Weight kWeight, class Grad>() {
-      measure<Rule, kWeight, Grad>(rule, span, share.first(), share.last(), multiplier_of(record, table, span), sums);
+    with_streams<Rule, kAny>(span, [&]<class S>() {
+      measure<S>(rule, span, share.first(), share.last(), multiplier_of(record, table, span), sums);
     });
     const int64_t base = table.first[share.span], slot = fold_slot(base, share.span);
     const Fold<Norms, Norms> all = {sums, table.first[share.span + 1] - base, partial + table.blocks + slot,
@@ -82,10 +91,11 @@ __global__ void __launch_bounds__(kThreads, kResident)
   }
 }
 
-template <class Rule>
+template <class Rule, bool kAny>
 void launch_norms(const Packed& packed, const Workspace& workspace, const StepRecord* record, Norms* out,
                   Stream stream) {
-  launch(norms_kernel<Rule>, persistent_grid(norms_kernel<Rule>, packed.blocks), kThreads, stream, packed, record,
+  const auto kernel = norms_kernel<Rule, kAny>;
+  launch(kernel, persistent_grid(kernel, packed.blocks), kThreads, stream, packed, record,
          static_cast<Norms*>(workspace.partial), workspace.counters, out);
 }
 

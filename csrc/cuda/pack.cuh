@@ -5,7 +5,8 @@
 // halves would write half sectors.)
 #pragma once
 
-#include "../codec/half.h"
+#include "../codec/noise.h"
+#include "../codec/split.h"
 #include "../span.h"
 #include "table.cuh"
 
@@ -71,14 +72,7 @@ __device__ void store(T* at, const Pack<T, kSize>& pack) {
 inline __device__ float decode(float x, DType) { return x; }
 
 inline __device__ float decode(Half h, DType dtype) {
-  if (dtype == DType::kBFloat16) return Bf16::decode(h);
-#if defined(__CUDA_ARCH__)
-  float x;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
-  return x;
-#else
-  return Fp16::decode(h);
-#endif
+  return dtype == DType::kBFloat16 ? Bf16::decode(h) : Fp16::decode(h);
 }
 
 // What collectives move besides. Integers wrap around, as torch's do.
@@ -86,21 +80,21 @@ inline __device__ double decode(double x, DType) { return x; }
 inline __device__ uint32_t decode(int32_t x, DType) { return static_cast<uint32_t>(x); }
 inline __device__ uint64_t decode(int64_t x, DType) { return static_cast<uint64_t>(x); }
 
-inline __device__ Half nearest_even_fp16(float x) {
-#if defined(__CUDA_ARCH__)
-  Half h;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
-  return h;
-#else
-  return Fp16::nearest_even(x);
-#endif
-}
-
 // kMaster: by the rule for weights whose fp32 value is kept elsewhere (csrc/codec/half.h), else torch's.
 template <bool kMaster>
 __device__ Half encode(float x, DType dtype) {
   if (dtype == DType::kBFloat16) return kMaster ? Bf16::from_master(x) : Bf16::nearest_even(x);
-  return nearest_even_fp16(kMaster ? cut(x, Fp16::kLargest) : x);
+  return kMaster ? Fp16::from_master(x) : Fp16::nearest_even(x);
+}
+
+// call.template operator()<H, Split>() with the codecs of a 16-bit type: asked once for many elements.
+template <class Call>
+__device__ void with_half(DType dtype, const Call& call) {
+  if (dtype == DType::kBFloat16) {
+    call.template operator()<Bf16, SplitBf16>();
+  } else {
+    call.template operator()<Fp16, SplitFp16>();
+  }
 }
 
 // As torch rounds, or as it is.

@@ -22,26 +22,26 @@ struct Group {
 
   // load(i, size), and then use(what that gave, i, j, size): elements i .. i + size of the block of n elements that
   // begins at `begin`, row after row, for the lanes from j on. With phase < 0 (never aligned) they come one by one.
-  // kRows: how many rows are loaded before the first is used.
-  template <int kRows, class Load, class Use>
-  __device__ void for_each(int64_t begin, int64_t n, int phase, const Load& load, const Use& use) const {
+  // kRows: how many rows are loaded before the first is used. Count: int64_t, or int where registers are few.
+  template <int kRows, class Count, class Load, class Use>
+  __device__ void for_each(int64_t begin, Count n, int phase, const Load& load, const Use& use) const {
     const auto body = [&](int64_t i, int j, auto size) {
       auto loaded = load(i, size);
       use(loaded, i, j, size);
     };
-    const int64_t shift = phase > 0 ? phase - kSize : 0;
-    const int64_t mine = shift + member * kSize;
-    const auto edge = [&](int64_t row) {
+    const Count shift = phase > 0 ? phase - kSize : 0;
+    const Count mine = shift + member * kSize;
+    const auto edge = [&](Count row) {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const int64_t i = row * kLanes + mine + j;
+        const Count i = row * kLanes + mine + j;
         if (i >= 0 && i < n) body(begin + i, j, std::integral_constant<int, 1>());
       }
     };
-    const int64_t rows = (n - shift + kLanes - 1) / kLanes, whole = phase < 0 ? 0 : (n - shift) / kLanes;
-    const int64_t first = phase < 0 || (shift == 0 && whole > 0) ? 0 : 1;
+    const Count rows = (n - shift + kLanes - 1) / kLanes, whole = phase < 0 ? 0 : (n - shift) / kLanes;
+    const Count first = phase < 0 || (shift == 0 && whole > 0) ? 0 : 1;
     if (first == 1) edge(0);
-    int64_t row = first;
+    Count row = first;
     constexpr std::integral_constant<int, kSize> pack;
     if constexpr (kRows > 1) {
 #pragma unroll 1
@@ -59,8 +59,8 @@ struct Group {
     for (; row < rows; ++row) edge(row);
   }
 
-  template <int kRows, class Body>
-  __device__ void for_each(int64_t begin, int64_t n, int phase, const Body& body) const {
+  template <int kRows, class Count, class Body>
+  __device__ void for_each(int64_t begin, Count n, int phase, const Body& body) const {
     for_each<kRows>(
         begin, n, phase, [](int64_t, auto) { return 0; }, [&](int, int64_t i, int j, auto size) { body(i, j, size); });
   }

@@ -3,8 +3,8 @@
 
 #include <utility>
 
-#include "pack.cuh"
 #include "reduce.cuh"
+#include "streams.cuh"
 
 namespace deepfast::cuda {
 
@@ -18,80 +18,6 @@ struct Others {
   int count;
 };
 
-enum class Weight { kWide, kMaster, kHalf };  // fp32; 16 bits and an fp32 master; 16 bits alone
-
-// A span's streams, with their types: what is read before an update, and written after it.
-template <class Rule, Weight kWeight, class Grad>
-struct Streams {
-  static constexpr bool kHalfOnly = kWeight == Weight::kHalf && Rule::kMoments == 0 && sizeof(Grad) == 2;
-  static constexpr int kPack = kHalfOnly ? 8 : 4;  // 16 bytes of the widest stream
-  static constexpr int kSlots = Rule::kMoments > 0 ? Rule::kMoments : 1;
-  using Value = std::conditional_t<kWeight == Weight::kHalf, Half, float>;
-
-  Value* weight;  // the value that is updated
-  Half* half;     // what a master is rounded to
-  Grad* grad;
-  float* moment[kSlots];
-  DType param_dtype, grad_dtype;
-
-  __device__ explicit Streams(const Span& span)
-      : weight(static_cast<Value*>(kWeight == Weight::kMaster ? span.master : span.param)),
-        half(static_cast<Half*>(span.param)),
-        grad(static_cast<Grad*>(span.grad)),
-        param_dtype(span.param_dtype),
-        grad_dtype(span.grad_dtype) {
-    for (int k = 0; k < Rule::kMoments; ++k) moment[k] = span.moment[k];
-  }
-
-  // As in for_each; -1 where the streams are never aligned together.
-  __device__ int phase() const {
-    const int common = cuda::phase<kPack>(weight);
-    bool same = cuda::phase<kPack>(grad) == common;
-    if constexpr (kWeight == Weight::kMaster) same &= cuda::phase<kPack>(half) == common;
-    for (int k = 0; k < Rule::kMoments; ++k) same &= cuda::phase<kPack>(moment[k]) == common;
-    return same ? common : -1;
-  }
-};
-
-// Calls formula(p, g, moment...) on each of kSize elements in registers.
-template <class Rule, int kSize, class Moments, class Formula>
-__device__ void in_registers(float (&p)[kSize], const float (&g)[kSize], Moments& moments, const Formula& formula) {
-  [&]<size_t... K>(std::index_sequence<K...>) {
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) formula(p[j], g[j], moments[K].value[j]...);
-  }(std::make_index_sequence<Rule::kMoments>());
-}
-
-// What is loaded of kSize elements: all loads are under way before the first value is needed.
-template <int kSize, bool kReadsGrad, class Rule, Weight kWeight, class Grad>
-struct Loaded {
-  using S = Streams<Rule, kWeight, Grad>;
-  float p[kSize], g[kSize];
-  Pack<float, kSize> moment[S::kSlots];
-
-  __device__ Loaded(const S& streams, int64_t i, float multiplier) {
-    const auto weight = load<kSize>(streams.weight + i);
-    Pack<Grad, kSize> grad = {};
-    if constexpr (kReadsGrad) grad = load<kSize>(streams.grad + i);
-    if constexpr (Rule::kMoments > 0) {
-#pragma unroll
-      for (int k = 0; k < Rule::kMoments; ++k) moment[k] = load<kSize>(streams.moment[k] + i);
-    }
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      p[j] = decode(weight[j], streams.param_dtype);
-      g[j] = decode(grad[j], streams.grad_dtype) * multiplier;
-    }
-  }
-
-  __device__ void store_moments(const S& streams, int64_t i) const {
-    if constexpr (Rule::kMoments > 0) {
-#pragma unroll
-      for (int k = 0; k < Rule::kMoments; ++k) store<kSize>(streams.moment[k] + i, moment[k]);
-    }
-  }
-};
-
 // To where each other rank has what `at` is here.
 template <int kSize, class T>
 __device__ void send(T* at, const Pack<T, kSize>& pack, const Others& others) {
@@ -101,59 +27,66 @@ __device__ void send(T* at, const Pack<T, kSize>& pack, const Others& others) {
   }
 }
 
-template <class Rule, Weight kWeight, class Grad>
-__device__ void update(const Rule& rule, const Span& span, int64_t begin, int64_t end, float multiplier,
-                       float unscaling, Afterwards after, const Others& others) {
-  using S = Streams<Rule, kWeight, Grad>;
+// How a weight is rounded by chance, where it is.
+struct Chance {
+  bool asked;
+  Noise noise;     // of the span's next step
+  uint32_t first;  // where in the whole parameter the span's first element is
+};
+
+template <class S>
+__device__ void update(const typename S::Rule& rule, const Span& span, const Chance& chance, int64_t begin, int64_t end,
+                       float multiplier, float unscaling, Afterwards after, const Others& others) {
+  using Rule = typename S::Rule;
   const S streams(span);
+  const Weight form = streams.form();
+  const DType dtype = streams.param_dtype;
   for_each<S::kPack>(begin, end, streams.phase(), [&](int64_t i, auto size) {
     constexpr int kSize = size.value;
-    Loaded<kSize, !Rule::kNeedsNorms, Rule, kWeight, Grad> x(streams, i, multiplier);
-    in_registers<Rule>(x.p, x.g, x.moment,
-                       [&](float& p, float g, auto&... moment) { p = rule.update(p, g, moment...); });
+    Values<kSize, S> x(Loaded<kSize, !Rule::kNeedsNorms, S>(streams, i), streams, multiplier);
+    x.each([&](int, float& p, float g, auto&... moment) { p = rule.update(p, g, moment...); });
     if constexpr (!Rule::kNeedsNorms) x.store_moments(streams, i);  // else the first pass has
-    Pack<typename S::Value, kSize> weight;
-    Pack<Half, kSize> half;
+    if (form == Weight::kWide || form == Weight::kMaster) store<kSize>(streams.wide() + i, x.p);
+    if (form == Weight::kWide) {
+      send<kSize>(streams.wide() + i, x.p, others);
+    } else {
+      Pack<Half, kSize> half;
+      if (form == Weight::kSplit) {
+        Pack<Half, kSize> remainder;
+        with_half(dtype, [&]<class H, class Split>() {
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      if constexpr (kWeight == Weight::kHalf) {
-        weight[j] = encode<false>(x.p[j], streams.param_dtype);
+          for (int j = 0; j < kSize; ++j) {
+            half[j] = H::from_master(x.p[j]);
+            remainder[j] = Split::remainder(x.p[j], half[j]);
+          }
+        });
+        store<kSize>(streams.remainder + i, remainder);
+      } else if (form == Weight::kHalf && chance.asked) {
+        with_half(dtype, [&]<class H, class>() {
+#pragma unroll
+          for (int j = 0; j < kSize; ++j) {
+            const uint32_t element = chance.first + static_cast<uint32_t>(i + j);
+            half[j] = H::stochastic(x.p[j], chance.noise.bits(element) >> 16);
+          }
+        });
       } else {
-        weight[j] = x.p[j];
-        if constexpr (kWeight == Weight::kMaster) half[j] = encode<true>(x.p[j], streams.param_dtype);
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) {
+          half[j] = form == Weight::kHalf ? encode<false>(x.p[j], dtype) : encode<true>(x.p[j], dtype);
+        }
       }
-    }
-    store<kSize>(streams.weight + i, weight);
-    if constexpr (kWeight == Weight::kMaster) {
       store<kSize>(streams.half + i, half);
       send<kSize>(streams.half + i, half, others);
-    } else {
-      send<kSize>(streams.weight + i, weight, others);
     }
     if (after == Afterwards::kReset) {
-      store<kSize>(streams.grad + i, Pack<Grad, kSize>{});
+      streams.grad.template store<kSize>(i, {});
     } else if (after == Afterwards::kWritten) {
-      auto grad = load<kSize>(streams.grad + i);
+      auto grad = streams.grad.decode(streams.grad.template load<kSize>(i));
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        grad[j] = stored<Grad>(decode(grad[j], streams.grad_dtype) * unscaling, streams.grad_dtype);
-      }
-      store<kSize>(streams.grad + i, grad);
+      for (int j = 0; j < kSize; ++j) grad[j] *= unscaling;
+      streams.grad.template store<kSize>(i, streams.grad.encode(grad));
     }
   });
-}
-
-// call.template operator()<kWeight, Grad>() with the types of the span.
-template <class Call>
-__device__ void with_types(const Span& span, const Call& call) {
-  const bool half_grad = span.grad_dtype != DType::kFloat32;
-  if (span.param_dtype == DType::kFloat32) {
-    half_grad ? call.template operator()<Weight::kWide, Half>() : call.template operator()<Weight::kWide, float>();
-  } else if (span.master) {
-    half_grad ? call.template operator()<Weight::kMaster, Half>() : call.template operator()<Weight::kMaster, float>();
-  } else {
-    half_grad ? call.template operator()<Weight::kHalf, Half>() : call.template operator()<Weight::kHalf, float>();
-  }
 }
 
 inline __device__ void reset_only(const Span& span, int64_t begin, int64_t end) {
@@ -174,6 +107,11 @@ __device__ Rule prepare(const Table& table, const Span& span) {
   for (int k = 0; k < Rule::kHyper; ++k) values[k] = row.values[1 + k];
   if (row.lr) values[0] = row.lr_is_fp64 ? *static_cast<const double*>(row.lr) : *static_cast<const float*>(row.lr);
   return Rule::prepare(values, Rule::kCountsSteps ? static_cast<int64_t>(*span.step + 1.0f) : 0);
+}
+
+inline __device__ Chance chance_of(const Span& span) {
+  const uint64_t step = span.step ? static_cast<uint64_t>(*span.step + 1.0f) : 0;
+  return {span.rounding == Rounding::kStochastic, Noise::of(span.seed, step), static_cast<uint32_t>(span.first)};
 }
 
 inline __device__ float multiplier_of(const StepRecord& record, const Table& table, const Span& span) {
@@ -203,7 +141,7 @@ inline __device__ void count_steps(const Table& table) {
 
 // One thread finds the rule out for all: its fp64 arithmetic is slow on most GPUs. The step counts are moved on by the
 // last thread block to finish, when nobody will read them any more.
-template <class Rule>
+template <class Rule, bool kAny>
 __global__ void __launch_bounds__(kThreads, kStepResident<Rule>)
     step_kernel(const __grid_constant__ Packed packed, const StepRecord* record_at, const Norms* norms,
                 Afterwards after, const __grid_constant__ Others others, uint32_t* counter) {
@@ -218,31 +156,33 @@ __global__ void __launch_bounds__(kThreads, kStepResident<Rule>)
     return;
   }
   __shared__ Rule shared;
+  __shared__ Chance drawn;
   for (Share share(table); share.more(); share.next()) {
     const Span& span = table.spans[share.span];
     __syncthreads();  // all have read the last span's rule
     if (threadIdx.x == 0) {
       shared = prepare<Rule>(table, span);
       if constexpr (Rule::kNeedsNorms) shared.adapt(norms[share.span]);
+      if constexpr (kAny) drawn = chance_of(span);
     }
     __syncthreads();
     const Rule rule = shared;
+    const Chance chance = kAny ? drawn : Chance();
     const int64_t begin = share.first() * kStepBlock, end = min(share.last() * kStepBlock, span.numel);
-    with_types(span, [&]<Weight kWeight, class Grad>() {
-      update<Rule, kWeight, Grad>(rule, span, begin, end, multiplier_of(record, table, span), record.multiplier, after,
-                                  others);
+    with_streams<Rule, kAny>(span, [&]<class S>() {
+      update<S>(rule, span, chance, begin, end, multiplier_of(record, table, span), record.multiplier, after, others);
     });
   }
-  if constexpr (Rule::kCountsSteps) {
+  if constexpr (Rule::kCountsSteps || kAny) {
     if (last_to_arrive(counter, gridDim.x)) count_steps(table);
   }
 }
 
-template <class Rule>
+template <class Rule, bool kAny>
 void launch_step(const Packed& packed, const Workspace& workspace, const StepRecord* record, const Norms* norms,
                  Afterwards after, const Others& others, Stream stream) {
-  launch(step_kernel<Rule>, elementwise_grid(packed.blocks), kThreads, stream, packed, record, norms, after, others,
-         workspace.counters);
+  launch(step_kernel<Rule, kAny>, elementwise_grid(packed.blocks), kThreads, stream, packed, record, norms, after,
+         others, workspace.counters);
 }
 
 }  // namespace deepfast::cuda

@@ -94,10 +94,14 @@ class Engine(Resumable):
     def _start_masters(self) -> None:
         """From what the weights were before they were cast to 16 bits."""
         originals, optimizer = self._forward.originals, self.optimizer
-        for part in self._parts() if isinstance(optimizer, Optimizer) else ():
-            if (value := originals.pop(part.whole, None)) is not None:
+        if not isinstance(optimizer, Optimizer):
+            originals.clear()
+            return
+        for part in self._parts():
+            value = originals.pop(part.whole, None)
+            if value is not None and optimizer.keeps_master(part.mine):
                 own = run_of(value, part.whole, part.begin, part.end) if part.sharded else value
-                optimizer.set_master(part.mine, own)  # type: ignore[attr-defined]
+                optimizer.set_master(part.mine, own)
         originals.clear()
 
     def _note_parts(self) -> None:

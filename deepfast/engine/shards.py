@@ -51,7 +51,7 @@ class Shards(Parts):
             for bucket, layout in zip(members, layouts, strict=True)
         ]
         if self.reach:
-            weights = self.comm.empty(sum(sizes), torch.uint8)
+            weights = self.comm.empty(sum(sizes), torch.uint8, self._device)
             sinks = tuple(self.comm.displacements(weights))
         else:
             weights, sinks = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device), ()

@@ -38,7 +38,7 @@ class Stateful(Declared):
         missing: dict[Any, list[Tensor]] = defaultdict(list)
         for p, group in wanted:
             state = self.state.get(p, {})
-            if self._dtype_of("master", p) is None:
+            if not self.keeps_master(p):
                 state.pop("master", None)  # a model that was cast to fp32 is its own master
             for name in (*self._moments(group), "master", "step"):
                 if (mended := self._mended(name, state.get(name), p)) is not state.get(name):
@@ -102,10 +102,13 @@ class Stateful(Declared):
 
     def _has_state(self, p: Tensor, group: dict[str, Any]) -> bool:
         state = self.state.get(p, {})
-        keeps_master = self._dtype_of("master", p) is not None
-        whole = next(self._absent(p, group), None) is None and ("master" in state) == keeps_master
+        whole = next(self._absent(p, group), None) is None and ("master" in state) == self.keeps_master(p)
         names = (*self._moments(group), "master", "step")
         return whole and all(self._mended(name, state.get(name), p) is state.get(name) for name in names)
+
+    def keeps_master(self, p: Tensor) -> bool:
+        """Whether more is known of ``p`` than its 16 bits show."""
+        return self._dtype_of("master", p) is not None
 
     def _dtype_of(self, name: str, p: Tensor) -> torch.dtype | None:
         """In which type ``name`` of the state of ``p`` is kept; None for a master that is not."""
@@ -133,11 +136,10 @@ class Stateful(Declared):
         """fp32, of the shape of ``p``: what it is in full, as far as that is known, in a new tensor."""
         weight, shards = local(p).detach(), Shards.of(p)
         master = self.state.get(p, {}).get("master")
-        given = self._given.get(p)
-        if master is not None:
-            wide = reference.master_value(local(master), weight).clone()
-        else:
-            wide = weight.float().clone() if given is None else given.clone()
+        known = self._given.get(p) if master is None else reference.master_value(local(master), weight)
+        wide = (weight.float() if known is None else known).clone()
+        if known is not None:
+            reference.refresh(wide, weight)  # somebody may have written to it
         return wide if shards is None else shards.wrap(wide, p)
 
     @torch.no_grad()
@@ -154,7 +156,7 @@ class Stateful(Declared):
         if not any(q is p for q in self._params()):
             raise ValueError(f"deepfast: a parameter of shape {tuple(p.shape)} is not in the optimizer's groups")
         weight, shards = local(p), Shards.of(p)
-        if self._dtype_of("master", p) is None:
+        if not self.keeps_master(p):
             copy_into(p, value)
             return
         wide = torch.empty_like(weight, dtype=torch.float32)

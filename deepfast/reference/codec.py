@@ -26,11 +26,13 @@ def master_value(master: Tensor, weight: Tensor) -> Tensor:
     if master.dtype == torch.float32:
         return master
     near = weight.float()
+    bits = bits_of(near) + master.int()
     if weight.dtype == torch.float16:
         below = near - master.float() * _UNIT_BELOW
-        return torch.where(near.abs() < _SMALLEST_NORMAL_FP16, below, _frombits_of(bits_of(near) + master.int()))
-    whole = bits_of(near) + master.int()
-    return torch.where((whole ^ bits_of(near)) < 0, near, _frombits_of(whole))
+        whole = torch.where(near.abs() < _SMALLEST_NORMAL_FP16, below, _from_bits(bits))
+    else:
+        whole = torch.where((bits ^ bits_of(near)) < 0, near, _from_bits(bits))
+    return whole if whole.stride() == near.stride() else torch.empty_like(near).copy_(whole)
 
 
 def master_of(x: Tensor, dtype: torch.dtype, kept: torch.dtype) -> Tensor:
@@ -59,7 +61,7 @@ def bits_of(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.int32)
 
 
-def _frombits_of(bits: Tensor) -> Tensor:
+def _from_bits(bits: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 

@@ -34,6 +34,7 @@ namespace cuda_on_host {
 inline int processors = 3;      // of the device that is played
 inline bool capturing = false;  // whether its streams say that they are being captured
 inline int64_t launches = 0;    // so far
+inline const void* kernel;      // the last one
 // Whether the device reports that it has failed: how programs end then.
 inline const bool lost = std::getenv("CUDA_ON_HOST_LOST") != nullptr;
 void run(dim3 grid, dim3 block, const std::function<void()>& kernel);
@@ -121,6 +122,7 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   ++cuda_on_host::launches;
+  cuda_on_host::kernel = reinterpret_cast<const void*>(kernel);
   cuda_on_host::run(config->gridDim, config->blockDim, [&] { kernel(arguments...); });
   return cudaSuccess;
 }
