@@ -105,7 +105,7 @@ chances = st.tuples(st.integers(-(2**63), 2**63 - 5), st.integers(0, 1000) | st.
     chance=st.none() | chances,
     seed=st.integers(0, 2**31),
 )
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=120)
 def test_steps_over_random_spans(
     exact, backend, rule, spans, sizes, poison, record, sign, steps, lr, reset, chance, seed
 ):
