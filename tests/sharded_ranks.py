@@ -78,8 +78,31 @@ def check_follow_the_whole(name):
                         continue
                     assert isinstance(value, DTensor), key
                     assert value.placements == placements
-                    assert value.dtype == torch.float32
-                    torch.testing.assert_close(value.full_tensor(), b.state[q][key], rtol=1e-5, atol=1e-6)
+                    assert value.dtype == (torch.int16 if key == "master" else torch.float32)
+                    found, exact = value, b.state[q][key]
+                    if key == "master":
+                        found, exact = a.get_master(p), b.get_master(q)
+                    torch.testing.assert_close(found.full_tensor(), exact, rtol=1e-5, atol=1e-6)
+
+
+def check_other_forms():
+    """Rounded by the same chance on any number of ranks; moments of two bytes; a master that is given whole."""
+    mesh, _ = MESHES["1d"]
+    for options in ({"master": "none", "rounding": "stochastic"}, {"state_dtype": "bf16"}):
+        sharded, a, plain, b = make("Adagrad", mesh, (Shard(0),), torch.bfloat16, **options)
+        if "state_dtype" in options:
+            for p, q in zip(sharded, plain, strict=True):
+                exact = q.detach().float() * 1.001
+                a.set_master(p, exact), b.set_master(q, exact)
+        for i in range(3):
+            give(sharded, plain, i)
+            a.step(), b.step()
+        for p, q in zip(sharded, plain, strict=True):
+            assert torch.equal(p.full_tensor(), q.detach())
+            assert torch.equal(a.state[p]["sum"].full_tensor(), b.state[q]["sum"])
+            assert torch.equal(a.get_master(p).full_tensor(), b.get_master(q))
+        copied = a.state_dict()["state"]
+        assert all(v["master"].dtype == torch.float32 for v in copied.values() if "master" in v)
 
 
 def check_mixed_with_plain_parameters():
@@ -289,6 +312,7 @@ CHECKS = {
     "mixed with plain parameters": check_mixed_with_plain_parameters,
     "one rank's overflow skips all": check_one_ranks_overflow_skips_all,
     "gradients that lie differently": check_gradients_that_lie_differently,
+    "other forms": check_other_forms,
     "writes from outside": check_writes_from_outside,
     "state dicts": check_state_dicts,
     "the plan is kept": check_the_plan_is_kept,
