@@ -329,7 +329,6 @@ def test_doctor(tmp_path):
     done = run(sys.executable, "-m", "deepfast", "doctor", env={"DEEPFAST_BACKEND": "tpu"})
     assert done.returncode == 0
     assert "unknown backend 'tpu'" in done.stdout
-    assert "step_in_backward is not built yet" in python("import deepfast; deepfast.step_in_backward").stderr
 
 
 def test_a_compiler_that_links_its_own_cxx_library_in(tmp_path):

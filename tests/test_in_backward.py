@@ -152,6 +152,7 @@ def test_what_cannot_work_is_refused(monkeypatch):
     scaler.scale(torch.ones(()))
     with pytest.raises(RuntimeError, match="a loss scaler decides"):
         scaler.step(optimizer)
+    del optimizer.grad_scale, optimizer.found_inf  # the scaler has not come to that
     optimizer.step()
     optimizer.max_grad_norm = 1.0
     with pytest.raises(RuntimeError, match="max_grad_norm"):

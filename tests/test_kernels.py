@@ -340,7 +340,7 @@ def wrong(index, value):
         (wrong(2, [torch.randn(3, 4)] * 3), r"gradient has shape \[3, 4\], its parameter \[4, 3\]"),
         (wrong(2, [torch.zeros(4, 3, dtype=torch.int32)] * 3), "dtype Int"),
         (wrong(4, [torch.zeros(4, 3)] * 5), "6 tensors of moments expected, got 5"),
-        (wrong(4, [torch.zeros(4, 3).half()] * 6), "moment has dtype Half"),
+        (wrong(4, [torch.zeros(4, 3).double()] * 6), "moment has dtype Double"),
         (wrong(5, [torch.zeros(2)] * 3), "step count must be 1"),
         (wrong(6, torch.zeros(1, 6)), "float64 matrix"),
         (wrong(6, torch.zeros(1, 3, dtype=torch.float64)), "'adam' takes 7 hyperparameters, got 3"),
