@@ -71,7 +71,7 @@ FORMS = {
     "fp16, split master": "",
     "bf16, split master, bf16 moments": "deepfast_bf16_moments",
     "bf16, no master, stochastic rounding": "deepfast_stochastic_rounding",
-    "bf16, no master": "torch_fused_no_master",
+    "bf16, no master": "",
 }
 
 
