@@ -35,6 +35,7 @@ class Optimizer(Loadable, Planned):
             and rounded to nearest even, as in torch; a warning says once if most updates are lost to that.
         state_dtype: how moments are kept: "fp32", "bf16" (rounded to nearest even), or "param", in the parameter's
             type; or a dictionary with one of these for each moment by its name ({"exp_avg": "bf16"}), others in fp32.
+            (A bf16 moment that should fall by less than 0.2 to 0.4 % a step stays: no second one with beta2 > 0.996.)
             Moments of fp64 and complex parameters are always of their type.
         max_grad_norm: clip the gradients to this global L2 norm (over all groups) inside the step. FSDP1's flat shards
             do not show it: an error.
