@@ -314,3 +314,16 @@ def test_checkpoints_move_between_forms(tmp_path, before, after):
     if before == after:
         train(first, 1)
         assert all(map(torch.equal, first.module.parameters(), second.module.parameters()))
+
+
+def test_an_engine_keeps_no_fp32_copy_of_what_is_frozen():
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    module[0].requires_grad_(requires_grad=False)
+    config = {"train_batch_size": 1, "bf16": {"enabled": True}}
+    optimizer = deepfast.AdamW(module.parameters(), lr=0.1)
+    engine, *_ = deepfast.initialize(model=module, optimizer=optimizer, config=config)
+    assert set(engine.optimizer._given) == set(module[1].parameters())
+    assert not engine._forward.originals
+    engine.backward(engine(torch.ones(1, 4)).sum())
+    engine.step()
+    assert not engine.optimizer._given

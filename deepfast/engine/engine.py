@@ -99,7 +99,7 @@ class Engine(Resumable):
             return
         for part in self._parts():
             value = originals.pop(part.whole, None)
-            if value is not None and optimizer.keeps_master(part.mine):
+            if value is not None and part.mine.requires_grad and optimizer.keeps_master(part.mine):
                 own = run_of(value, part.whole, part.begin, part.end) if part.sharded else value
                 optimizer.set_master(part.mine, own)
         originals.clear()

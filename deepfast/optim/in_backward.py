@@ -19,8 +19,7 @@ _WHY_NOT = {
     "ranks": "torch.distributed runs with several ranks, whose gradients are added up only after a parameter's own is "
     "there",
     "parts": "an engine has cut its parameters into parts",
-    "scaler": "a loss scaler decides whether a step is skipped when all gradients are known: train in bf16 or fp32, or "
-    "scale the loss by hand and give lr and eps for that",
+    "scaler": "a loss scaler decides whether a step is skipped when all gradients are known: train in bf16 or fp32",
     "twice": "a second backward has reached a parameter before step(): gradients cannot be accumulated. (step() after "
     "each backward only says that the step has ended.)",
 }
