@@ -11,7 +11,10 @@
 
 namespace deepfast {
 
-enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kInt16 };
+// kInt16: a split master. kInt8, kUInt8: moments in groups (codec/int8.h), signed and non-negative.
+enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kInt16, kInt8, kUInt8 };
+
+DF_INLINE bool is_grouped(DType dtype) { return dtype == DType::kInt8 || dtype == DType::kUInt8; }
 
 constexpr int kMaxMoments = 3;
 
@@ -27,7 +30,8 @@ struct Span {
   void* grad;                 // [numel] grad_dtype
   void* master;               // [numel] master_dtype: of a parameter that is 16 bits wide its fp32 value, or
                               // (kInt16) what it lacks of that (codec/split.h); or null
-  void* moment[kMaxMoments];  // [numel] moment_dtype each, as many as the rule keeps
+  void* moment[kMaxMoments];  // [numel] moment_dtype each, as many as the rule keeps; grouped ones lie as
+                              // codec/int8.h says
   float* step;                // [1] this parameter's step count, where the rule counts or chance is asked for
   int64_t numel;
   int64_t first;  // where in the whole parameter the first element is,

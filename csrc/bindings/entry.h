@@ -88,10 +88,10 @@ class Entry {
     }
   }
 
-  void round_by_chance(int64_t of_parameter, int64_t begin) {
+  void round_by_chance(int64_t of_parameter, int64_t begin, bool weight) {
     seed = static_cast<uint64_t>(of_parameter);
     first = begin;
-    rounding = Rounding::kStochastic;
+    rounding = weight ? Rounding::kStochastic : Rounding::kNearest;
     looked_ = false;
   }
 
@@ -130,7 +130,8 @@ class Entry {
       if (!has(slot)) continue;
       const at::TensorImpl& t = *state_[slot]._unsafe_get_target();  // its memory is there, if nothing else
       if (state_[slot].use_count() == 0 || bindings::place(t) != places_[slot]) return false;
-      if (slot != kStep && !same_order(t, p)) return false;
+      const bool grouped = slot >= kMoment && is_grouped(span_.moment_dtype[slot - kMoment]);
+      if (slot != kStep && !grouped && !same_order(t, p)) return false;
     }
     return true;
   }

@@ -59,14 +59,14 @@ class Plan : public torch::CustomClassHolder {
   // From now on steps write each new weight this many bytes further on, too: where other ranks have theirs.
   void send_to(std::vector<int64_t> displacements) { sinks_ = std::move(displacements); }
 
-  // From now on steps round weights without a master by chance (csrc/codec/noise.h): each parameter's seed, and where
-  // in the whole one its first element is. The step counts are needed.
-  void by_chance(const std::vector<int64_t>& seeds, const std::vector<int64_t>& first) {
+  // Of what is rounded by chance (csrc/codec/noise.h): each parameter's seed, and where in the whole one its first
+  // element is. That is moments in 8 bits and, with `weights`, weights without a master. The step counts are needed.
+  void by_chance(const std::vector<int64_t>& seeds, const std::vector<int64_t>& first, bool weights) {
     check_count(seeds.size(), entries_.size(), "seeds");
     check_count(first.size(), entries_.size(), "places");
     for (size_t i = 0; i < seeds.size(); ++i) {
       TORCH_CHECK(entries_[i].has(Entry::kStep), "deepfast: rounding by chance needs step counts");
-      entries_[i].round_by_chance(seeds[i], first[i]);
+      entries_[i].round_by_chance(seeds[i], first[i], weights);
     }
   }
 
@@ -221,7 +221,13 @@ class Plan : public torch::CustomClassHolder {
   Span look(Entry& entry, const Tensor& grad) {
     const Tensor param = entry.tensor();
     Span span = {};
-    order_.follow(param);
+    bool grouped = false;
+    for (int k = 0; k < info_.moments; ++k) {
+      span.moment_dtype[k] = moment_dtype(entry.held(Entry::kMoment + k));
+      grouped |= is_grouped(span.moment_dtype[k]);
+    }
+    TORCH_CHECK(!grouped || entry.has(Entry::kStep), "deepfast: moments in 8 bits need step counts");
+    order_.follow(param, grouped);  // a group is the same elements, however they lie
     const size_t copies = order_.copies();
     span.param_dtype = entry.dtype;
     span.group = entry.group;
@@ -238,8 +244,8 @@ class Plan : public torch::CustomClassHolder {
     if (entry.has(Entry::kStep)) span.step = fp32_values(entry.held(Entry::kStep), 1, "a step count", device_);
     for (int k = 0; k < info_.moments; ++k) {
       const Tensor moment = entry.held(Entry::kMoment + k);
-      span.moment_dtype[k] = dtype_of(moment, "a moment");
-      span.moment[k] = order_.write(moment, "a moment");
+      span.moment[k] = is_grouped(span.moment_dtype[k]) ? grouped_values(moment, span.numel, device_)
+                                                        : order_.write(moment, "a moment");
     }
     entry.note(span, order_.copies() == copies);
     span.grad = after_ != Afterwards::kKept ? order_.write(grad, "a gradient") : order_.read(grad, "a gradient");

@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "../codec/int8.h"
 #include "../math/record.h"
 #include "../span.h"
 
@@ -43,6 +44,12 @@ inline DType master_dtype(const Tensor& t, DType param) {
   return DType::kFloat32;
 }
 
+// A moment's: any of the kernels', or (int8, uint8) in groups of 8 bits (csrc/codec/int8.h).
+inline DType moment_dtype(const Tensor& t) {
+  if (t.scalar_type() == at::kChar) return DType::kInt8;
+  return t.scalar_type() == at::kByte ? DType::kUInt8 : dtype_of(t, "a moment");
+}
+
 inline void check_count(size_t got, size_t count, const char* what) {
   TORCH_CHECK(got == count, "deepfast: ", count, " tensors of ", what, " expected, got ", got);
 }
@@ -63,6 +70,14 @@ inline double* fp64_values(const Tensor& t, int64_t numel, const char* what, at:
               " must be ", numel, " contiguous float64 values, got ", t.numel(), " of ", t.scalar_type());
   check_device(t, device, what);
   return t.mutable_data_ptr<double>();
+}
+
+// A moment in groups, of a parameter of `numel` elements.
+inline void* grouped_values(const Tensor& t, int64_t numel, at::Device device) {
+  TORCH_CHECK(t.dim() == 1 && t.numel() == packed_bytes(numel) && t.is_contiguous(), "deepfast: a moment in 8 bits of ",
+              numel, " elements must be ", packed_bytes(numel), " contiguous bytes, got shape ", t.sizes());
+  check_device(t, device, "a moment");
+  return t.mutable_data_ptr();
 }
 
 // Autograd must know what was written behind its back: a graph that still needs the old values has to refuse.

@@ -29,4 +29,18 @@ struct Noise {
   }
 };
 
+// Of one moment of a parameter at one step: cheaper bits, for there are more of them. The elements' are evenly spread,
+// not independent of each other; an element's are from step to step.
+struct Dither {
+  static constexpr uint32_t kApart = 0x9e3779b9u;
+  uint32_t key;
+
+  static DF_INLINE Dither of(uint64_t seed, uint64_t step, int moment) {
+    return {Noise::of(seed + (moment + 1) * 0xe7037ed1a0b428dbu, step).before};
+  }
+
+  // Of element i of the whole parameter.
+  DF_INLINE uint32_t bits(uint32_t i) const { return key + i * kApart; }
+};
+
 }  // namespace deepfast

@@ -4,14 +4,14 @@
 // Where no instruction set is known, a Pack is one float, and the compiler vectorizes what it can.
 #pragma once
 
-#include "../codec/noise.h"
+#include "../codec/int8.h"
 #include "../codec/split.h"
 #include "../span.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#include "pack_avx512.h"
+#include "int8_avx512.h"
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#include "pack_avx2.h"
+#include "int8_avx2.h"
 #else
 namespace deepfast::cpu {
 using Pack = float;

@@ -3,6 +3,7 @@
 
 #include "../math/rules.h"
 #include "blocks.h"
+#include "int8.h"
 #include "kernels.h"
 #include "reduce.h"
 #include "streams.h"
@@ -130,9 +131,13 @@ void step_with(const Table& table, const StepRecord& record, const Norms* norms,
     const Span& span = spans[s];
     const float multiplier = record.multiplier * static_cast<float>(*table.row(s));
     Outgoing outgoing(span, offset, sinks);
-    with_streams<Rule>(outgoing.written(), [&](const auto& streams) {
-      update(rules[s], streams, multiplier, offset, n, past_caches && !sinks.count && streams.aligned());
-    });
+    constexpr bool kMoves = !Rule::kNeedsNorms;  // else the first pass has moved the moments on
+    with_decoded<Rule::kMoments, kMoves>(
+        outgoing.written(), offset, n, 0.0f, [&](const Span& seen, auto begin, auto k) {
+          with_streams<Rule>(seen, [&](const auto& streams) {
+            update(rules[s], streams, multiplier, begin, k, past_caches && !sinks.count && streams.aligned());
+          });
+        });
     if (sinks.count) outgoing.send(n, past_caches);
     if (after == Afterwards::kReset) reset(span, offset, n);
     if (after == Afterwards::kWritten) write_unscaled(span, offset, n, record.multiplier);
@@ -141,9 +146,21 @@ void step_with(const Table& table, const StepRecord& record, const Norms* norms,
   blocks.parallel_for(step_block, [] { order_past_caches(); });
 }
 
-// The first pass of a rule that needs norms: moves the moments on, and measures.
+// Moves the moments on, where those of a whole group have to be known before one of them can be stored.
 template <class Rule, class Streams>
-Norms measure(const Rule rule, const Streams s, float multiplier, int64_t begin, int64_t n) {
+void move(const Rule rule, const Streams s, float multiplier, int64_t begin, int64_t n) {
+  for_each(
+      n, [&](int64_t k) { s.template ask_ahead<true>(begin + k); },
+      [&](int64_t k, auto v) {
+        auto x = s.template load<true>(begin + k, v);
+        with_moments(x, [&](auto&... moment) { return rule.direct(x.p, x.g * multiplier, moment...); });
+        s.store_moments(x, begin + k);
+      });
+}
+
+// The first pass of a rule that needs norms: moves the moments on (unless they have been moved), and measures.
+template <class Rule, class Streams>
+Norms measure(const Rule rule, const Streams s, float multiplier, int64_t begin, int64_t n, bool moved) {
   alignas(64) float params[kLanes] = {}, directions[kLanes] = {};
   Pack largest_param = 0.0f, largest_direction = 0.0f;
   const bool rounds = s.rounds_moments();
@@ -151,9 +168,12 @@ Norms measure(const Rule rule, const Streams s, float multiplier, int64_t begin,
       n, [&](int64_t k) { s.template ask_ahead<true>(begin + k); },
       [&](int64_t k, auto v) {
         auto x = s.template load<true>(begin + k, v);
-        auto r = with_moments(x, [&](auto&... moment) { return rule.direct(x.p, x.g * multiplier, moment...); });
-        s.store_moments(x, begin + k);
-        if (rounds) {  // what is measured is what the second pass will take
+        auto r = x.p;
+        if (!moved) {
+          r = with_moments(x, [&](auto&... moment) { return rule.direct(x.p, x.g * multiplier, moment...); });
+          s.store_moments(x, begin + k);
+        }
+        if (moved || rounds) {  // what is measured is what the second pass will take
           x = s.template load<false>(begin + k, v);
           r = with_moments(x, [&](auto&... moment) { return rule.direction(x.p, moment...); });
         }
@@ -182,8 +202,17 @@ void norms_with(const Table& table, const StepRecord& record, Norms* partial) {
   blocks.parallel_for([&](int64_t s, int64_t offset, int64_t n, int64_t block) {
     const Span& span = spans[s];
     const float multiplier = record.multiplier * static_cast<float>(*table.row(s));
-    partial[block] = with_streams<Rule>(
-        span, [&](const auto& streams) { return measure(rules[s], streams, multiplier, offset, n); });
+    const bool grouped = has_grouped(span, Rule::kMoments);
+    if (grouped) {
+      with_decoded<Rule::kMoments, true>(span, offset, n, 1.0f, [&](const Span& seen, auto begin, auto k) {
+        with_streams<Rule>(seen, [&](const auto& streams) { move(rules[s], streams, multiplier, begin, k); });
+      });
+    }
+    static_assert(kStepBlock <= kStretch);
+    with_decoded<Rule::kMoments, false>(span, offset, n, 0.0f, [&](const Span& seen, auto begin, auto k) {
+      partial[block] = with_streams<Rule>(
+          seen, [&](const auto& streams) { return measure(rules[s], streams, multiplier, begin, k, grouped); });
+    });
   });
 }
 

@@ -74,6 +74,15 @@ class Adam(Optimizer):
                 unsupported = f"{name} as a Tensor is not supported for capturable=False and foreach=True"
                 require(not isinstance(value, Tensor), unsupported)
 
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        squares = [name for name in super()._moments(group) if "sq" in name]
+        if len(squares) > 1 and "int8" in map(self._form, squares):
+            raise ValueError(
+                "deepfast: amsgrad with a second moment in 8 bits: its maximum would keep what rounding by chance adds "
+                "(updates 5 to 10 % short): keep state_dtype={'exp_avg': 'int8'}"
+            )
+        return super()._moments(group)
+
     def _rule(self, group: dict[str, Any]) -> str:
         return "adam_amsgrad" if group["amsgrad"] else "adam"
 

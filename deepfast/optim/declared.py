@@ -41,7 +41,17 @@ class Declared(torch.optim.Optimizer):
 
     def _counts_steps(self, group: dict[str, Any]) -> bool:
         """Whether it is to be known how many steps a parameter has seen: for the rule, or for random bits."""
-        return RULES[self._rule(group)].counts_steps or self.rounding == "stochastic"
+        return RULES[self._rule(group)].counts_steps or self._by_chance()
+
+    def _by_chance(self) -> bool:
+        """Whether anything is rounded by chance."""
+        asked = self.state_dtype
+        return self.rounding == "stochastic" or "int8" in (asked.values() if isinstance(asked, dict) else (asked,))
+
+    def _form(self, moment: str) -> str:
+        """How a moment is to be kept: a key of ``options.MOMENTS``."""
+        asked = self.state_dtype
+        return asked.get(moment, "fp32") if isinstance(asked, dict) else asked
 
     def _initial(self, group: dict[str, Any]) -> float:
         """What the moments begin at."""

@@ -31,7 +31,8 @@ class Launch:
     parts: Parts | None = None  # whoever has cut the parameters, of which these are this rank's parts
     params: list[Tensor] = dataclasses.field(default_factory=list)
     groups: list[int] = dataclasses.field(default_factory=list)
-    seeds: list[int] = dataclasses.field(default_factory=list)  # where weights are rounded by chance
+    seeds: list[int] = dataclasses.field(default_factory=list)  # where anything is rounded by chance,
+    rounds_weights: bool = False  # weights, too
     waiting: list[Tensor] = dataclasses.field(default_factory=list)  # neither state nor gradient so far
     gradients: int = 0  # found for this step
     overlaps: bool = False  # some parameters lie where others of another launch do
@@ -60,7 +61,7 @@ class Launch:
         if self.sends:
             self._plan.send_to(list(sinks))
         if self.seeds:
-            self._plan.by_chance(self.seeds, [self._first(p) for p in self.params])
+            self._plan.by_chance(self.seeds, [self._first(p) for p in self.params], self.rounds_weights)
         self.flat = any(map(is_flat_shard, self.params))
         if self.flat and self._plan.needs_norms():
             refuse_flat_shards("layer")

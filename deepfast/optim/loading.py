@@ -11,7 +11,7 @@ from torch import Tensor
 from deepfast import reference
 from deepfast.optim.hyper import check_flags
 from deepfast.optim.shards import Shards, copy_into, local
-from deepfast.optim.state import Stateful
+from deepfast.optim.state import Stateful, is_grouped, value_of, wrapped
 
 
 class Loadable(Stateful):
@@ -21,8 +21,8 @@ class Loadable(Stateful):
         """torch's keys, and ``master``; a copy of the dictionaries, the tensors themselves.
 
         Args:
-            compact: masters in the form that they are kept in, too. A split one is worth something only beside its
-                parameter: load that first. Else each is a fp32 tensor, whatever the form: a new one where it is split.
+            compact: masters and moments in the form that they are kept in, too. A split master is worth something only
+                beside its parameter: load that first. Else what is split or in 8 bits is a new fp32 tensor.
         """
         params = dict(enumerate(self._params()))
 
@@ -41,11 +41,9 @@ class Loadable(Stateful):
 
     @torch.no_grad()
     def unpacked(self, p: Tensor, name: str, value: Any) -> Any:
-        """A value of the state of ``p`` in the form in which it travels: a split master as an fp32 tensor."""
-        if name != "master" or not isinstance(value, Tensor) or value.dtype == torch.float32:
-            return value
-        whole, shards = reference.master_value(local(value), local(p)), Shards.of(p)
-        return whole if shards is None else shards.wrap(whole, p)
+        """A value of the state of ``p`` in the form in which it travels: what is split or in 8 bits as fp32."""
+        split = name == "master" and isinstance(value, Tensor) and value.dtype != torch.float32
+        return wrapped(value_of(name, value, p), p) if split or is_grouped(name, value) else value
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads our state_dict or torch's, in place and without loss.
@@ -96,7 +94,10 @@ class Loadable(Stateful):
                     f"deepfast: the loaded state has no {name!r} (it has {', '.join(values or ())}): "
                     f"it is not that of a {type(self).__name__}"
                 )
-            if value is not None and value.shape != p.shape:
+            shape = p.shape
+            if is_grouped(name, value):
+                shape = torch.Size([reference.packed_size(local(p).numel())])
+            if value is not None and value.shape != shape:
                 raise ValueError(
                     f"deepfast: the loaded {name!r} has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}"
                 )
@@ -127,10 +128,12 @@ class Loadable(Stateful):
             self._take_master(p, values.pop("master", None))
             for key, value in values.items():
                 kept = self.state[p].get(key)
-                if isinstance(kept, Tensor):
-                    copy_into(kept, value)
-                else:
+                if not isinstance(kept, Tensor):
                     self.state[p][key] = value.clone() if isinstance(value, Tensor) else value
+                elif is_grouped(key, kept) or is_grouped(key, value):
+                    _take_moment(p, key, kept, value)
+                else:
+                    copy_into(kept, value)
 
     def _take_master(self, p: Tensor, given: Tensor | None) -> None:
         kept = self.state[p].get("master")
@@ -149,6 +152,16 @@ class Loadable(Stateful):
             wide = reference.master_value(there, weight)
         master = local(kept)
         master.copy_(reference.master_of(wide, p.dtype, master.dtype))
+
+
+def _take_moment(p: Tensor, name: str, kept: Tensor, given: Tensor) -> None:
+    """Fills ``kept`` where it, or what is given, is in 8 bits."""
+    if given.dtype == kept.dtype:
+        kept.copy_(given)
+        return
+    whole = wrapped(torch.empty_like(local(p), dtype=torch.float32), p)
+    copy_into(whole, wrapped(value_of(name, given, p), p) if is_grouped(name, given) else given)
+    local(kept).copy_(reference.pack(local(whole), kept.dtype) if is_grouped(name, kept) else local(whole))
 
 
 def _begun(values: dict[str, Any] | None) -> bool:

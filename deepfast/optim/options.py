@@ -21,8 +21,8 @@ from deepfast import ops
 MASTERS = {"auto": torch.int16, "split": torch.int16, "fp32": torch.float32, "none": None}
 """How a master is kept: in full, or as what the 16-bit parameter lacks of it."""
 
-MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "param": None}
-"""How a moment is kept; None: as its parameter."""
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "param": None, "int8": torch.int8}
+"""How a moment is kept; None: as its parameter. In 8 bits, one that is never negative is torch.uint8."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Options:
         moments = self.state_dtype.values() if isinstance(self.state_dtype, dict) else (self.state_dtype,)
         _choose("master", self.master, MASTERS, ("split8",))
         for form in moments:
-            _choose("state_dtype", form, MOMENTS, ("int8",))
+            _choose("state_dtype", form, MOMENTS)
         _choose("rounding", self.rounding, ("nearest", "stochastic"))
         if self.rounding == "stochastic" and self.master != "none":
             raise ValueError("deepfast: rounding='stochastic' is for weights without a master: give master='none', too")

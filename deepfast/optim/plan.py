@@ -111,7 +111,7 @@ class Planned(Stateful):
     def _deal(self, members: Iterable[Member], layers: dict[int, int]) -> list[Launch]:
         """Launches for some parameters, whose state is made where it is missing. layers: see :func:`memory.layers`."""
         launches: dict[Any, Launch] = {}
-        fresh, backend, by_chance = [], self.backend, self.rounding == "stochastic"
+        fresh, backend, by_chance = [], self.backend, self._by_chance()
         for p, number, group, row in members:
             layer = layers.get(id(local(p)))
             launch = self._launch_of(launches, p, p.grad, self._rule(group), backend, Shards.of(p), group, layer)
@@ -172,5 +172,6 @@ class Planned(Stateful):
             moments, counts = self._moments(group), self._counts_steps(group)
             launches[key] = Launch(backend, p.device, rule, moments, counts, shards, parts)
             launches[key].overlaps = layer is not None
+            launches[key].rounds_weights = self.rounding == "stochastic"
         launches[key].passing |= backend is reference and ops.select(usual, p.device, p.dtype) is not reference
         return launches[key]

@@ -18,7 +18,8 @@ from deepfast.optim.shards import Shards, copy_into, is_sharded, local
 from deepfast.reference import RULES
 
 HALF = frozenset((torch.float16, torch.bfloat16))
-_FORMS = ops.KERNEL_DTYPES | {torch.int16}
+_MOMENTS = frozenset(name for rule in RULES.values() for name in rule.keeps)
+_FORMS = ops.KERNEL_DTYPES | {torch.int16} | reference.GROUPED
 
 
 class Stateful(Declared):
@@ -51,7 +52,7 @@ class Stateful(Declared):
                 "before the capture"
             )
         for (device, name, dtype, initial, alone), params in missing.items():
-            like = [p.new_empty((), device="meta") if name == "step" else local(p).detach() for p in params]
+            like = [_model(p, name, dtype) for p in params]
             beside = None if name == "step" else functools.partial(self._streams, params)
             if alone:
                 views = [_zeros_like(t, dtype, self._streams(params, nth)) for nth, t in enumerate(like)]
@@ -60,10 +61,11 @@ class Stateful(Declared):
             for p, t in zip(params, views, strict=True):
                 if name == "master":
                     self._fill_master(p, t)
+                elif initial and dtype in reference.GROUPED:
+                    t.copy_(reference.pack(torch.full(local(p).shape, initial, device=device), dtype))
                 elif initial:
                     t.fill_(complex(initial, initial) if dtype.is_complex else initial)
-                shards = Shards.of(p) if alone else None
-                self.state[p][name] = t if shards is None else shards.wrap(t, p)
+                self.state[p][name] = wrapped(t, p) if alone else t
 
     def _streams(self, params: list[Tensor], nth: int) -> list[Tensor]:
         """What a step of the nth of ``params`` walks side by side, so far as it is there."""
@@ -117,8 +119,10 @@ class Stateful(Declared):
             return torch.float32 if split is not None and is_wrapper(local(p)) else split
         if p.is_complex() or p.dtype == torch.float64:
             return p.dtype
-        form = self.state_dtype
-        return MOMENTS[form.get(name, "fp32") if isinstance(form, dict) else form] or p.dtype
+        form = self._form(name)
+        if form == "int8":
+            return torch.float32 if is_wrapper(local(p)) else reference.grouped_dtype(name)
+        return MOMENTS[form] or p.dtype
 
     def _mended(self, name: str, value: Any, p: Tensor) -> Any:
         """A value of the state of ``p``, itself if ``p`` can use it; None if there is none."""
@@ -127,7 +131,8 @@ class Stateful(Declared):
         if name == "step":
             return value if _is_count(value, p) else torch.tensor(float(value), dtype=_count_dtype(p), device=p.device)
         dtype = self._dtype_of(name, p)
-        if dtype not in (None, value.dtype) and value.dtype in _FORMS and p.dtype in ops.KERNEL_DTYPES:
+        known = value.dtype in _FORMS and p.dtype in ops.KERNEL_DTYPES
+        if dtype not in (None, value.dtype) and (known or is_grouped(name, value)):
             value = _converted(name, value, p, dtype)
         return value if _is_special(p) or graphs.capturing(p.device) else memory.in_order_of(value, p)
 
@@ -208,13 +213,42 @@ def _is_count(step: Any, p: Tensor) -> bool:
     return isinstance(step, Tensor) and step.dtype in known and step.numel() == 1 and step.device == p.device
 
 
+def _model(p: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """A tensor of the shape, and in the order, that a value of the state of ``p`` has on this rank."""
+    if name == "step":
+        return p.new_empty((), device="meta")
+    if dtype in reference.GROUPED:
+        return p.new_empty(reference.packed_size(local(p).numel()), device="meta")
+    return local(p).detach()
+
+
+def wrapped(t: Tensor, p: Tensor) -> Tensor:
+    """A value of the state of ``p`` as it is kept: of a DTensor's a DTensor, unless it is in groups."""
+    shards = None if t.dtype in reference.GROUPED else Shards.of(p)
+    return t if shards is None else shards.wrap(t, p)
+
+
+def is_grouped(name: str, value: Any) -> bool:
+    """Whether a value of a parameter's state is a moment in 8 bits."""
+    return name in _MOMENTS and isinstance(value, Tensor) and value.dtype in reference.GROUPED
+
+
+def value_of(name: str, value: Tensor, p: Tensor) -> Tensor:
+    """This rank's part of a master or moment of ``p`` in full, whatever form it is kept in."""
+    if is_grouped(name, value):
+        return reference.unpack(value, local(p).shape)
+    return reference.master_value(local(value), local(p)) if name == "master" else local(value)
+
+
 def _converted(name: str, value: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
     """A master or moment that was kept in another form."""
-    new, shard, shards = local(value), local(p), Shards.of(p)
+    new, shard = value_of(name, value, p), local(p)
     if name == "master":
-        new = reference.master_of(reference.master_value(new, shard), p.dtype, dtype)
-    made = memory.zeros_like_each([shard], dtype, shard.device)[0].copy_(new)
-    return made if shards is None else shards.wrap(made, p)
+        new = reference.master_of(new, p.dtype, dtype)
+    elif dtype in reference.GROUPED:
+        new = reference.pack(new, dtype)  # to nearest
+    made = memory.zeros_like_each([_model(p, name, dtype)], dtype, shard.device)[0].copy_(new)
+    return wrapped(made, p)
 
 
 def _count_dtype(p: Tensor) -> torch.dtype:

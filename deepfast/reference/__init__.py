@@ -7,10 +7,12 @@ None of them reads a value back to the host.
 
 from deepfast.reference.codec import master_of, master_value, refresh, round_master
 from deepfast.reference.formulas import RULES, Rule
+from deepfast.reference.int8 import GROUPED, grouped_dtype, pack, packed_size, unpack
 from deepfast.reference.operators import accumulate_, decide_, reduced, scaler_update_, statistics
 from deepfast.reference.plan import KEPT, RESET, WRITTEN, Plan, Range, check_distinct, detach, leave, mark, step_
 
 __all__ = [
+    "GROUPED",
     "KEPT",
     "RESET",
     "RULES",
@@ -22,14 +24,18 @@ __all__ = [
     "check_distinct",
     "decide_",
     "detach",
+    "grouped_dtype",
     "leave",
     "mark",
     "master_of",
     "master_value",
+    "pack",
+    "packed_size",
     "reduced",
     "refresh",
     "round_master",
     "scaler_update_",
     "statistics",
     "step_",
+    "unpack",
 ]

@@ -89,6 +89,10 @@ def _lamb(p: Tensor, direction: Tensor, norms: Tensor, hyper: Tensor) -> Tensor:
     return p - (lr * ratio).to(p.dtype) * direction
 
 
+NEVER_NEGATIVE = frozenset(("exp_avg_sq", "max_exp_avg_sq", "sum"))
+"""Of the moments, those that are sums or averages of squares."""
+
+
 class Rule(NamedTuple):
     keeps: tuple[str, ...]  # moments, by the names that they have in torch's state
     # (parameter, gradient, moments, step count, hyperparameters) -> new parameter; the moments are updated in place

@@ -19,6 +19,13 @@ def _signed(x: int) -> int:
     return (x + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
+def _key(seed: int, step: Tensor) -> Tensor:
+    x = step.reshape(()).to(torch.int64) * _signed(0x9E3779B97F4A7C15) + _signed(seed)
+    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shifted(x, 31)
+
+
 def noise(seed: int, step: Tensor, first: int, like: Tensor) -> Tensor:
     """int64, of the shape of ``like``: 32 random bits for each element, counted as they lie in memory, from ``first``.
 
@@ -26,10 +33,7 @@ def noise(seed: int, step: Tensor, first: int, like: Tensor) -> Tensor:
         seed: the parameter's, 64 bits.
         step: how many steps it has seen, this one included; one value.
     """
-    x = step.reshape(()).to(torch.int64) * _signed(0x9E3779B97F4A7C15) + _signed(seed)
-    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
-    x = x ^ _shifted(x, 31)
+    x = _key(seed, step)
     before, between = x & _WORD, _shifted(x, 32)
     i = torch.empty_like(like, dtype=torch.int64)
     flat = torch.arange(first, first + like.numel(), device=like.device)
@@ -37,6 +41,13 @@ def noise(seed: int, step: Tensor, first: int, like: Tensor) -> Tensor:
     i = (i ^ i >> 16) * 0x7FEB352D & _WORD
     i = (i ^ i >> 15 ^ between) * 0x846CA68B & _WORD
     return i ^ i >> 16
+
+
+def dither(seed: int, step: Tensor, moment: int, first: int, numel: int) -> Tensor:
+    """int64 [numel]: the cheaper bits of a moment, by its place among the rule's; the rest as in ``noise``."""
+    moment_seed = (seed + (moment + 1) * 0xE7037ED1A0B428DB) % (1 << 64)
+    key = _key(moment_seed, step) & _WORD
+    return key + torch.arange(first, first + numel, device=step.device) * 0x9E3779B9 & _WORD
 
 
 def stochastic(x: Tensor, dtype: torch.dtype, chance: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from deepfast.reference.codec import master_of, master_value, real, refresh, round_master, wide
 from deepfast.reference.formulas import RULES
-from deepfast.reference.noise import noise, stochastic
+from deepfast.reference.int8 import GROUPED, pack, unpack
+from deepfast.reference.noise import dither, noise, stochastic
 from deepfast.reference.operators import decide_, statistics
 
 
@@ -71,7 +72,8 @@ class Plan:
         params: n tensors, any floating dtype and layout.
         masters: n tensors, fp32, or int16 where they are split (``csrc/codec/split.h``); an empty one where there is
             none.
-        moments: as many times n as the rule keeps, all first moments first, in the types they are stored in.
+        moments: as many times n as the rule keeps, all first moments first, in the types they are stored in; in 8 bits
+            as :mod:`deepfast.reference.int8` says.
         steps: n one-element tensors, or none where neither the rule counts nor chance is asked for.
         groups: int32 [n], or a list, each parameter's row of hyperparameters.
 
@@ -101,14 +103,16 @@ class Plan:
         self._stepped: list[int] = []
         self._after = KEPT
         self._directions: list[Tensor] = []
-        self._chance: list[tuple[int, int]] = []
+        self._chance = [(0, 0)] * len(params)
+        self._rounds_weights = False
 
-    def by_chance(self, seeds: Sequence[int], first: Sequence[int]) -> None:
-        """From now on weights without a master are rounded by chance (``csrc/codec/noise.h``).
+    def by_chance(self, seeds: Sequence[int], first: Sequence[int], weights: bool) -> None:
+        """Of what is rounded by chance (``csrc/codec/noise.h``): moments in 8 bits; step counts are needed.
 
-        seeds: 64 bits for each parameter. first: where in the whole one its first element is. Step counts are needed.
+        seeds: 64 bits for each parameter. first: where in the whole one its first element is. weights: those without a
+        master are rounded so, too.
         """
-        self._chance = list(zip(seeds, first, strict=True))
+        self._chance, self._rounds_weights = list(zip(seeds, first, strict=True)), weights
 
     def needs_norms(self) -> bool:
         return self._rule.adapt is not None
@@ -188,17 +192,27 @@ class Plan:
         """Moves the moments of parameter ``i`` on, unless the step is skipped. Returns what the formula gives."""
         multiplier, found_inf, _ = record.unbind()
         p = self._weight(i)
-        moments = [real(_held(m)) for m in self._moments[i :: len(self._kinds)][: self._rule.moments]]
-        new_moments = [wide(m).clone() for m in moments]
+        kept = self._kept(i)
+        new_moments = [self._moment(m, i).clone() for m in kept]
         g = wide(grad.resolve_conj()).to(p.dtype) * (multiplier * row[0]).to(p.dtype)
         counts = self._rule.counts_steps
         t = (_held(self._steps[i]) + 1).double().reshape(()) if counts else torch.zeros((), device=p.device)
         new = self._rule.formula(p, g, new_moments, t, row[1:])
-        for old, updated in zip(moments, new_moments, strict=True):
+        for nth, (old, updated) in enumerate(zip(kept, new_moments, strict=True)):
+            if old.dtype in GROUPED:
+                (seed, first), steps = self._chance[i], _held(self._steps[i]) + 1
+                updated = pack(updated, old.dtype, dither(seed, steps, nth, first, updated.numel()))
             old.copy_(torch.where(found_inf > 0, old, updated.to(old.dtype)))
         if self._rule.direction is not None:  # of the moments as they are stored
-            new = self._rule.direction(p, [wide(m) for m in moments], t, row[1:])
+            new = self._rule.direction(p, [self._moment(m, i) for m in kept], t, row[1:])
         return new
+
+    def _kept(self, i: int) -> list[Tensor]:
+        """The moments of parameter ``i`` as they are stored."""
+        return [real(_held(m)) for m in self._moments[i :: len(self._kinds)][: self._rule.moments]]
+
+    def _moment(self, kept: Tensor, i: int) -> Tensor:
+        return unpack(kept, self._params[i].shape) if kept.dtype in GROUPED else wide(kept)
 
     def norms(self, hyper: Tensor, lrs: Sequence[Tensor | None], record: Tensor) -> Tensor:
         """fp64 [gradients, 2]: sums of squares of each parameter and its direction. Moves the moments on."""
@@ -228,9 +242,11 @@ class Plan:
             else:
                 new = self._rule.adapt(p, self._directions[nth], norms[nth], row[1:])
             new = torch.where(skipped, p, new)
-            if kept is None and self._chance and param.dtype in (torch.float16, torch.bfloat16):
+            if kept is None and self._rounds_weights and param.dtype in (torch.float16, torch.bfloat16):
                 seed, first = self._chance[i]
-                chance = noise(seed, _held(self._steps[i]) + 1, first, param) >> 16
+                grouped = any(m.dtype in GROUPED for m in self._kept(i))  # their order is the parameter's, row after row
+                like = torch.empty(param.shape, device=param.device) if grouped else param
+                chance = noise(seed, _held(self._steps[i]) + 1, first, like) >> 16
                 param.copy_(torch.where(skipped, param, stochastic(new, param.dtype, chance)))
             elif kept is None:
                 real(param).copy_(new)
