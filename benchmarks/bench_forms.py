@@ -46,6 +46,8 @@ CONTENDERS: dict[str, tuple[torch.dtype, Make]] = {
     "deepfast_fp32_master": (BF16, ours(master="fp32")),
     "deepfast_bf16_moments": (BF16, ours(state_dtype="bf16")),
     "deepfast_bf16_moments_in_backward": (BF16, released(state_dtype="bf16")),
+    "deepfast_int8_moments": (BF16, ours(state_dtype="int8")),
+    "deepfast_int8_moments_in_backward": (BF16, released(state_dtype="int8")),
     "deepfast_stochastic_rounding": (BF16, ours(master="none", rounding="stochastic")),
     "torch_parts": (BF16, recipe(torchs("AdamW", eps=EPS)["torch_fused"]).make),
     "torch_fused_no_master": (BF16, torchs("AdamW", eps=EPS)["torch_fused"].make),
@@ -53,6 +55,7 @@ CONTENDERS: dict[str, tuple[torch.dtype, Make]] = {
     "bitsandbytes_8bit_no_master": (BF16, of("bitsandbytes.optim", "AdamW8bit").make),
     "deepfast_fp32": (FP32, ours()),
     "deepfast_fp32_bf16_moments": (FP32, ours(state_dtype="bf16")),
+    "deepfast_fp32_int8_moments": (FP32, ours(state_dtype="int8")),
     "torch_fused_fp32": (FP32, torchs("AdamW", eps=EPS)["torch_fused"].make),
 }
 

@@ -31,6 +31,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "bf16, split master": ("bf16", {"master": "split"}),
     "fp16, split master": ("fp16", {"master": "split"}),
     "bf16, split master, bf16 moments": ("bf16", {"master": "split", "state_dtype": "bf16"}),
+    "bf16, split master, int8 moments": ("bf16", {"master": "split", "state_dtype": "int8"}),
     "bf16, no master, stochastic rounding": ("bf16", {"master": "none", "rounding": "stochastic"}),
     "bf16, no master": ("bf16", {"master": "none"}),
 }

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import deepfast
+from deepfast import reference
 
 SHAPES = [(9, 6), (3, 5), (1, 4), (700, 3)]  # uneven, and with less rows than ranks
 
@@ -103,6 +104,31 @@ def check_other_forms():
             assert torch.equal(a.get_master(p).full_tensor(), b.get_master(q))
         copied = a.state_dict()["state"]
         assert all(v["master"].dtype == torch.float32 for v in copied.values() if "master" in v)
+
+
+def check_8_bits():
+    """Groups are those of a rank's own elements; what leaves it is a DTensor in full."""
+    mesh, _ = MESHES["1d"]
+    for placement in (Shard(0), Shard(1)):
+        sharded, a, plain, b = make("Adam", mesh, (placement,), torch.bfloat16, state_dtype="int8")
+        for i in range(3):
+            give(sharded, plain, i)
+            a.step(), b.step()
+        equal(sharded, plain, 1e-2)
+        saved = {compact: copy.deepcopy(a.state_dict(compact=compact)) for compact in (False, True)}
+        for p, q, state in zip(sharded, plain, saved[True]["state"].values(), strict=True):
+            assert a.state[p]["exp_avg"].numel() == reference.packed_size(p.to_local().numel())
+            assert state["exp_avg_sq"].placements == p.placements
+            exact = b.unpacked(q, "exp_avg_sq", b.state[q]["exp_avg_sq"])
+            torch.testing.assert_close(state["exp_avg_sq"].full_tensor(), exact, rtol=0.2, atol=1e-6)
+        again = [nn.Parameter(p.detach().clone()) for p in sharded]
+        c = deepfast.Adam(again, **{**a.defaults, "lr": 0.01})
+        c.load_state_dict(saved[False])
+        for i in range(3, 5):
+            give(sharded, plain, i), give(again, plain, i)
+            a.step(), c.step()
+        assert all(torch.equal(p.to_local(), q.to_local()) for p, q in zip(sharded, again, strict=True))
+        b.load_state_dict(saved[False])  # of whole parameters
 
 
 def check_mixed_with_plain_parameters():
@@ -313,6 +339,7 @@ CHECKS = {
     "one rank's overflow skips all": check_one_ranks_overflow_skips_all,
     "gradients that lie differently": check_gradients_that_lie_differently,
     "other forms": check_other_forms,
+    "8 bits": check_8_bits,
     "writes from outside": check_writes_from_outside,
     "state dicts": check_state_dicts,
     "the plan is kept": check_the_plan_is_kept,

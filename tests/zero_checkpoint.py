@@ -16,7 +16,12 @@ from zero_ranks import RANK, SIZE, Net, kept, same, train
 
 import deepfast
 
-OPTIMIZERS = {"AdamW": {"amsgrad": True}, "LAMB": {}, "SGD": {"momentum": 0.9}}
+OPTIMIZERS = {
+    "AdamW": {"amsgrad": True},
+    "LAMB": {},
+    "SGD": {"momentum": 0.9},
+    "Adam": {"state_dtype": "int8"},
+}
 
 
 def engine_of(name, stage):

@@ -131,6 +131,7 @@ def kept(engine):
         for key, value in engine.optimizer.state.get(part.mine, {}).items():
             if key == "master":
                 value = engine.optimizer.get_master(part.mine)
+            value = engine.optimizer.unpacked(part.mine, key, value)
             found[f"{names[part.whole]}.{key}"] = whole(part, value)
     found["norm"] = torch.tensor(engine.get_global_grad_norm())
     found["scale"] = torch.tensor(engine.loss_scale)
@@ -192,6 +193,8 @@ CASES = {
     "fp32 master": (DTYPES["fp16"], 1, {"arguments": {"master": "fp32"}}),
     "bf16 moments": (DTYPES["bf16"], 3, {"arguments": {"state_dtype": "bf16"}}),
     "LAMB, bf16 moments": (DTYPES["fp16"], 1, {"optimizer": "LAMB", "arguments": {"state_dtype": "bf16"}}),
+    "int8 moments": (DTYPES["bf16"], 2, {"arguments": {"state_dtype": "int8", "amsgrad": False}}),
+    "LAMB, int8 moments": (DTYPES["fp16"], 1, {"optimizer": "LAMB", "arguments": {"state_dtype": "int8"}}),
     "by chance": (DTYPES["bf16"], 1, {"optimizer": "Lion", "arguments": {"master": "none", "rounding": "stochastic"}}),
     "no master": (DTYPES["fp16"], 1, {"optimizer": "SGD", "arguments": {"master": "none", "lr": 0.1}}),
     **{f"{name} bf16": ({**DTYPES["bf16"], "gradient_clipping": 0.5}, 1, {"optimizer": name}) for name in NAMES},

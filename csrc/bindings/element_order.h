@@ -18,12 +18,11 @@ class ElementOrder {
  public:
   explicit ElementOrder(at::Device device) : device_(device) {}
 
-  // From here on, the order of `param`: its own where it is dense in memory, else the contiguous one, which may be
-  // asked for, too. `param` stays.
-  void follow(const Tensor& param, bool contiguous = false) {
+  // From here on, the order of `param`: its own where it is dense in memory, else the contiguous one. `param` stays.
+  void follow(const Tensor& param) {
     sizes_ = param.sizes();
     strides_ = param.strides();
-    if (!param.is_contiguous() && (contiguous || !param.is_non_overlapping_and_dense())) {
+    if (!param.is_contiguous() && !param.is_non_overlapping_and_dense()) {
       copies_.push_back(param.new_empty(sizes_));
       strides_ = copies_.back().strides();
     }

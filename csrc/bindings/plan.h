@@ -227,7 +227,7 @@ class Plan : public torch::CustomClassHolder {
       grouped |= is_grouped(span.moment_dtype[k]);
     }
     TORCH_CHECK(!grouped || entry.has(Entry::kStep), "deepfast: moments in 8 bits need step counts");
-    order_.follow(param, grouped);  // a group is the same elements, however they lie
+    order_.follow(param);
     const size_t copies = order_.copies();
     span.param_dtype = entry.dtype;
     span.group = entry.group;

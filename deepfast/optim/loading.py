@@ -11,7 +11,7 @@ from torch import Tensor
 from deepfast import reference
 from deepfast.optim.hyper import check_flags
 from deepfast.optim.shards import Shards, copy_into, local
-from deepfast.optim.state import Stateful, is_grouped, value_of, wrapped
+from deepfast.optim.state import Stateful, fill_grouped, is_grouped, stands_alone, value_of, wrapped
 
 
 class Loadable(Stateful):
@@ -22,15 +22,17 @@ class Loadable(Stateful):
 
         Args:
             compact: masters and moments in the form that they are kept in, too. A split master is worth something only
-                beside its parameter: load that first. Else what is split or in 8 bits is a new fp32 tensor.
+                beside its parameter: load that first. Else what is split or in 8 bits is a new fp32 tensor. (In 8 bits,
+                that of a DTensor, or of a parameter that does not lie row after row, always is.)
         """
         params = dict(enumerate(self._params()))
 
         def unwatch(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
             state = {k: dict(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
-            for key, p in params.items() if not compact else ():
-                if isinstance(values := state.get(key), dict):
-                    values.update((name, self.unpacked(p, name, value)) for name, value in values.items())
+            for key, p in params.items():
+                for name, value in dict(values).items() if isinstance(values := state.get(key), dict) else ():
+                    if not compact or (is_grouped(name, value) and not stands_alone(value, p)):
+                        values[name] = self.unpacked(p, name, value)
             state_dict["state"] = state
 
         first = self.register_state_dict_post_hook(unwatch, prepend=True)  # the user's may make anything of it
@@ -156,12 +158,12 @@ class Loadable(Stateful):
 
 def _take_moment(p: Tensor, name: str, kept: Tensor, given: Tensor) -> None:
     """Fills ``kept`` where it, or what is given, is in 8 bits."""
-    if given.dtype == kept.dtype:
-        kept.copy_(given)
-        return
     whole = wrapped(torch.empty_like(local(p), dtype=torch.float32), p)
     copy_into(whole, wrapped(value_of(name, given, p), p) if is_grouped(name, given) else given)
-    local(kept).copy_(reference.pack(local(whole), kept.dtype) if is_grouped(name, kept) else local(whole))
+    if is_grouped(name, kept):
+        fill_grouped(kept, local(whole), p)
+    else:
+        local(kept).copy_(local(whole))
 
 
 def _begun(values: dict[str, Any] | None) -> bool:

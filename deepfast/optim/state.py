@@ -55,14 +55,14 @@ class Stateful(Declared):
             like = [_model(p, name, dtype) for p in params]
             beside = None if name == "step" else functools.partial(self._streams, params)
             if alone:
-                views = [_zeros_like(t, dtype, self._streams(params, nth)) for nth, t in enumerate(like)]
+                views = [_zeros_like(t, dtype, device, self._streams(params, nth)) for nth, t in enumerate(like)]
             else:
                 views = memory.zeros_like_each(like, dtype, device, beside)
             for p, t in zip(params, views, strict=True):
                 if name == "master":
                     self._fill_master(p, t)
-                elif initial and dtype in reference.GROUPED:
-                    t.copy_(reference.pack(torch.full(local(p).shape, initial, device=device), dtype))
+                elif dtype in reference.GROUPED:
+                    fill_grouped(t, torch.full(local(p).shape, initial, device=device), p)
                 elif initial:
                     t.fill_(complex(initial, initial) if dtype.is_complex else initial)
                 self.state[p][name] = wrapped(t, p) if alone else t
@@ -132,8 +132,11 @@ class Stateful(Declared):
             return value if _is_count(value, p) else torch.tensor(float(value), dtype=_count_dtype(p), device=p.device)
         dtype = self._dtype_of(name, p)
         known = value.dtype in _FORMS and p.dtype in ops.KERNEL_DTYPES
-        if dtype not in (None, value.dtype) and (known or is_grouped(name, value)):
+        grouped = is_grouped(name, value)
+        if dtype not in (None, value.dtype) and (known or grouped):
             value = _converted(name, value, p, dtype)
+        elif grouped and _order(value) != reference.order_of(local(p)):
+            value = _converted(name, value, p, value.dtype)
         return value if _is_special(p) or graphs.capturing(p.device) else memory.in_order_of(value, p)
 
     @torch.no_grad()
@@ -218,7 +221,7 @@ def _model(p: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     if name == "step":
         return p.new_empty((), device="meta")
     if dtype in reference.GROUPED:
-        return p.new_empty(reference.packed_size(local(p).numel()), device="meta")
+        return local(p).new_empty(reference.packed_size(local(p).numel()), device="meta")
     return local(p).detach()
 
 
@@ -226,6 +229,24 @@ def wrapped(t: Tensor, p: Tensor) -> Tensor:
     """A value of the state of ``p`` as it is kept: of a DTensor's a DTensor, unless it is in groups."""
     shards = None if t.dtype in reference.GROUPED else Shards.of(p)
     return t if shards is None else shards.wrap(t, p)
+
+
+def _order(packed: Tensor) -> reference.Order | None:
+    """In which order the elements of a moment in 8 bits are counted: that which its parameter had when it was made."""
+    return getattr(packed, "order", None)
+
+
+def stands_alone(packed: Tensor, p: Tensor) -> bool:
+    """Whether a moment of ``p`` in 8 bits says all: neither how ``p`` lies nor which part of it this is, is asked."""
+    return _order(packed) is None and not is_sharded(p)
+
+
+def fill_grouped(packed: Tensor, value: Tensor, p: Tensor) -> None:
+    """Writes what is to be a moment of ``p`` in 8 bits, rounded to nearest, in the order in which ``p`` lies."""
+    order = reference.order_of(local(p))
+    packed.copy_(reference.pack(value, packed.dtype, order=order))
+    if order != _order(packed):
+        packed.order = order  # type: ignore[attr-defined]
 
 
 def is_grouped(name: str, value: Any) -> bool:
@@ -236,18 +257,18 @@ def is_grouped(name: str, value: Any) -> bool:
 def value_of(name: str, value: Tensor, p: Tensor) -> Tensor:
     """This rank's part of a master or moment of ``p`` in full, whatever form it is kept in."""
     if is_grouped(name, value):
-        return reference.unpack(value, local(p).shape)
+        return reference.unpack(value, local(p).shape, _order(value))
     return reference.master_value(local(value), local(p)) if name == "master" else local(value)
 
 
 def _converted(name: str, value: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
     """A master or moment that was kept in another form."""
     new, shard = value_of(name, value, p), local(p)
-    if name == "master":
-        new = reference.master_of(new, p.dtype, dtype)
-    elif dtype in reference.GROUPED:
-        new = reference.pack(new, dtype)  # to nearest
-    made = memory.zeros_like_each([_model(p, name, dtype)], dtype, shard.device)[0].copy_(new)
+    (made,) = memory.zeros_like_each([_model(p, name, dtype)], dtype, shard.device)
+    if dtype in reference.GROUPED:
+        fill_grouped(made, new, p)
+    else:
+        made.copy_(reference.master_of(new, p.dtype, dtype) if name == "master" else new)
     return wrapped(made, p)
 
 
@@ -257,7 +278,7 @@ def _count_dtype(p: Tensor) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def _zeros_like(t: Tensor, dtype: torch.dtype, beside: list[Tensor]) -> Tensor:
+def _zeros_like(t: Tensor, dtype: torch.dtype, device: torch.device, beside: list[Tensor]) -> Tensor:
     if is_wrapper(t):
         return torch.zeros_like(t, dtype=dtype)
-    return memory.zeros_like_each([t], dtype, t.device, lambda _: beside)[0]
+    return memory.zeros_like_each([t], dtype, device, lambda _: beside)[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deepfast.reference.codec import master_of, master_value, real, refresh, round_master, wide
 from deepfast.reference.formulas import RULES
-from deepfast.reference.int8 import GROUPED, pack, unpack
+from deepfast.reference.int8 import GROUPED, order_of, pack, unpack
 from deepfast.reference.noise import dither, noise, stochastic
 from deepfast.reference.operators import decide_, statistics
 
@@ -201,7 +201,8 @@ class Plan:
         for nth, (old, updated) in enumerate(zip(kept, new_moments, strict=True)):
             if old.dtype in GROUPED:
                 (seed, first), steps = self._chance[i], _held(self._steps[i]) + 1
-                updated = pack(updated, old.dtype, dither(seed, steps, nth, first, updated.numel()))
+                chance = dither(seed, steps, nth, first, updated.numel())
+                updated = pack(updated, old.dtype, chance, order_of(self._params[i]))
             old.copy_(torch.where(found_inf > 0, old, updated.to(old.dtype)))
         if self._rule.direction is not None:  # of the moments as they are stored
             new = self._rule.direction(p, [self._moment(m, i) for m in kept], t, row[1:])
@@ -212,7 +213,8 @@ class Plan:
         return [real(_held(m)) for m in self._moments[i :: len(self._kinds)][: self._rule.moments]]
 
     def _moment(self, kept: Tensor, i: int) -> Tensor:
-        return unpack(kept, self._params[i].shape) if kept.dtype in GROUPED else wide(kept)
+        param = self._params[i]
+        return unpack(kept, param.shape, order_of(param)) if kept.dtype in GROUPED else wide(kept)
 
     def norms(self, hyper: Tensor, lrs: Sequence[Tensor | None], record: Tensor) -> Tensor:
         """fp64 [gradients, 2]: sums of squares of each parameter and its direction. Moves the moments on."""
@@ -244,9 +246,7 @@ class Plan:
             new = torch.where(skipped, p, new)
             if kept is None and self._rounds_weights and param.dtype in (torch.float16, torch.bfloat16):
                 seed, first = self._chance[i]
-                grouped = any(m.dtype in GROUPED for m in self._kept(i))  # their order is the parameter's, row after row
-                like = torch.empty(param.shape, device=param.device) if grouped else param
-                chance = noise(seed, _held(self._steps[i]) + 1, first, like) >> 16
+                chance = noise(seed, _held(self._steps[i]) + 1, first, param) >> 16
                 param.copy_(torch.where(skipped, param, stochastic(new, param.dtype, chance)))
             elif kept is None:
                 real(param).copy_(new)

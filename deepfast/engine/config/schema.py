@@ -30,7 +30,7 @@ class Bf16(Section):
     enabled: bool = Field(False, description="train with bf16 weights and gradients (`bf16: true` for short)")
 
 
-_MomentForm = Literal["fp32", "bf16", "param"]
+_MomentForm = Literal["fp32", "bf16", "param", "int8"]
 
 
 class OptimizerParams(Section):
@@ -53,7 +53,7 @@ class OptimizerParams(Section):
         "auto", description="how the fp32 value of a 16-bit weight is kept: `auto` is `split`, in two bytes"
     )
     state_dtype: _MomentForm | dict[str, _MomentForm] = Field(
-        "fp32", description='how moments are kept: `fp32`, `bf16`, `param`, or `{"exp_avg": "bf16"}`'
+        "fp32", description='how moments are kept: `fp32`, `bf16`, `int8`, `param`, or `{"exp_avg": "bf16"}`'
     )
     rounding: Literal["nearest", "stochastic"] = Field("nearest", description="of weights with `master: none`")
 
