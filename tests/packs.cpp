@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "../csrc/cpu/int8.h"
 #include "../csrc/cpu/pack.h"
 #include "../csrc/math/numeric.h"
 
@@ -109,6 +110,37 @@ void check_chance(const char* what, const std::vector<float>& x, DType dtype) {
   }
 }
 
+// Groups of values of every size, in 8 bits and back.
+template <bool kSigned>
+void check_groups(const char* what, const std::vector<float>& x) {
+  const Dither dither = Dither::of(3, 7, 1);
+  alignas(64) float values[kGroup], decoded[kGroup];
+  for (size_t i = 0; i + kGroup <= x.size(); i += kGroup) {
+    uint8_t codes[kGroup];
+    uint16_t word;
+    uint32_t greatest = 0, negated = 0;
+    const float scale = i % 3 ? 1.0f : 0x1p-60f;
+    for (int k = 0; k < kGroup; ++k) {
+      // A few of any size; else within some octaves of each other, as moments are.
+      const float near = from_bits((to_bits(x[i]) & 0x7f800000u) ^ (to_bits(x[i + k]) & 0x83ffffffu));
+      values[k] = (i % 5 ? near : x[i + k]) * scale;
+      if (!kSigned) values[k] = magnitude(values[k]);
+      const uint32_t size = to_bits(magnitude(values[k]));
+      greatest = greater(greatest, size);
+      negated = greater(negated, 0u - size);
+    }
+    const Groups groups = {codes, &word};
+    groups.encode_from<kSigned>(values, 1, dither, static_cast<uint32_t>(i));
+    require(word == Int8<kSigned>::word_of(greatest, negated), what, greatest, negated, word);
+    const auto form = Int8<kSigned>::of(word);
+    groups.decode_to<kSigned>(decoded, 1);
+    for (int k = 0; k < kGroup; ++k) {
+      require(codes[k] == form.encode(values[k], dither.bits(static_cast<uint32_t>(i + k))), what, values[k], word, k);
+      require(to_bits(decoded[k]) == to_bits(form.decode(codes[k])), what, codes[k], word, decoded[k]);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -138,5 +170,7 @@ int main() {
   check_split<SplitBf16, Bf16>("a split bf16", x, DType::kBFloat16);
   check_chance<Fp16>("fp16 by chance", x, DType::kFloat16);
   check_chance<Bf16>("bf16 by chance", x, DType::kBFloat16);
+  check_groups<true>("a signed group", x);
+  check_groups<false>("a group that is never negative", x);
   std::printf("%d at once\n", kWide);
 }

@@ -48,6 +48,7 @@ def train(net, optimizer, steps=5, scheduler=None):
         (torch.float32, {}),
         (torch.float32, {"state_dtype": "bf16"}),
         (torch.bfloat16, {}),
+        (torch.bfloat16, {"state_dtype": {"exp_avg": "int8", "momentum_buffer": "int8", "sum": "int8"}}),
         (torch.bfloat16, {"master": "none", "rounding": "stochastic"}),
     ],
 )
