@@ -110,7 +110,7 @@ def step(backend: str, name: str, numel: int, peer: bool) -> None:
     if peer:
         theirs = getattr(torch.optim, name.split(maxsplit=1)[0])
         cases["torch fused"] = theirs(parameters(numel, torch.float32), fused=True, **options).step
-    figure(f"{name}, fp32, {numel // M}M, {backend}", cases, moved * numel)
+    figure(f"{name}, fp32, {numel // M}M, {backend}", cases, int(moved * numel))
 
 
 def gradient_statistics(backend: str, dtype: torch.dtype, numel: int) -> None:
@@ -126,10 +126,11 @@ def gradient_statistics(backend: str, dtype: torch.dtype, numel: int) -> None:
 
 # What a full step of 16-bit weights is asked beside, and the bytes it moves: gradients read twice and reset, weights,
 # masters and moments read and written (a weight with an fp32 master is only written).
-FORMS: dict[str, tuple[dict[str, str], int]] = {
+FORMS: dict[str, tuple[dict[str, str], float]] = {
     "": ({}, 30),
     ", fp32 master": ({"master": "fp32"}, 32),
     ", bf16 moments": ({"state_dtype": "bf16"}, 22),
+    ", int8 moments": ({"state_dtype": "int8"}, 14 + 4 * 66 / 64),
     ", stochastic rounding": ({"master": "none", "rounding": "stochastic"}, 26),
 }
 

@@ -70,6 +70,7 @@ FORMS = {
     "bf16, split master": "deepfast",
     "fp16, split master": "",
     "bf16, split master, bf16 moments": "deepfast_bf16_moments",
+    "bf16, split master, int8 moments": "deepfast_int8_moments",
     "bf16, no master, stochastic rounding": "deepfast_stochastic_rounding",
     "bf16, no master": "",
 }

@@ -27,7 +27,7 @@ class Adam(Optimizer):
     ``max_exp_avg_sq`` (parameter's shape, fp32; fp64 for fp64 parameters), and ``master`` (fp32) for 16-bit ones.
 
     Raises:
-        ValueError: for a hyperparameter out of range.
+        ValueError: for a hyperparameter out of range, and for amsgrad with second moments in 8 bits.
     """
 
     def __init__(

@@ -33,10 +33,12 @@ class Optimizer(Loadable, Planned):
             an int16 tensor with what it lacks (``csrc/codec/split.h``: exact but for fp16 below 2^-17, where it is off
             by at most 2^-40); "fp32": as an fp32 tensor in the state; "none": nowhere, the parameter itself is updated
             and rounded to nearest even, as in torch; a warning says once if most updates are lost to that.
-        state_dtype: how moments are kept: "fp32", "bf16" (rounded to nearest even), or "param", in the parameter's
-            type; or a dictionary with one of these for each moment by its name ({"exp_avg": "bf16"}), others in fp32.
-            (A bf16 moment that should fall by less than 0.2 to 0.4 % a step stays: no second one with beta2 > 0.996.)
-            Moments of fp64 and complex parameters are always of their type.
+        state_dtype: how moments are kept: "fp32", "bf16" (rounded to nearest even), "int8" (in groups of 64 elements,
+            1.03 bytes each, rounded by chance: ``csrc/codec/int8.h``; a 1-D int8 or uint8 tensor; keeps step counts),
+            or "param", in the parameter's type; or a dictionary with one of these for each moment by its name
+            ({"exp_avg": "bf16"}), others in fp32. (A bf16 moment that should fall by less than 0.2 to 0.4 % a step
+            stays: no second one with beta2 > 0.996. An int8 one falls.) Moments of fp64 and complex parameters are
+            always of their type.
         max_grad_norm: clip the gradients to this global L2 norm (over all groups) inside the step. FSDP1's flat shards
             do not show it: an error.
         reset_grad: zero the gradients in the step's own pass, skipped steps included.
@@ -44,7 +46,7 @@ class Optimizer(Loadable, Planned):
             ``$DEEPFAST_BACKEND``.
         rounding: how weights without a master are rounded: "nearest", or "stochastic": up or down by chance, so that
             they are right on average and no update is lost. (Saturates where "nearest" overflows; keeps step counts.)
-        seed: of the chance, which is a function of it, the parameter's number, the step and the element's place: the
+        seed: of all chance, which is a function of it, the parameter's number, the step and the element's place: the
             same on any backend and, where parameters are cut along their first dimension, on any number of ranks.
 
     Attributes:
