@@ -110,7 +110,7 @@ def step(backend: str, name: str, numel: int, peer: bool) -> None:
     if peer:
         theirs = getattr(torch.optim, name.split(maxsplit=1)[0])
         cases["torch fused"] = theirs(parameters(numel, torch.float32), fused=True, **options).step
-    figure(f"{name}, fp32, {numel // M}M, {backend}", cases, int(moved * numel))
+    figure(f"{name}, fp32, {numel // M}M, {backend}", cases, moved * numel)
 
 
 def gradient_statistics(backend: str, dtype: torch.dtype, numel: int) -> None:
@@ -146,7 +146,7 @@ def full_step(backend: str, numel: int, peer: bool, form: str = "") -> None:
         scaler.update()
 
     cases = {"full step": run, **({"torch's parts": recipe(numel)} if peer else {})}
-    figure(f"full fp16 AdamW step{form}, {numel // M}M, {backend}", cases, moved * numel)
+    figure(f"full fp16 AdamW step{form}, {numel // M}M, {backend}", cases, int(moved * numel))
 
 
 def narrow_moments(backend: str, numel: int) -> None:
