@@ -30,9 +30,12 @@ class Loadable(Stateful):
         def unwatch(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
             state = {k: dict(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
             for key, p in params.items():
-                for name, value in dict(values).items() if isinstance(values := state.get(key), dict) else ():
-                    if not compact or (is_grouped(name, value) and not stands_alone(value, p)):
-                        values[name] = self.unpacked(p, name, value)
+                if isinstance(values := state.get(key), dict):
+                    values.update(
+                        (name, self.unpacked(p, name, value))
+                        for name, value in values.items()
+                        if not compact or (is_grouped(name, value) and not stands_alone(value, p))
+                    )
             state_dict["state"] = state
 
         first = self.register_state_dict_post_hook(unwatch, prepend=True)  # the user's may make anything of it

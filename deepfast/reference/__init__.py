@@ -7,7 +7,7 @@ None of them reads a value back to the host.
 
 from deepfast.reference.codec import master_of, master_value, refresh, round_master
 from deepfast.reference.formulas import RULES, Rule
-from deepfast.reference.int8 import GROUPED, grouped_dtype, order_of, pack, packed_size, unpack
+from deepfast.reference.int8 import GROUPED, Order, grouped_dtype, order_of, pack, packed_size, unpack
 from deepfast.reference.operators import accumulate_, decide_, reduced, scaler_update_, statistics
 from deepfast.reference.plan import KEPT, RESET, WRITTEN, Plan, Range, check_distinct, detach, leave, mark, step_
 
@@ -17,6 +17,7 @@ __all__ = [
     "RESET",
     "RULES",
     "WRITTEN",
+    "Order",
     "Plan",
     "Range",
     "Rule",
