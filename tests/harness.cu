@@ -139,7 +139,7 @@ void step_case(int rule, const std::vector<int64_t>& numels, int64_t groups) {
   doing = std::string(kRules[rule].name) + ", " + std::to_string(numels.size()) + " spans";
   Twins twins;
   const Taste taste = any_taste();
-  const Forms forms = chance(25) ? Forms{false, false, false, false} : Forms();
+  const Forms forms = chance(25) ? Forms{false, false, false, false, false} : Forms();
   for (int64_t numel : numels) add_span(twins, rule, numel, taste, forms, groups);
   const int64_t count = numels.size();
   const Hypers hypers(rule, groups);

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../csrc/codec/half.h"
+#include "../csrc/codec/int8.h"
 #include "../csrc/cuda/kernels.h"
 #include "../csrc/span.h"
 
@@ -62,12 +63,12 @@ struct Managed {
 template <class T>
 using Array = std::vector<T, Managed<T>>;
 
-inline int64_t width_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+inline int64_t width_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : is_grouped(dtype) ? 1 : 2; }
 
-// Some elements, `offset` elements after a boundary of 64 bytes.
+// Some elements, `offset` elements (of groups: four times as many) after a boundary of 64 bytes.
 struct Buffer {
   DType dtype;
-  int64_t numel, width;
+  int64_t numel, width, offset, bytes;
   size_t lead;
   std::unique_ptr<char, decltype(&free_managed)> memory;
 
@@ -75,24 +76,30 @@ struct Buffer {
       : dtype(dtype),
         numel(numel),
         width(width_of(dtype)),
-        lead(offset * width),
-        memory(static_cast<char*>(allocate_managed(lead + numel * width)), &free_managed) {}
+        offset(offset),
+        bytes(is_grouped(dtype) ? packed_bytes(numel) : numel * width),
+        lead(is_grouped(dtype) ? 4 * offset : offset * width),
+        memory(static_cast<char*>(allocate_managed(lead + bytes)), &free_managed) {}
   Buffer copy() const {
-    Buffer other(numel, dtype, lead / width);
-    std::memcpy(other.data(), data(), numel * width);
+    Buffer other(numel, dtype, offset);
+    std::memcpy(other.data(), data(), bytes);
     return other;
   }
   char* data() const { return memory.get() + lead; }
   bool is_nan(int64_t i) const {
-    if (dtype == DType::kInt16) return false;
+    if (dtype == DType::kInt16 || dtype == DType::kUInt8) return false;
+    if (dtype == DType::kInt8) {  // its sign
+      auto* codes = reinterpret_cast<uint8_t*>(data());
+      return i < numel && std::isnan(Int8<true>::of(words_of(codes, numel)[i / kGroup]).decode(codes[i]));
+    }
     if (dtype == DType::kFloat32) return std::isnan(reinterpret_cast<const float*>(data())[i]);
     const uint16_t half = reinterpret_cast<const uint16_t*>(data())[i];
     return std::isnan(dtype == DType::kFloat16 ? Fp16::decode(half) : Bf16::decode(half));
   }
   // The first element that has other bits, or < 0. All NaNs are one: a GPU makes another than a CPU.
   int64_t differs_from(const Buffer& other) const {
-    if (std::memcmp(data(), other.data(), numel * width) == 0) return -1;
-    for (int64_t i = 0; i < numel; ++i) {
+    if (std::memcmp(data(), other.data(), bytes) == 0) return -1;
+    for (int64_t i = 0; i < bytes / width; ++i) {
       const bool same = std::memcmp(data() + i * width, other.data() + i * width, width) == 0;
       if (!same && !(is_nan(i) && other.is_nan(i))) return i;
     }

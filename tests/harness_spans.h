@@ -43,7 +43,8 @@ struct Twins {
 
 // How a case's spans are kept, besides in fp32 and 16 bits with an fp32 master.
 struct Forms {
-  bool split = chance(60), narrow = chance(50), by_chance = chance(40), counted = by_chance || chance(20);
+  bool split = chance(60), narrow = chance(50), grouped = chance(40), by_chance = chance(40),
+       counted = by_chance || chance(20);
 };
 
 // A weight and the remainder that belongs to it, or one that does not.
@@ -62,6 +63,32 @@ inline void fill_split(const Buffer& weight, const Buffer& remainder, const Tast
   }
 }
 
+// Moments in groups: what somebody has encoded, or any codes under such words.
+template <bool kSigned>
+void fill_groups(const Buffer& buffer, const Taste& taste, bool positive) {
+  const Buffer wide(buffer.numel, DType::kFloat32, 0);
+  fill(wide, DType::kFloat32, taste, positive);
+  const auto* values = reinterpret_cast<const float*>(wide.data());
+  auto* codes = reinterpret_cast<uint8_t*>(buffer.data());
+  std::memset(codes, 0, buffer.bytes);
+  const bool any_codes = chance(20);
+  for (int64_t group = 0; group < groups_of(buffer.numel); ++group) {
+    const int64_t begin = group * kGroup, end = std::min(begin + kGroup, buffer.numel);
+    uint32_t greatest = 0, negated = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const uint32_t size = to_bits(magnitude(values[i]));
+      greatest = std::max(greatest, size);
+      negated = std::max(negated, 0u - size);
+    }
+    const uint16_t word = Int8<kSigned>::word_of(greatest, negated);
+    words_of(codes, buffer.numel)[group] = word;
+    for (int64_t i = begin; i < end; ++i) {
+      const auto bits = static_cast<uint32_t>(random_bits());
+      codes[i] = any_codes ? static_cast<uint8_t>(bits) : Int8<kSigned>::of(word).encode(values[i], bits);
+    }
+  }
+}
+
 inline void add_span(Twins& twins, int rule, int64_t numel, const Taste& taste, const Forms& forms, int64_t groups) {
   Span a = {}, b = {};
   const Offsets offset;
@@ -71,11 +98,20 @@ inline void add_span(Twins& twins, int rule, int64_t numel, const Taste& taste, 
   a.group = static_cast<int32_t>(below(groups));
   const bool has_master = a.param_dtype != DType::kFloat32 && chance(70);
   if (has_master && forms.split && chance(60)) a.master_dtype = DType::kInt16;
-  for (DType& dtype : a.moment_dtype) dtype = forms.narrow && chance(60) ? any_dtype() : DType::kFloat32;
+  bool grouped = false;
+  for (int k = 0; k < kRules[rule].moments; ++k) {
+    DType& dtype = a.moment_dtype[k];
+    dtype = forms.narrow && chance(60) ? any_dtype() : DType::kFloat32;
+    if (forms.grouped && chance(60)) dtype = chance(50) ? DType::kInt8 : DType::kUInt8;
+    grouped |= is_grouped(dtype);
+  }
   if (forms.by_chance && chance(70)) {
     a.rounding = Rounding::kStochastic;
+  }
+  if (a.rounding == Rounding::kStochastic || grouped) {
     a.seed = random_bits();
     a.first = below(int64_t{3} << (chance(50) ? 10 : 32));
+    if (grouped) a.first -= a.first % kGroup;
   }
   b = a;
   const auto stream = [&](auto Span::* field, DType dtype, const char* name) {
@@ -95,10 +131,20 @@ inline void add_span(Twins& twins, int rule, int64_t numel, const Taste& taste, 
   stream(&Span::grad, a.grad_dtype, "grad");
   for (int k = 0; k < kRules[rule].moments; ++k) {
     Buffer buffer(numel, a.moment_dtype[k], offset());
-    fill(buffer, a.moment_dtype[k], taste, k > 0 || kRules[rule].moments == 1);
+    const bool positive = k > 0 || kRules[rule].moments == 1;
+    switch (a.moment_dtype[k]) {
+      case DType::kInt8:
+        fill_groups<true>(buffer, taste, positive);
+        break;
+      case DType::kUInt8:
+        fill_groups<false>(buffer, taste, positive);
+        break;
+      default:
+        fill(buffer, a.moment_dtype[k], taste, positive);
+    }
     twins.set(a.moment[k], b.moment[k], std::move(buffer), "a moment");
   }
-  if (kRules[rule].counts_steps || (forms.counted && chance(70))) {
+  if (kRules[rule].counts_steps || grouped || (forms.counted && chance(70))) {
     Buffer step(1, DType::kFloat32, 0);
     const float count = chance(30) ? 0.0f : chance(5) ? 0x1p24f : static_cast<float>(below(100000));
     std::memcpy(step.data(), &count, 4);
@@ -120,7 +166,7 @@ inline void further_on(Twins& twins, int64_t (&bytes)[2]) {
   bytes[1] = on_cuda - static_cast<char*>(b.param);
 }
 
-// Whether moments are kept in 16 bits; and whether there is anything else that the faster kernel does not ask.
+// Whether moments are kept in 16 bits or 8; and whether there is anything else that the faster kernel does not ask.
 inline bool narrow_moments(int rule, const std::vector<Span>& spans) {
   for (const Span& span : spans) {
     for (int k = 0; k < kRules[rule].moments; ++k) {

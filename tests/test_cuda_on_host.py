@@ -13,7 +13,7 @@ import time
 import on_host
 import pytest
 import torch
-from cases import EVERY, OURS, VARIANTS, give_gradients, kept, parameters
+from cases import EVERY, OURS, TYPICAL, VARIANTS, give_gradients, kept, parameters
 from conftest import ROOT, run
 from torch import nn
 
@@ -88,6 +88,9 @@ PLANTED = {
         "cuda/step.cuh", "    __syncthreads();\n    const Rule rule = shared;", "    const Rule rule = shared;",
         "cuda/step.cu", "step", "",
     ),
+    "a barrier missing between warps": (
+        "cuda/int8.cuh", "if (packed < n) __syncthreads();  // one by one", "// one by one", "cuda/step.cu", "step", "",
+    ),
     "partial sums": (
         "cuda/statistics.cu", "partial[block] =", "partial[block + 1] =", None, "statistics", "another sum of squares",
     ),
@@ -128,7 +131,7 @@ def test_the_programs_compile_for_a_gpu(tmp_path, program):
 @pytest.mark.parametrize("backend", ["cuda"])
 def test_whole_steps_give_the_same_bits(name, variant, dtype, backend):
     """Norm, clipping, update, rounding and reset through the optimizers, on both backends."""
-    compare_steps(name, variant, dtype, backend)
+    compare_steps(name, dtype, backend, **VARIANTS[name][variant])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -138,16 +141,22 @@ def test_whole_steps_give_the_same_bits(name, variant, dtype, backend):
 )
 @pytest.mark.parametrize("backend", ["cuda"])
 def test_so_do_steps_of_whatever_is_kept_in_another_form(name, dtype, forms, backend):
-    compare_steps(name, next(iter(VARIANTS[name])), dtype, backend, **forms)
+    compare_steps(name, dtype, backend, **forms)
 
 
-def compare_steps(name, variant, dtype, backend, **forms):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_so_do_steps_with_moments_in_8_bits(name, dtype, backend):
+    form = {"exp_avg": "int8"} if "amsgrad" in TYPICAL[name] else "int8"
+    compare_steps(name, dtype, backend, state_dtype=form, **TYPICAL[name])
+
+
+def compare_steps(name, dtype, backend, **options):
     results = []
     for chosen in (backend, "cpu"):
         params = parameters(dtype)
-        optimizer = OURS[name](
-            params, backend=chosen, max_grad_norm=1.0, reset_grad=True, **{**VARIANTS[name][variant], **forms}
-        )
+        optimizer = OURS[name](params, backend=chosen, max_grad_norm=1.0, reset_grad=True, **options)
         for step in range(3):
             give_gradients(params, seed=step, scale=10.0 ** (step - 1))
             optimizer.step()
@@ -249,7 +258,7 @@ def test_chance_is_the_same_and_moves_on(cuda_on_host, rule, dtype):
         plan = backend.Plan(
             rule, params, [torch.empty(0)] * 3, kept, steps, torch.zeros(len(params), dtype=torch.int32)
         )
-        plan.by_chance([7, 8, 8], [0, 0, 4099])
+        plan.by_chance([7, 8, 8], [0, 0, 4099], True)
         for skipped in (0.0, 2.0, 0.0):
             for p in params:
                 p.grad = torch.randn(p.shape, generator=g).to(dtype)
@@ -258,6 +267,22 @@ def test_chance_is_the_same_and_moves_on(cuda_on_host, rule, dtype):
         assert all(step == 5.0 for step in steps)
         results.append([*params, *kept])
     assert all(map(torch.equal, *results))
+
+
+def test_codes_that_no_word_could_be_read_of_are_refused(cuda_on_host):
+    p = nn.Parameter(torch.ones(64))
+    p.grad = torch.ones(64)
+    steps, groups = [torch.zeros(())], torch.zeros(1, dtype=torch.int32)
+    for backend in (cuda_on_host, ops.native):
+        for begin, allowed in ((4, True), (2, False)):
+            codes = torch.zeros(72, dtype=torch.uint8)[begin : begin + 66]
+            plan = backend.Plan("adagrad", [p], [torch.empty(0)], [codes], steps, groups)
+            plan.by_chance([7], [0], False)
+            if allowed:
+                assert plan.gather([], 0) == 1
+                continue
+            with pytest.raises(RuntimeError, match="a boundary of 4 bytes"):
+                plan.gather([], 0)
 
 
 def test_the_operators_give_the_same_bits(cuda_on_host):

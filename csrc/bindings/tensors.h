@@ -77,6 +77,8 @@ inline void* grouped_values(const Tensor& t, int64_t numel, at::Device device) {
   TORCH_CHECK(t.dim() == 1 && t.numel() == packed_bytes(numel) && t.is_contiguous(), "deepfast: a moment in 8 bits of ",
               numel, " elements must be ", packed_bytes(numel), " contiguous bytes, got shape ", t.sizes());
   check_device(t, device, "a moment");
+  TORCH_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 4 == 0,
+              "deepfast: a moment in 8 bits must begin at a boundary of 4 bytes");
   return t.mutable_data_ptr();
 }
 

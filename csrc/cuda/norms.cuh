@@ -11,7 +11,19 @@ namespace deepfast::cuda {
 template <class S>
 constexpr int kRowsAtOnce = S::kAny || (S::kSplit && !std::is_same_v<typename S::Grad, Half>) ? 1 : 2;
 
+// Moves the moments on, where those of a whole group have to be known before one of them can be stored.
+template <class S>
+__device__ void move(const typename S::Rule& rule, const Span& span, int64_t begin, int64_t end, float multiplier) {
+  const S streams(span);
+  for_each_encoding(streams, span, begin, end, [&](int64_t i, auto size) {
+    Values<size.value, S> x(Loaded<size.value, true, S>(streams, i), streams, multiplier);
+    x.each([&](int, float p, float g, auto&... moment) { rule.direct(p, g, moment...); });
+    x.store_moments(streams, i);
+  });
+}
+
 // The sums over the blocks [first, last) of a span. A block's sums are taken while its elements are in registers.
+// Moments in groups have been moved on before.
 template <class S>
 __device__ void measure(const typename S::Rule& rule, const Span& span, int64_t first, int64_t last, float multiplier,
                         Norms* partial) {
@@ -25,12 +37,14 @@ __device__ void measure(const typename S::Rule& rule, const Span& span, int64_t 
     const auto n = static_cast<Count>(min(span.numel - begin, static_cast<int64_t>(kStepBlock)));
     Lane params[kSize] = {}, directions[kSize] = {};
     group.template for_each<kRowsAtOnce<S>>(
-        begin, n, phase, [&](int64_t i, auto size) { return Loaded<size.value, true, S>(streams, i); },
+        begin, n, phase, [&](int64_t i, auto size) { return Loaded<size.value, !S::kGrouped, S>(streams, i); },
         [&](const auto& loaded, int64_t i, int at, auto size) {
           Values<size.value, S> x(loaded, streams, multiplier);
           float direction[size.value];
-          x.each([&](int j, float p, float g, auto&... moment) { direction[j] = rule.direct(p, g, moment...); });
-          x.store_moments(streams, i);
+          if constexpr (!S::kGrouped) {
+            x.each([&](int j, float p, float g, auto&... moment) { direction[j] = rule.direct(p, g, moment...); });
+            x.store_moments(streams, i);
+          }
           if constexpr (S::kAny) {  // what is measured is what the second pass will take
             x.each([&](int j, float p, float, auto&... moment) { direction[j] = rule.direction(p, moment...); });
           }
@@ -75,11 +89,19 @@ __global__ void __launch_bounds__(kThreads, kResident)
   for (Share share(table); share.more(); share.next()) {
     const Span& span = table.spans[share.span];
     __syncthreads();
-    if (threadIdx.x == 0) shared = prepare<Rule>(table, span);
+    if (threadIdx.x == 0) {
+      shared = prepare<Rule>(table, span);
+      if constexpr (kAny) waiting<Rule::kMoments>().draw(span);
+    }
     __syncthreads();
     const Rule& rule = shared;  // there it takes no registers
     Norms* sums = partial + table.first[share.span];
     with_streams<Rule, kAny>(span, [&]<class S>() {
+      if constexpr (S::kGrouped) {
+        const int64_t begin = share.first() * kStepBlock, end = min(share.last() * kStepBlock, span.numel);
+        move<S>(rule, span, begin, end, multiplier_of(record, table, span));
+        __syncthreads();  // what is measured has been encoded by other threads
+      }
       measure<S>(rule, span, share.first(), share.last(), multiplier_of(record, table, span), sums);
     });
     const int64_t base = table.first[share.span], slot = fold_slot(base, share.span);

@@ -104,6 +104,11 @@ __device__ T stored(float x, DType dtype) {
   return x;
 }
 
+// A span's step count when this step is made, by which chance is drawn; 0 where nobody counts.
+inline __device__ uint64_t next_step(const Span& span) {
+  return span.step ? static_cast<uint64_t>(*span.step + 1.0f) : 0;
+}
+
 // How many elements of T lie before the first multiple of kSize elements.
 template <int kSize, class T>
 __device__ int phase(const T* at) {

@@ -41,7 +41,7 @@ __device__ void update(const typename S::Rule& rule, const Span& span, const Cha
   const S streams(span);
   const Weight form = streams.form();
   const DType dtype = streams.param_dtype;
-  for_each<S::kPack>(begin, end, streams.phase(), [&](int64_t i, auto size) {
+  const auto body = [&](int64_t i, auto size) {
     constexpr int kSize = size.value;
     Values<kSize, S> x(Loaded<kSize, !Rule::kNeedsNorms, S>(streams, i), streams, multiplier);
     x.each([&](int, float& p, float g, auto&... moment) { p = rule.update(p, g, moment...); });
@@ -86,7 +86,12 @@ __device__ void update(const typename S::Rule& rule, const Span& span, const Cha
       for (int j = 0; j < kSize; ++j) grad[j] *= unscaling;
       streams.grad.template store<kSize>(i, streams.grad.encode(grad));
     }
-  });
+  };
+  if constexpr (S::kGrouped && !Rule::kNeedsNorms) {
+    for_each_encoding(streams, span, begin, end, body);
+  } else {
+    for_each<S::kPack>(begin, end, streams.phase(), body);
+  }
 }
 
 inline __device__ void reset_only(const Span& span, int64_t begin, int64_t end) {
@@ -110,8 +115,8 @@ __device__ Rule prepare(const Table& table, const Span& span) {
 }
 
 inline __device__ Chance chance_of(const Span& span) {
-  const uint64_t step = span.step ? static_cast<uint64_t>(*span.step + 1.0f) : 0;
-  return {span.rounding == Rounding::kStochastic, Noise::of(span.seed, step), static_cast<uint32_t>(span.first)};
+  return {span.rounding == Rounding::kStochastic, Noise::of(span.seed, next_step(span)),
+          static_cast<uint32_t>(span.first)};
 }
 
 inline __device__ float multiplier_of(const StepRecord& record, const Table& table, const Span& span) {
@@ -157,6 +162,7 @@ __global__ void __launch_bounds__(kThreads, kStepResident<Rule>)
   }
   __shared__ Rule shared;
   __shared__ Chance drawn;
+  const Chance none = {};
   for (Share share(table); share.more(); share.next()) {
     const Span& span = table.spans[share.span];
     __syncthreads();  // all have read the last span's rule
@@ -164,10 +170,11 @@ __global__ void __launch_bounds__(kThreads, kStepResident<Rule>)
       shared = prepare<Rule>(table, span);
       if constexpr (Rule::kNeedsNorms) shared.adapt(norms[share.span]);
       if constexpr (kAny) drawn = chance_of(span);
+      if constexpr (kAny && Rule::kMoments > 0 && !Rule::kNeedsNorms) waiting<Rule::kMoments>().draw(span);
     }
     __syncthreads();
     const Rule rule = shared;
-    const Chance chance = kAny ? drawn : Chance();
+    const Chance& chance = kAny ? drawn : none;  // there it takes no registers
     const int64_t begin = share.first() * kStepBlock, end = min(share.last() * kStepBlock, span.numel);
     with_streams<Rule, kAny>(span, [&]<class S>() {
       update<S>(rule, span, chance, begin, end, multiplier_of(record, table, span), record.multiplier, after, others);

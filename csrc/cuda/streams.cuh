@@ -5,11 +5,12 @@
 
 #include <utility>
 
-#include "pack.cuh"
+#include "int8.cuh"
 
 namespace deepfast::cuda {
 
-struct Any {};  // in the place of a type: the span says which, and it is looked at as the kernel runs
+struct Any {};          // in the place of a type: the span says which, and it is looked at as the kernel runs
+struct AnyOrGroups {};  // of moments, in 8 bits, too
 
 // Elements of type T, float or Half.
 template <class T>
@@ -136,6 +137,69 @@ struct Kept<Any> {
   }
 };
 
+// Of a group's elements, as they lie in memory: raw[0] is four codes and raw[1] the word, or the one is a code with the
+// word above it. New values are not stored but wait (int8.cuh): what one becomes depends on all of its group.
+template <>
+struct Kept<AnyOrGroups> : Kept<Any> {
+  int64_t codes;  // before the words
+
+  Kept() = default;
+  __device__ Kept(void* at, DType dtype, int64_t numel) : Kept<Any>(at, dtype), codes(groups_of(numel) * kGroup) {}
+
+  __device__ bool grouped() const { return is_grouped(dtype); }
+  __device__ uint16_t* word(int64_t i) const { return reinterpret_cast<uint16_t*>(at + codes) + i / kGroup; }
+
+  // A pack lies within a group. (That codes begin at a boundary of 4 bytes is checked where spans are made.)
+  template <int kPack>
+  __device__ int phase() const {
+    return grouped() ? 0 : Kept<Any>::phase<kPack>();
+  }
+  template <int kSize>
+  __device__ Raw<kSize> load(int64_t i) const {
+    Raw<kSize> raw = {};
+#if defined(__CUDA_ARCH__)
+    if constexpr (kSize == 4) {
+      const uint32_t shift = wide() ? 2 : grouped() ? 0 : 1;
+      asm volatile(
+          "{\n\t"
+          ".reg .pred wide, half, grouped;\n\t"
+          "setp.eq.u32 wide, %6, 2;\n\t"
+          "setp.eq.u32 half, %6, 1;\n\t"
+          "setp.eq.u32 grouped, %6, 0;\n\t"
+          "@wide ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n\t"
+          "@half ld.global.v2.u32 {%0, %1}, [%4];\n\t"
+          "@grouped ld.global.u32 %0, [%4];\n\t"
+          "@grouped ld.global.u16 %1, [%5];\n\t"
+          "}"
+          : "+r"(raw[0]), "+r"(raw[1]), "+r"(raw[2]), "+r"(raw[3])
+          : "l"(at + (i << shift)), "l"(word(i)), "r"(shift)
+          : "memory");
+      return raw;
+    }
+#endif
+    if (!grouped()) return Kept<Any>::load<kSize>(i);
+    if constexpr (kSize == 4) {
+      std::memcpy(&raw[0], at + i, 4);
+      raw[1] = *word(i);
+    } else {
+      raw[0] = static_cast<uint8_t>(at[i]) | static_cast<uint32_t>(*word(i)) << 16;
+    }
+    return raw;
+  }
+  template <int kSize>
+  __device__ Pack<float, kSize> decode(const Raw<kSize>& raw) const {
+    if (!grouped()) return Kept<Any>::decode<kSize>(raw);
+    const auto word = static_cast<uint16_t>(kSize == 4 ? raw[kSize / 4] : raw[0] >> 16);
+    Pack<float, kSize> values;
+    const auto each = [&](const auto form) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) values[j] = form.decode(static_cast<uint8_t>(raw[0] >> 8 * j));
+    };
+    dtype == DType::kInt8 ? each(Int8<true>::of(word)) : each(Int8<false>::of(word));
+    return values;
+  }
+};
+
 // How a weight is kept: in fp32; 16 bits and an fp32 master; 16 bits and what they lack of one; 16 bits alone.
 enum class Weight { kWide, kMaster, kSplit, kHalf, kAny };
 
@@ -145,16 +209,17 @@ inline __device__ Weight weight_of(const Span& span) {
 }
 
 // A span's streams. kWeight and AGrad (float, Half) are what is known of them when a kernel is compiled, and that the
-// moments are in fp32; or kAny and Any.
-template <class ARule, Weight kWeight, class AGrad>
+// moments are in fp32; or kAny and Any, and whether some moments are in groups.
+template <class ARule, Weight kWeight, class AGrad, bool kGroups = false>
 struct Streams {
   using Rule = ARule;
   using Grad = AGrad;
   static constexpr bool kAny = kWeight == Weight::kAny;
+  static constexpr bool kGrouped = kGroups;
   static constexpr bool kSplit = kWeight == Weight::kSplit;
   static constexpr bool kWide = kWeight == Weight::kWide || kWeight == Weight::kMaster;
   using Value = std::conditional_t<kAny, Any, std::conditional_t<kWide, float, Half>>;
-  using Moment = std::conditional_t<kAny, Any, float>;
+  using Moment = std::conditional_t<kGrouped, AnyOrGroups, std::conditional_t<kAny, Any, float>>;
   static constexpr bool kHalfOnly = Rule::kMoments == 0 && std::is_same_v<Value, Half> && std::is_same_v<Grad, Half>;
   static constexpr int kPack = kHalfOnly ? 8 : 4;  // 16 bytes of the widest stream
 
@@ -176,7 +241,13 @@ struct Streams {
         remainder(static_cast<Half*>(span.master)),
         grad(span.grad, span.grad_dtype),
         param_dtype(span.param_dtype) {
-    for (int k = 0; k < Rule::kMoments; ++k) moment[k] = {span.moment[k], span.moment_dtype[k]};
+    for (int k = 0; k < Rule::kMoments; ++k) {
+      if constexpr (kGrouped) {
+        moment[k] = {span.moment[k], span.moment_dtype[k], span.numel};
+      } else {
+        moment[k] = {span.moment[k], span.moment_dtype[k]};
+      }
+    }
   }
 
   __device__ Weight form() const { return kAny ? found : kWeight; }
@@ -245,11 +316,17 @@ struct Values {
     }(std::make_index_sequence<S::Rule::kMoments>());
   }
 
-  // Leaves here what is then there: a moment may be rounded.
+  // Leaves here what is then there: a moment may be rounded. One in groups waits to be encoded.
   __device__ void store_moments(const S& streams, int64_t i) {
     if constexpr (S::Rule::kMoments > 0) {
 #pragma unroll
       for (int k = 0; k < S::Rule::kMoments; ++k) {
+        if constexpr (S::kGrouped) {
+          if (streams.moment[k].grouped()) {
+            waiting<S::Rule::kMoments>().put(k, i, moment[k]);
+            continue;
+          }
+        }
         const auto raw = streams.moment[k].encode(moment[k]);
         streams.moment[k].template store<kSize>(i, raw);
         moment[k] = streams.moment[k].decode(raw);
@@ -262,6 +339,9 @@ struct Values {
 template <class Rule, bool kAny, class Call>
 __device__ void with_streams(const Span& span, const Call& call) {
   if constexpr (kAny) {
+    if constexpr (Rule::kMoments > 0) {
+      if (has_groups(span, Rule::kMoments)) return call.template operator()<Streams<Rule, Weight::kAny, Any, true>>();
+    }
     call.template operator()<Streams<Rule, Weight::kAny, Any>>();
   } else {
     const auto with_grad = [&]<Weight kWeight>() {

@@ -2,10 +2,11 @@
 // compiler build the very same .cu files, sanitizers included.
 //
 // Thread blocks run one after the other, in an order drawn anew for each launch; the threads of a block are fibers that
-// take turns wherever they wait for each other, in an order drawn anew for each turn. So a missing barrier shows (some
-// thread reads before another has written), and a barrier that not all threads reach is an error. In a cooperative
-// launch of several ranks (the grid's second dimension) each rank is a thread of the system. What cannot show: a race
-// between thread blocks of one rank, or between threads that no barrier separates and that happen to take turns well.
+// take turns wherever they wait for each other, in an order drawn anew for each turn, and each turn half of the warps
+// stay behind. So a missing barrier shows (some thread reads before another has written), and a barrier that not all
+// threads reach is an error. In a cooperative launch of several ranks (the grid's second dimension) each rank is a
+// thread of the system. What cannot show: a race between thread blocks of one rank, or between threads that no barrier
+// separates and that happen to take turns well.
 #pragma once
 
 #include <cmath>

@@ -161,8 +161,9 @@ void run_block(int threads) {
   std::iota(order.begin(), order.end(), 0);
   do {
     std::shuffle(order.begin(), order.end(), random_order);
+    const uint32_t slow = random_order();  // warps: these stay behind this turn
     for (int t : order) {
-      if (fibers[t].state != State::kReady) continue;
+      if (fibers[t].state != State::kReady || (slow >> t / kLanes & 1)) continue;
       current = t;
       threadIdx = dim3(t);
       switch_context(&scheduler, fibers[t].context);
