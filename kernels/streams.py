@@ -55,7 +55,8 @@ def counted(row):
 @triton.jit
 def rounded_by_chance(row, p, i, PARAM_TYPE: tl.constexpr):
     """The elements i of a span's new weight. The step has been counted already."""
-    key = noise(tl.load(row + SEED), counted(row))
+    steps = counted(row)
+    key = noise(tl.load(row + SEED), steps)
     return stochastic(p, noise_bits(key, tl.load(row + PLACE) + i) >> 16, PARAM_TYPE)
 
 
