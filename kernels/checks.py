@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from deepfast.reference import GROUPED, packed_size
+
 from .table import DTYPES
 
 
@@ -35,6 +37,21 @@ def check_master(t: Tensor, param: torch.dtype) -> torch.dtype:
     split = t.dtype == torch.int16 and param != torch.float32
     require(split or t.dtype == torch.float32, f"a master has dtype {type_name(t)}")
     return t.dtype
+
+
+def check_moment(t: Tensor) -> torch.dtype:
+    """Any of the kernels' types, or (int8, uint8) in groups of 8 bits (``csrc/codec/int8.h``)."""
+    return t.dtype if t.dtype in GROUPED else check_dtype(t, "a moment")
+
+
+def check_grouped(t: Tensor, numel: int, device: torch.device) -> None:
+    """A moment in groups, of a parameter of ``numel`` elements."""
+    require(
+        t.dim() == 1 and t.numel() == packed_size(numel) and t.is_contiguous(),
+        f"a moment in 8 bits of {numel} elements must be {packed_size(numel)} contiguous bytes, "
+        f"got shape {list(t.shape)}",
+    )
+    check_device(t, device, "a moment")
 
 
 def check_count(tensors: Sequence[object], count: int, what: str) -> None:

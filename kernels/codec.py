@@ -153,6 +153,20 @@ def noise_bits(key, i):
 
 
 @triton.jit
+def dither(seed, step, MOMENT: tl.constexpr):
+    """Of one moment of a parameter (by its place among the rule's) at one step: cheaper bits' key, uint32."""
+    apart: tl.constexpr = ((MOMENT + 1) * 0xE7037ED1A0B428DB) & 0xFFFFFFFFFFFFFFFF
+    key, _ = noise(tl.add(seed.to(tl.uint64, bitcast=True), apart, sanitize_overflow=False), step)
+    return key
+
+
+@triton.jit
+def dither_bits(key, i):
+    """Of the elements i of the whole parameter: 32 bits each, evenly spread."""
+    return tl.add(key, tl.mul(i.to(tl.uint32), 0x9E3779B9, sanitize_overflow=False), sanitize_overflow=False)
+
+
+@triton.jit
 def stochastic(x, chance, DTYPE: tl.constexpr):
     """Up or down, right on average, for a weight without a master; chance: 16 random bits, as uint32.
 

@@ -7,20 +7,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import squares
-from .codec import decode, load, pointer
+from . import int8, squares
+from .codec import load, pointer
 from .formulas import Rule
 from .step import BLOCK, CONSTANTS, WARPS, prepare
-from .streams import encode_moments, load_moments, load_weight, moment_pointers, weight_pointers
-from .table import COLUMNS, FIRST, GRAD, INDEX, NUMEL, Table, launch
+from .streams import (
+    decode_moments,
+    encode_moments,
+    is_grouped,
+    load_moments,
+    load_weight,
+    moment_keys,
+    moment_pointers,
+    store_moments,
+    weight_pointers,
+)
+from .table import COLUMNS, FIRST, GRAD, INDEX, NUMEL, PLACE, Table, launch
+
+if squares.LANES.value != int8.GROUP.value:
+    raise RuntimeError("deepfast: a row is a group of a moment in 8 bits")
 
 
 @triton.jit
-def moved_on(at, i):
-    """Pointers to rows, as pointers to the elements i of each."""
+def moved_on(at, i, row, MOMENT_TYPES: tl.constexpr):
+    """Pointers to blocks, as pointers to the elements i of each, which are its ``row``."""
     out = ()
     for k in tl.static_range(len(at)):
-        out = out + (at[k][:, None] + i,)
+        if is_grouped(MOMENT_TYPES[k]):
+            codes, words = at[k]
+            out = out + ((codes[:, None] + i, (words + row)[:, None]),)
+        else:
+            out = out + (at[k][:, None] + i,)
     return out
 
 
@@ -38,7 +55,8 @@ def measure(
     params, masters = weight_pointers(row, PARAM_TYPE, MASTER_TYPE, PACK)
     params, masters = (params + begin)[:, None], (masters + begin)[:, None]
     grads = pointer(tl.load(row + GRAD), GRAD_TYPE, PACK)
-    moments_at = moment_pointers(row, begin, MOMENT_TYPES, PACK)
+    moments_at = moment_pointers(row, begin, begin // int8.GROUP, MOMENT_TYPES, PACK)
+    keys, place = moment_keys(row[:, None], 1, MOMENT_TYPES), tl.load(row + PLACE) + begin
     multiplier = tl.load(constants)[:, None]
     c = ()
     for k in tl.static_range(COUNT):
@@ -52,13 +70,11 @@ def measure(
         mask = begin[:, None] + i < numel[:, None] if MASKED else None
         p = load_weight(params + i, masters + i, mask, PARAM_TYPE, MASTER_TYPE)
         g = load((grads + begin)[:, None] + i, mask, GRAD_TYPE) * multiplier
-        at = moved_on(moments_at, i)
-        moved = encode_moments(MOVE(c, p, g, *load_moments(at, mask, MOMENT_TYPES)), MOMENT_TYPES)
-        moments = ()
-        for k in tl.static_range(len(MOMENT_TYPES)):
-            tl.store(at[k], moved[k], mask)
-            moments = moments + (decode(moved[k], MOMENT_TYPES[k]),)
-        direction = DIRECTION(c, p, *moments)
+        at = moved_on(moments_at, i, first // squares.LANES, MOMENT_TYPES)
+        moved = MOVE(c, p, g, *load_moments(at, mask, MOMENT_TYPES))
+        stored = encode_moments(moved, keys, place[:, None] + i, mask, MOMENT_TYPES)
+        store_moments(at, stored, mask, MOMENT_TYPES)
+        direction = DIRECTION(c, p, *decode_moments(stored, p.shape, MOMENT_TYPES))
         if MASKED:
             direction = tl.where(mask, direction, 0.0)
         sums, largest = squares.add(sums, largest, p)
@@ -74,7 +90,8 @@ def measure(
             i = first + lanes
             mask = begin[:, None] + i < numel[:, None] if MASKED else None
             p = load_weight(params + i, masters + i, mask, PARAM_TYPE, MASTER_TYPE)
-            direction = DIRECTION(c, p, *load_moments(moved_on(moments_at, i), mask, MOMENT_TYPES))
+            at = moved_on(moments_at, i, first // squares.LANES, MOMENT_TYPES)
+            direction = DIRECTION(c, p, *load_moments(at, mask, MOMENT_TYPES))
             if MASKED:
                 direction = tl.where(mask, direction, 0.0)
             again += p.to(tl.float64) * p.to(tl.float64)

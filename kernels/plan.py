@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from deepfast import graphs
-from deepfast.reference import KEPT, RESET, Range, check_distinct, detach, mark
+from deepfast.reference import GROUPED, KEPT, RESET, Range, check_distinct, detach, mark
 
 from . import norms, refresh, statistics, step
 from .checks import (
     check_count,
     check_device,
     check_dtype,
+    check_grouped,
     check_master,
+    check_moment,
     check_question,
     check_values,
     is_plain,
@@ -42,7 +44,8 @@ class Entry:
     master: weakref.ref[Tensor] | None
     step: weakref.ref[Tensor] | None
     moments: list[weakref.ref[Tensor]]
-    chance: tuple[int, int] | None = None  # seed and first element, where the weight is rounded by chance
+    chance: tuple[int, int] = (0, 0)  # seed and first element
+    stochastic: bool = False  # how the weight is rounded
     seen: list[Any] | None = None  # where all of it lay, gradient included, when `span` was made of it
     span: Span | None = None
 
@@ -63,7 +66,8 @@ class Plan:
         rule: a key of ``formulas.RULES``.
         params: n tensors of fp32, fp16 or bf16 on one device, in any layout.
         masters: n tensors, fp32, or int16 where they are split; an empty one where there is none.
-        moments: fp32, fp16 or bf16, as many times n as the rule keeps, all first moments first.
+        moments: fp32, fp16, bf16 or in 8 bits (``csrc/codec/int8.h``), as many times n as the rule keeps, all first
+            moments first.
         steps: n tensors of one fp32 value, or none where neither the rule counts nor chance is asked for.
         groups: int32 [n] on the CPU, each parameter's row of hyperparameters.
 
@@ -173,7 +177,10 @@ class Plan:
     def _look(self, entry: Entry, grad: Tensor, state: list[Tensor]) -> Span:
         """Everything checked, and brought into one element order."""
         order, param = self._order, entry.param
-        order.follow(param)
+        forms = [check_moment(t) for t in state[len(state) - self._rule.moments :]]
+        grouped = not GROUPED.isdisjoint(forms)
+        require(not grouped or entry.step is not None, "moments in 8 bits need step counts")
+        order.follow(param, grouped)  # a group is the same elements, however they lie
         address = order.write(param, "a parameter")
         at_step = 0
         if entry.step is not None:
@@ -186,9 +193,10 @@ class Plan:
             form = check_master(kept, entry.dtype)
             master = order.write(kept, "a master"), form
         moments = []
-        for t in state:
-            form = check_dtype(t, "a moment")
-            moments.append((order.write(t, "a moment"), form))
+        for t, form in zip(state, forms, strict=True):
+            if form in GROUPED:
+                check_grouped(t, param.numel(), self._device)
+            moments.append((t.data_ptr() if form in GROUPED else order.write(t, "a moment"), form))
         at_grad = order.write(grad, "a gradient") if self._after != KEPT else order.read(grad, "a gradient")
         return span_of(
             (address, entry.dtype),
@@ -199,20 +207,22 @@ class Plan:
             at_step,
             entry.group,
             entry.chance,
+            entry.stochastic,
         )
 
-    def by_chance(self, seeds: Sequence[int], first: Sequence[int]) -> None:
-        """From now on steps round weights without a master by chance (``csrc/codec/noise.h``).
+    def by_chance(self, seeds: Sequence[int], first: Sequence[int], weights: bool) -> None:
+        """Of what is rounded by chance (``csrc/codec/noise.h``): moments in 8 bits; step counts are needed.
 
         Args:
             seeds: each parameter's.
             first: where in the whole parameter its first element is.
+            weights: those without a master are rounded so, too, from now on.
         """
         check_count(seeds, len(self._entries), "seeds")
         check_count(first, len(self._entries), "places")
         for entry, seed, place in zip(self._entries, seeds, first, strict=True):
             require(entry.step is not None, "rounding by chance needs step counts")
-            entry.chance, entry.span = (seed, place), None
+            entry.chance, entry.stochastic, entry.span = (seed, place), weights, None
 
     def send_to(self, displacements: list[int]) -> None:
         """From now on steps write each new weight so many bytes further on, too: where other ranks have theirs."""

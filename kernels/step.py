@@ -9,18 +9,21 @@ from torch import Tensor
 
 from deepfast import reference
 
+from . import int8
 from .codec import encode, load, pointer
 from .formulas import RULES, Rule
 from .streams import (
     encode_moments,
     load_moments,
     load_weight,
+    moment_keys,
     moment_pointers,
     rounded_by_chance,
     store_master,
+    store_moments,
     weight_pointers,
 )
-from .table import COLUMNS, FIRST, GRAD, GROUP, INDEX, NUMEL, PARAM, STEP, STEP_BLOCK, Table, launch, values
+from .table import COLUMNS, FIRST, GRAD, GROUP, INDEX, NUMEL, PARAM, PLACE, STEP, STEP_BLOCK, Table, launch, values
 
 BLOCK = tl.constexpr(STEP_BLOCK)
 RESET, WRITTEN = tl.constexpr(reference.RESET), tl.constexpr(reference.WRITTEN)
@@ -79,16 +82,17 @@ def prepare_kernel(
 
 @triton.jit
 def update(
-    row, constants, record, i, mask,
+    row, constants, record, begin, i, mask,
     UPDATE: tl.constexpr, COUNT: tl.constexpr,
     PARAM_TYPE: tl.constexpr, MASTER_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, MOMENT_TYPES: tl.constexpr,
     PACK: tl.constexpr, CHANCE: tl.constexpr, AFTER: tl.constexpr, sinks, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """The elements i of a span, where mask says so (None: all)."""
+    """The elements i of a span, BLOCK from ``begin`` on, where mask says so (None: all)."""
     grad_at = pointer(tl.load(row + GRAD), GRAD_TYPE, PACK) + i
     if not tl.load(record + 1) > 0:
         param, master = weight_pointers(row, PARAM_TYPE, MASTER_TYPE, PACK)
-        moments_at = moment_pointers(row, i, MOMENT_TYPES, PACK)
+        group = begin // int8.GROUP + tl.arange(0, BLOCK // int8.GROUP)[:, None]
+        moments_at = moment_pointers(row, i, group, MOMENT_TYPES, PACK)
         p = load_weight(param + i, master + i, mask, PARAM_TYPE, MASTER_TYPE)
         scaled = load(grad_at, mask, GRAD_TYPE)
         g = scaled * tl.load(constants)
@@ -103,9 +107,9 @@ def update(
         for k in tl.static_range(SINKS):
             there = tl.load(row + PARAM) + tl.load(sinks + k)
             tl.store(pointer(there, PARAM_TYPE, PACK) + i, weight, mask)
-        stored = encode_moments(new[1:], MOMENT_TYPES)
-        for k in tl.static_range(len(stored)):
-            tl.store(moments_at[k], stored[k], mask)
+        keys = moment_keys(row, 0, MOMENT_TYPES)
+        stored = encode_moments(new[1:], keys, tl.load(row + PLACE) + i, mask, MOMENT_TYPES)
+        store_moments(moments_at, stored, mask, MOMENT_TYPES)
         if AFTER == WRITTEN:
             tl.store(grad_at, encode(scaled * tl.load(record), GRAD_TYPE, False), mask)
     if AFTER == RESET:
@@ -139,10 +143,10 @@ def step_kernel(
     numel = tl.load(row + NUMEL)
     i = begin + tl.arange(0, BLOCK)
     if begin + BLOCK <= numel:
-        update(row, constants + span * CONSTANTS, record, i, None, UPDATE, COUNT, PARAM_TYPE, MASTER_TYPE, GRAD_TYPE,
-               MOMENT_TYPES, PACK, CHANCE, AFTER, sinks, SINKS)  # fmt: skip
+        update(row, constants + span * CONSTANTS, record, begin, i, None, UPDATE, COUNT, PARAM_TYPE, MASTER_TYPE,
+               GRAD_TYPE, MOMENT_TYPES, PACK, CHANCE, AFTER, sinks, SINKS)  # fmt: skip
     else:
-        update(row, constants + span * CONSTANTS, record, i, i < numel, UPDATE, COUNT, PARAM_TYPE, MASTER_TYPE,
+        update(row, constants + span * CONSTANTS, record, begin, i, i < numel, UPDATE, COUNT, PARAM_TYPE, MASTER_TYPE,
                GRAD_TYPE, MOMENT_TYPES, PACK, CHANCE, AFTER, sinks, SINKS)  # fmt: skip
 
 

@@ -38,7 +38,7 @@ class Kind(NamedTuple):
     param: torch.dtype
     master: torch.dtype | None  # fp32, or (int16) what the parameter lacks of that
     grad: torch.dtype
-    moments: tuple[torch.dtype, ...]
+    moments: tuple[torch.dtype, ...]  # int8, uint8: in groups (int8.py)
     chance: bool  # how the weight is rounded
     pack: int  # elements that lie aligned together in every stream
     read: int  # likewise in the gradient alone
@@ -76,26 +76,26 @@ def span_of(
     moments: Sequence[Stream] = (),
     step: int = 0,
     group: int = 0,
-    chance: tuple[int, int] | None = None,
+    chance: tuple[int, int] = (0, 0),
+    stochastic: bool = False,
 ) -> Span:
     """A span whose kind follows from its streams' addresses and dtypes.
 
     Args:
-        chance: how a 16-bit weight without a master is rounded: to nearest, or with the random bits of this seed and of
-            the elements from this place on.
+        chance: seed and place of the random bits: what is rounded by chance has those of the elements from there on.
+        stochastic: whether a 16-bit weight without a master is.
     """
     streams = [param, grad, *moments] if master is None else [param, grad, master, *moments]
     pack = 16 // max(dtype.itemsize for _, dtype in streams)
     aligned = all(address % (pack * dtype.itemsize) == 0 for address, dtype in streams)
     read = 16 // grad[1].itemsize if grad[0] % 16 == 0 else 1
-    by_chance = chance is not None and master is None and param[1] != torch.float32
+    by_chance = stochastic and master is None and param[1] != torch.float32
     held = None if master is None else master[1]
     types = tuple(dtype for _, dtype in moments)
     kind = Kind(param[1], held, grad[1], types, by_chance, pack if aligned else 1, read)
     first, second, third = (*(address for address, _ in moments), 0, 0, 0)[:3]
-    seed, place = chance if chance is not None and by_chance else (0, 0)
     at_master = 0 if master is None else master[0]
-    return Span(kind, param[0], grad[0], at_master, (first, second, third), step, numel, group, seed, place)
+    return Span(kind, param[0], grad[0], at_master, (first, second, third), step, numel, group, *chance)
 
 
 class Launch(NamedTuple):
@@ -213,8 +213,8 @@ def _written(values: Sequence[int], device: torch.device) -> Tensor:
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 """What the kernels take, and what it is called in them."""
 
-TYPES: dict[Any, Any] = {**DTYPES, torch.int16: tl.int16, None: None}
-"""Likewise a master's, or that there is none."""
+TYPES: dict[Any, Any] = {**DTYPES, torch.int16: tl.int16, None: None, torch.int8: tl.int8, torch.uint8: tl.uint8}
+"""Likewise a master's, or that there is none, and those of moments in groups."""
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **options: Any) -> None:

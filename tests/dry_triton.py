@@ -69,7 +69,8 @@ def check_every_variant():
 def check_storage_forms():
     """One launch whatever the form, and the second optimizer finds all compiled."""
     chance = {"master": "none", "rounding": "stochastic"}
-    forms = ({"master": "fp32"}, {"state_dtype": "param"}, {"master": "none", "state_dtype": "bf16"}, chance)
+    forms = ({"master": "fp32"}, {"state_dtype": "param"}, {"master": "none", "state_dtype": "bf16"}, chance,
+             {"state_dtype": "int8"}, {**chance, "state_dtype": "int8"})  # fmt: skip
     for name, dtype, form in itertools.product(("Adam", "LAMB", "SGD"), DTYPES[1:], forms):
         launched = stepped(name, dtype, SHAPES[:3], steps=2, **form)
         assert launched == (WARM_LAMB if needs_norms(name) else WARM), (name, dtype, form, launched)

@@ -147,7 +147,9 @@ def test_steps_over_random_spans(
         groups = torch.arange(len(spans), dtype=torch.int32) % 2
         plan = plan_of(rule, params, masters, moments, counts, groups)
         if chance:
-            plan.by_chance([chance[0] + k for k in range(len(spans))], [chance[1] + 5 * k for k in range(len(spans))])
+            plan.by_chance(
+                [chance[0] + k for k in range(len(spans))], [chance[1] + 5 * k for k in range(len(spans))], True
+            )
         assert plan.gather(grads, reset) == len(spans)
         norms = plan.norms(hyper, lrs, decided) if plan.needs_norms() else None
         plan.step(hyper, lrs, decided, norms)

@@ -69,6 +69,9 @@ STORED = {
     "fp16, split, moments in fp16": Stored(tl.float16, tl.int16, tl.float16, tl.float16),
     "bf16, by chance, moments in bf16": Stored(tl.bfloat16, None, tl.bfloat16, tl.bfloat16, True),
     "fp16, by chance": Stored(tl.float16, None, tl.float16, tl.float32, True),
+    "fp32, moments in int8": Stored(tl.float32, None, tl.float32, tl.int8),
+    "bf16, split, moments in uint8": Stored(tl.bfloat16, tl.int16, tl.bfloat16, tl.uint8),
+    "bf16, by chance, moments in int8": Stored(tl.bfloat16, None, tl.bfloat16, tl.int8, True),
 }
 
 
@@ -114,7 +117,9 @@ def test_weights_go_to_seven_others_16_bytes_at_a_time(arch, tmp_path):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("stored", ["fp32", "bf16, split", "fp16, split, moments in fp16"])
+@pytest.mark.parametrize(
+    "stored", ["fp32", "bf16, split", "fp16, split, moments in fp16", "bf16, split, moments in uint8"]
+)
 def test_norms(stored, arch, tmp_path):
     lamb, form = formulas.RULES["lamb"], STORED[stored]
     constants = {"MOVE": lamb.move, "DIRECTION": lamb.direction, "COUNT": lamb.constants, **form.constants(2)}

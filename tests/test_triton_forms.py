@@ -199,7 +199,7 @@ def test_nothing_is_written_beside(backend, rule, form):
         hyper = torch.tensor([[1.0, *HYPER[rule]]], dtype=torch.float64)
         plan = backend.Plan(rule, [param], [master], moments, steps, torch.zeros(1, dtype=torch.int32))
         if form is None:
-            plan.by_chance([5], [0])
+            plan.by_chance([5], [0], True)
         plan.gather([grad], reference.RESET)
         record = torch.tensor([1.0, 0.0, 0.0])
         plan.step(hyper, [], record, plan.norms(hyper, [], record) if plan.needs_norms() else None)
@@ -216,7 +216,7 @@ def test_steps_are_counted_where_chance_is_asked_for(backend, skipped):
     hyper = torch.tensor([[1.0, *HYPER["lion"]]], dtype=torch.float64)
     p, m, steps = torch.ones(5).half(), torch.zeros(5), torch.tensor(4.0)
     plan = backend.Plan("lion", [p], [torch.empty(0)], [m], [steps], torch.zeros(1, dtype=torch.int32))
-    plan.by_chance([1], [0])
+    plan.by_chance([1], [0], True)
     plan.gather([torch.ones(5)], reference.KEPT)
     plan.step(hyper, [], torch.tensor([1.0, skipped, 0.0]), None)
     assert steps == (4.0 if skipped else 5.0)
@@ -235,7 +235,7 @@ def test_a_plan_takes_chance_whenever_it_is_told(backend):
         seen = []
         for seed in (None, 1, 2):
             if seed is not None:
-                plan.by_chance([seed, seed], [0, 0])
+                plan.by_chance([seed, seed], [0, 0], True)
             plan.gather(grads, reference.KEPT)
             plan.step(hyper, [], torch.tensor([1.0, 0.0, 0.0]), None)
             seen += [p.clone(), q.clone(), master.clone()]
@@ -249,11 +249,11 @@ def test_chance_is_refused_in_the_words_of_the_compiled_plan(backend):
         p = [torch.ones(3).half()]
         plan = chosen.Plan("sgd", p, [torch.empty(0)], [], [], torch.zeros(1, dtype=torch.int32))
         with pytest.raises(RuntimeError, match="1 tensors of seeds expected, got 2"):
-            plan.by_chance([1, 2], [0, 0])
+            plan.by_chance([1, 2], [0, 0], True)
         with pytest.raises(RuntimeError, match="1 tensors of places expected, got 0"):
-            plan.by_chance([1], [])
+            plan.by_chance([1], [], True)
         with pytest.raises(RuntimeError, match="rounding by chance needs step counts"):
-            plan.by_chance([1], [0])
+            plan.by_chance([1], [0], True)
 
 
 def test_16_bytes_of_the_widest_stream_move_at_once():
@@ -266,7 +266,7 @@ def test_16_bytes_of_the_widest_stream_move_at_once():
     assert span_of((at, bf16), (at, bf16), 9, (at + 8, i16)).kind.pack == 1
     assert span_of((at, bf16), (at, bf16), 9, (at + 8, i16), [(at, fp32)]).kind.pack == 4
     assert span_of((at, bf16), (at, bf16), 9, moments=[(at + 8, bf16)]).kind.pack == 1
-    chance = {"chance": (3, 4)}
+    chance = {"chance": (3, 4), "stochastic": True}
     assert span_of((at, bf16), (at, bf16), 9, **chance).kind.chance
     assert not span_of((at, fp32), (at, bf16), 9, **chance).kind.chance
     assert not span_of((at, bf16), (at, bf16), 9, (at, i16), **chance).kind.chance
