@@ -52,6 +52,7 @@ def check_grouped(t: Tensor, numel: int, device: torch.device) -> None:
         f"got shape {list(t.shape)}",
     )
     check_device(t, device, "a moment")
+    require(t.data_ptr() % 4 == 0, "a moment in 8 bits must begin at a boundary of 4 bytes")
 
 
 def check_count(tensors: Sequence[object], count: int, what: str) -> None:

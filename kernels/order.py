@@ -28,16 +28,12 @@ class ElementOrder:
     def copies(self) -> int:
         return len(self._copies)
 
-    def follow(self, param: Tensor, contiguous: bool = False) -> None:
-        """From here on, the order of ``param``: its own where it is dense in memory, else the contiguous one.
-
-        That may be asked for, too.
-        """
+    def follow(self, param: Tensor) -> None:
+        """From here on, the order of ``param``: its own where it is dense in memory, else the contiguous one."""
         self._shape, self._strides = param.shape, param.stride()
         if not param.is_contiguous():
-            # Of a dense tensor its own are preserved.
-            wanted = torch.contiguous_format if contiguous else torch.preserve_format
-            self._strides = torch.empty_like(param, device="meta", memory_format=wanted).stride()
+            # For a dense tensor these are its own.
+            self._strides = torch.empty_like(param, device="meta").stride()
 
     def read(self, t: Tensor, what: str) -> int:
         """The address of ``t`` in this order."""

@@ -178,9 +178,8 @@ class Plan:
         """Everything checked, and brought into one element order."""
         order, param = self._order, entry.param
         forms = [check_moment(t) for t in state[len(state) - self._rule.moments :]]
-        grouped = not GROUPED.isdisjoint(forms)
-        require(not grouped or entry.step is not None, "moments in 8 bits need step counts")
-        order.follow(param, grouped)  # a group is the same elements, however they lie
+        require(entry.step is not None or GROUPED.isdisjoint(forms), "moments in 8 bits need step counts")
+        order.follow(param)
         address = order.write(param, "a parameter")
         at_step = 0
         if entry.step is not None:
