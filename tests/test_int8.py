@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 
 import pytest
 import torch
-from cases import BACKENDS, HALVES, NAMES, OURS, TYPICAL, give_gradients, parameters
+from cases import BACKENDS, HALVES, HYPER, NAMES, OURS, TYPICAL, give_gradients, parameters
 from torch import Tensor, nn
 
 import deepfast
-from deepfast import reference
+from deepfast import ops, reference
 from deepfast.reference import pack, packed_size, unpack
 from deepfast.reference.noise import dither
 
@@ -350,3 +351,46 @@ def test_moments_of_types_that_no_kernel_takes_are_of_their_type():
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert [optimizer.state[p]["exp_avg"].dtype for p in params] == [torch.float64, torch.complex64]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_are_rounded_by_chance_only_where_that_is_asked_for(backend, rounding):
+    runs = []
+    for which in (backend, "reference"):
+        params = parameters(torch.bfloat16, SHAPES)
+        run(params, 3, state_dtype="int8", backend=which, master="none", rounding=rounding)
+        runs.append(params)
+    differ = sum(int((p != q).sum()) for p, q in zip(*runs, strict=True))
+    assert differ <= 0.002 * sum(p.numel() for p in runs[0])
+
+
+@pytest.mark.parametrize("rule", [rule for rule, what in reference.RULES.items() if what.moments])
+def test_chance_is_that_of_the_place_in_the_whole_parameter(rule):
+    """A part has the bits of the whole's groups, whatever its rank: for the kernels as for plain torch."""
+    what = reference.RULES[rule]
+    forms = [POSITIVE] if rule == "adagrad" else [SIGNED, POSITIVE, POSITIVE][: what.moments]
+    hyper = torch.tensor([[1.0, *HYPER[rule]]], dtype=torch.float64)
+    found = []
+    for plans in (ops.native, reference):
+        for cut in (False, True):
+            g = torch.Generator().manual_seed(1)
+            p, grad = torch.randn(2, 2000, generator=g).unbind()
+            ends = [0, 1024, 1088, 2000] if cut else [0, 2000]
+            sizes = [end - begin for begin, end in itertools.pairwise(ends)]
+            moments = [[torch.zeros(packed_size(n), dtype=form) for n in sizes] for form in forms]
+            steps = [torch.tensor(3.0) for _ in sizes]
+            parts = [t.clone() for t in p.split(sizes)]
+            flat = [t for each in moments for t in each]
+            plan = plans.Plan(
+                rule, parts, [torch.empty(0)] * len(sizes), flat, steps, torch.zeros(3).int()[: len(sizes)]
+            )
+            plan.by_chance([11] * len(sizes), [first + 4096 for first in ends[:-1]], False)
+            assert plan.gather([t.clone() for t in grad.split(sizes)], 0) == len(sizes)
+            record = torch.tensor([1.0, 0.0, 0.0])
+            plan.step(hyper, [], record, plan.norms(hyper, [], record) if plan.needs_norms() else None)
+            found.append([torch.cat([unpack(t, torch.Size([n])) for t, n in zip(each, sizes, strict=True)])
+                          for each in moments])  # fmt: skip
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert (a != b).sum() <= 4  # by a rounding of fp32's
