@@ -99,12 +99,14 @@ def test_thousands_of_tensors_of_every_kind(name, backend, device):
     assert_same(cpu, gpu)
 
 
+@pytest.mark.parametrize("form", ["fp32", "int8"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_any_layout(backend, device):
+def test_any_layout(backend, form, device):
     here, there = parameters(torch.float32, device, [(6, 5, 4, 3), (33, 17)])
     for params in (here, there):
         params[0].data = params[0].data.to(memory_format=torch.channels_last)
-    cpu, gpu = deepfast.AdamW(here, reset_grad=True), deepfast.AdamW(there, reset_grad=True, backend=backend)
+    cpu = deepfast.AdamW(here, reset_grad=True, state_dtype=form)
+    gpu = deepfast.AdamW(there, reset_grad=True, state_dtype=form, backend=backend)
     for step in range(2):
         give_gradients(here, there, step)
         for params in (here, there):
@@ -171,15 +173,16 @@ def capture(optimizer, scaler, device) -> torch.cuda.CUDAGraph:
 
 @pytest.mark.parametrize("count", [7, 600])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", NAMES)
-def test_a_graph_of_the_whole_step_skips_where_it_has_to(name, backend, count, device):
+@pytest.mark.parametrize(("name", "form"), [*((name, "fp32") for name in NAMES), ("Adam", "int8"), ("LAMB", "int8")])
+def test_a_graph_of_the_whole_step_skips_where_it_has_to(name, form, backend, count, device):
+    options = {**TYPICAL[name], "state_dtype": form}
     shapes = SHAPES if count == len(SHAPES) else [(37,)] * count
     here, there = parameters(torch.float16, device, shapes)
     with torch.cuda.device(device):
         rates = torch.tensor([0.1, 0.1, 0.05, 0.05, 0.02, 0.02]).tolist()  # what fp32 holds of them
         lr = torch.tensor(rates[0], device=device)
-        cpu = OURS[name](here, lr=rates[0], max_grad_norm=1.0, **TYPICAL[name])
-        gpu = OURS[name](there, lr=lr, max_grad_norm=1.0, backend=backend, **TYPICAL[name])
+        cpu = OURS[name](here, lr=rates[0], max_grad_norm=1.0, **options)
+        gpu = OURS[name](there, lr=lr, max_grad_norm=1.0, backend=backend, **options)
         scalers = [deepfast.LossScaler(d, init_scale=128.0, growth_interval=2) for d in ("cpu", device)]
         give_gradients(here, there)
         for optimizer, scaler in zip((cpu, gpu), scalers, strict=True):  # warm-up: state, workspaces, compilation

@@ -48,7 +48,7 @@ KERNELS = "regex:(step|norms|statistics)_kernel"
 NEEDS_A_DEVICE = "graph or captur or stream or launches or waits or leaked or this_gpu or two_processes or triton"
 # Of the other tests, the files with tests that are given a backend and that are run with a GPU's.
 OPTIMIZER_TESTS = [f"tests/test_{name}.py" for name in ("optimizers", "gradients", "masters", "edges", "plan",
-                                                        "replaced_states", "forms", "chance")]  # fmt: skip
+                                                        "replaced_states", "forms", "chance", "int8")]  # fmt: skip
 
 
 def importable(name: str) -> bool:
