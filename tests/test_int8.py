@@ -145,6 +145,16 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(dtype, compa
     assert copied.state_dtype == "int8"
 
 
+@pytest.mark.parametrize("shape", [(100,), (6, 5, 4, 3)])
+def test_an_accumulator_begins_at_what_is_asked_for(shape):
+    p = nn.Parameter(torch.zeros(shape))
+    p.data = p.data.to(memory_format=torch.channels_last) if len(shape) == 4 else p.data
+    optimizer = deepfast.Adagrad([p], initial_accumulator_value=0.1, state_dtype="int8")
+    optimizer.init_state()
+    begin = optimizer.state_dict()["state"][0]["sum"]
+    torch.testing.assert_close(begin, torch.full(shape, 0.1), rtol=2.0**-8, atol=0)
+
+
 @pytest.mark.parametrize("form", ["fp32", "bf16", {"exp_avg": "int8"}])
 @pytest.mark.parametrize("compact", [False, True])
 def test_moments_move_into_and_out_of_8_bits(form, compact):
