@@ -77,7 +77,7 @@ WHOLE = {
     "deepfast": Contender(whole),
     "deepfast_fp32_master": Contender(functools.partial(whole, master="fp32")),
     "deepfast_bf16_moments": Contender(functools.partial(whole, state_dtype="bf16"), peers.LOW_BITS),
-    "deepfast_int8_moments": Contender(functools.partial(whole, state_dtype="int8"), peers.LOW_BITS),
+    "deepfast_int8_moments": Contender(functools.partial(whole, state_dtype="int8"), peers.BY_CHANCE),
     **{
         name: recipe(contender)
         for name, contender in {
@@ -120,7 +120,7 @@ CASES = {
         "AdamW, fp32, int8 moments",
         16,
         {
-            "deepfast": Contender(stepping(deepfast.AdamW, weight_decay=DECAY, state_dtype="int8"), peers.LOW_BITS),
+            "deepfast": Contender(stepping(deepfast.AdamW, weight_decay=DECAY, state_dtype="int8"), peers.BY_CHANCE),
             "torch_fused": ADAMW["torch_fused"],
         },
         ADAMW_ORACLE,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 LR, DECAY = 1e-2, 0.1
 SCALE, NORM, EPS = 1024.0, 0.1, 1e-5  # of the 16-bit step; with this eps a wrong scale shows in Adam's updates, too
 LOW_BITS = 0.02  # of the update, what 8-bit moments may lose; measured: torchao 0.5 % (fp8 0.9 %), bitsandbytes 0.5 %
+BY_CHANCE = 0.05  # of an update, what rounding a first moment to 8 bits by chance adds and takes; measured: 2.3 %
 NORMS = 0.02  # of an update that hangs on torch's norms: it adds them up in fp32, 64M elements are 0.5 % off
 Params = list[Tensor]
 

@@ -48,25 +48,36 @@ struct Groups {
     }
   }
 
-  // first: which element of the whole parameter the first one is.
+  // count <= kMost groups. first: which element of the whole parameter the first one is. (Pass after pass: a group's
+  // word comes late, and others have work to do until it is there.)
   template <bool kSigned>
   void encode_from(const float* from, int64_t count, Dither dither, uint32_t first) const {
+    uint32_t sizes[kMost], least[kMost] = {};
     for (int64_t group = 0; group < count; ++group) {
-      const int64_t begin = group * kGroup, end = begin + kGroup;
-      auto greatest = size_bits(load(from + begin, Pack())), negated = negative(greatest);
-      for (int64_t i = begin + kWidth<Pack>; i < end; i += kWidth<Pack>) {
-        const auto size = size_bits(load(from + i, Pack()));
+      const float* values = from + group * kGroup;
+      auto greatest = size_bits(load(values, Pack())), negated = negative(greatest);
+      for (int64_t i = kWidth<Pack>; i < kGroup; i += kWidth<Pack>) {
+        const auto size = size_bits(load(values + i, Pack()));
         greatest = greater(greatest, size);
         if constexpr (!kSigned) negated = greater(negated, negative(size));
       }
-      words[group] = Int8<kSigned>::word_of(greatest_of(greatest), kSigned ? 0 : greatest_of(negated));
+      sizes[group] = greatest_of(greatest);
+      if constexpr (!kSigned) least[group] = greatest_of(negated);
+    }
+    for (int64_t group = 0; group < count; ++group) {
+      words[group] = Int8<kSigned>::word_of(sizes[group], least[group]);
+    }
+    uint8_t* const to = codes;  // a byte that is stored could be any, those of a member, too
+    for (int64_t group = 0; group < count; ++group) {
       const auto form = Int8<kSigned>::of(words[group]);
-      for (int64_t i = begin; i < end; i += kWidth<Pack>) {
+      for (int64_t i = group * kGroup; i < (group + 1) * kGroup; i += kWidth<Pack>) {
         const auto chance = bits_of(dither, first + static_cast<uint32_t>(i), Pack());
-        store(encode(form, load(from + i, Pack()), chance), codes + i);
+        store(encode(form, load(from + i, Pack()), chance), to + i);
       }
     }
   }
+
+  static constexpr int64_t kMost = 16;
 
  private:
   static constexpr int64_t kAhead = 16;  // groups
@@ -76,7 +87,7 @@ inline bool has_grouped(const Span& span, int moments) {
   return std::any_of(span.moment_dtype, span.moment_dtype + moments, is_grouped);
 }
 
-constexpr int64_t kStretch = 1024;
+constexpr int64_t kStretch = Groups::kMost * kGroup;
 constexpr int64_t kStagger = 272;  // floats: two stretches do not begin at the same place in a page
 
 // body(seen, begin, n) for the elements [begin, begin + n) of `span`, a stretch at a time where some of its moments are

@@ -48,7 +48,7 @@ template <bool kSigned>
 DF_INLINE Codes encode(const Int8<kSigned>& form, Pack x, Words chance) {
   const Words bias = _mm256_set1_epi32(form.bias);
   if constexpr (kSigned) {
-    const Words b = size_bits(magnitude(x) + Pack(form.floor()));
+    const Words b = _mm256_castps_si256((magnitude(x) + Pack(form.floor())).x);
     const Words steps = _mm256_add_epi32(_mm256_sub_epi32(b, bias), _mm256_srli_epi32(chance, 12));
     const Words c = _mm256_min_epi32(_mm256_srli_epi32(steps, 20), _mm256_set1_epi32(Int8<kSigned>::kMost));
     const Words sign = _mm256_slli_epi32(_mm256_srli_epi32(_mm256_castps_si256(x.x), 31), 7);

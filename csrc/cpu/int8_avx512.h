@@ -38,7 +38,7 @@ template <bool kSigned>
 DF_INLINE Codes encode(const Int8<kSigned>& form, Pack x, Words chance) {
   const Words bias = _mm512_set1_epi32(form.bias);
   if constexpr (kSigned) {
-    const Words b = size_bits(magnitude(x) + Pack(form.floor()));
+    const Words b = _mm512_castps_si512((magnitude(x) + Pack(form.floor())).x);
     const Words steps = _mm512_add_epi32(_mm512_sub_epi32(b, bias), _mm512_srli_epi32(chance, 12));
     const Words c = _mm512_min_epi32(_mm512_srli_epi32(steps, 20), _mm512_set1_epi32(Int8<kSigned>::kMost));
     return _mm512_cvtepi32_epi8(with_bits(c, _mm512_srli_epi32(_mm512_castps_si512(x.x), 24), 0x80));
