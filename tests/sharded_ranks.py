@@ -128,7 +128,13 @@ def check_8_bits():
             give(sharded, plain, i), give(again, plain, i)
             a.step(), c.step()
         assert all(torch.equal(p.to_local(), q.to_local()) for p, q in zip(sharded, again, strict=True))
+        whole_state = copy.deepcopy(b.state_dict(compact=True))
         b.load_state_dict(saved[False])  # of whole parameters
+        a.load_state_dict(whole_state)  # and back
+        for p, state in zip(sharded, whole_state["state"].values(), strict=True):
+            found = a.unpacked(p, "exp_avg_sq", a.state[p]["exp_avg_sq"]).full_tensor()
+            exact = reference.unpack(state["exp_avg_sq"], p.shape)
+            torch.testing.assert_close(found, exact, rtol=0.13, atol=1e-6)
 
 
 def check_mixed_with_plain_parameters():

@@ -228,6 +228,11 @@ def test_moments_follow_a_parameter_that_is_laid_anew(backend):
     torch.testing.assert_close(other.state_dict()["state"][0]["exp_avg"], now["exp_avg"], rtol=0.13, atol=1e-4)
     copied = copy.deepcopy(optimizer)
     assert torch.equal(copied.state_dict()["state"][0]["exp_avg"], now["exp_avg"])
+    optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].clone()  # as who moves states away and back
+    assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], now["exp_avg"])
+    before = now["exp_avg"].lerp(p.grad.float(), 0.1)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state_dict()["state"][0]["exp_avg"], before, rtol=0.13, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -101,7 +101,7 @@ class Loadable(Stateful):
                 )
             shape = p.shape
             if is_grouped(name, value):
-                shape = torch.Size([reference.packed_size(local(p).numel())])
+                shape = torch.Size([reference.packed_size(p.numel())])
             if value is not None and value.shape != shape:
                 raise ValueError(
                     f"deepfast: the loaded {name!r} has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}"
@@ -160,9 +160,11 @@ class Loadable(Stateful):
 
 
 def _take_moment(p: Tensor, name: str, kept: Tensor, given: Tensor) -> None:
-    """Fills ``kept`` where it, or what is given, is in 8 bits."""
+    """Fills ``kept`` where it, or what is given, is in 8 bits. That is then all of it (see ``stands_alone``)."""
+    if is_grouped(name, given):
+        given = reference.unpack(given, p.shape)
     whole = wrapped(torch.empty_like(local(p), dtype=torch.float32), p)
-    copy_into(whole, wrapped(value_of(name, given, p), p) if is_grouped(name, given) else given)
+    copy_into(whole, given)
     if is_grouped(name, kept):
         fill_grouped(kept, local(whole), p)
     else:

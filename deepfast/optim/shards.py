@@ -86,6 +86,8 @@ class Shards(NamedTuple):
         """Cuts a tensor that every rank has whole."""
         from torch.distributed.tensor import distribute_tensor
 
+        if full.dtype == torch.int16:  # gloo scatters none
+            full = full.int()
         return distribute_tensor(full, self.mesh, self.placements)
 
     def sum_(self, t: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ class Stateful(Declared):
         grouped = is_grouped(name, value)
         if dtype not in (None, value.dtype) and (known or grouped):
             value = _converted(name, value, p, dtype)
-        elif grouped and _order(value) != reference.order_of(local(p)):
+        elif grouped and _order(value, p) != reference.order_of(local(p)):
             value = _converted(name, value, p, value.dtype)
         return value if _is_special(p) or graphs.capturing(p.device) else memory.in_order_of(value, p)
 
@@ -231,22 +231,24 @@ def wrapped(t: Tensor, p: Tensor) -> Tensor:
     return t if shards is None else shards.wrap(t, p)
 
 
-def _order(packed: Tensor) -> reference.Order | None:
-    """In which order the elements of a moment in 8 bits are counted: that which its parameter had when it was made."""
-    return getattr(packed, "order", None)
+def _order(packed: Tensor, p: Tensor) -> reference.Order | None:
+    """In which order the elements of a moment of ``p`` in 8 bits are counted: that which ``p`` had when it was made.
+
+    (Of one that somebody has copied or moved, nobody knows: that which ``p`` has now.)
+    """
+    return packed.order if hasattr(packed, "order") else reference.order_of(local(p))
 
 
 def stands_alone(packed: Tensor, p: Tensor) -> bool:
     """Whether a moment of ``p`` in 8 bits says all: neither how ``p`` lies nor which part of it this is, is asked."""
-    return _order(packed) is None and not is_sharded(p)
+    return _order(packed, p) is None and not is_sharded(p)
 
 
 def fill_grouped(packed: Tensor, value: Tensor, p: Tensor) -> None:
     """Writes what is to be a moment of ``p`` in 8 bits, rounded to nearest, in the order in which ``p`` lies."""
     order = reference.order_of(local(p))
     packed.copy_(reference.pack(value, packed.dtype, order=order))
-    if order != _order(packed):
-        packed.order = order  # type: ignore[attr-defined]
+    packed.order = order  # type: ignore[attr-defined]
 
 
 def is_grouped(name: str, value: Any) -> bool:
@@ -257,7 +259,7 @@ def is_grouped(name: str, value: Any) -> bool:
 def value_of(name: str, value: Tensor, p: Tensor) -> Tensor:
     """This rank's part of a master or moment of ``p`` in full, whatever form it is kept in."""
     if is_grouped(name, value):
-        return reference.unpack(value, local(p).shape, _order(value))
+        return reference.unpack(value, local(p).shape, _order(value, p))
     return reference.master_value(local(value), local(p)) if name == "master" else local(value)
 
 
