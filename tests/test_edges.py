@@ -84,7 +84,7 @@ def test_more_elements_than_32_bits_can_count():
         ({"state_dtype": {"exp_avg": "fp8"}}, "state_dtype='fp8' is not known"),
         ({"state_dtype": {"exp_avg_square": "bf16"}}, "no moment 'exp_avg_square'.* exp_avg, exp_avg_sq"),
         ({"master": "none", "rounding": "up"}, "rounding='up' is not known"),
-        ({"state_dtype": "int8"}, "not built yet"),
+        ({"state_dtype": "int4"}, "state_dtype='int4' is not known: choose one of fp32, bf16, param, int8"),
         ({"rounding": "stochastic"}, "without a master: give master='none'"),
         ({"max_grad_norm": 0.0}, "max_grad_norm"),
         ({"backend": "tpu"}, "unknown backend 'tpu'"),

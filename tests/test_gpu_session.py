@@ -75,7 +75,9 @@ PLANTED = {
         ("launch.decide", "launch.decides"),  # bandwidth
         ("full = {", "fulls = {"),  # profile
     ],
-    "tests/test_gpu.py": [("def test_any_layout(backend, device):", "def test_any_layout(backend, device, layout):")],
+    "tests/test_gpu.py": [
+        ("def test_any_layout(backend, form, device):", "def test_any_layout(backend, form, device, layout):")
+    ],
     "tests/peers_ranks.py": [("reference.reduced(tensors", "reference.reduce(tensors")],
     "tests/zero_ranks.py": [("engine.module.loss(", "engine.module.lost(")],  # engine
     "tests/test_plan.py": [("import torch\n", "import torch\nimport torch_\n")],

@@ -8,6 +8,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import pytest
+import torch
 import triton
 import triton.language as tl
 from conftest import run
@@ -50,13 +51,19 @@ class Stored(NamedTuple):
     param: tl.dtype
     master: tl.dtype | None
     grad: tl.dtype
-    moment: tl.dtype = tl.float32
+    moment: tl.dtype = tl.float32  # int8: in groups, of those that are never negative uint8
     chance: bool = False
 
-    def constants(self, moments: int) -> dict:
-        widest = max(t.primitive_bitwidth for t in (*self[:3], *[self.moment] * moments) if t is not None)
+    def moments(self, rule: str) -> list[tl.dtype]:
+        forms = {torch.int8: tl.int8, torch.uint8: tl.uint8}
+        names = reference.RULES[rule].keeps
+        return [forms[reference.grouped_dtype(name)] if self.moment == tl.int8 else self.moment for name in names]
+
+    def constants(self, rule: str) -> dict:
+        moments = self.moments(rule)
+        widest = max(t.primitive_bitwidth for t in (*self[:3], *moments) if t is not None)
         return {"PARAM_TYPE": self.param, "MASTER_TYPE": self.master, "GRAD_TYPE": self.grad,
-                "MOMENT_TYPES": (self.moment,) * moments, "PACK": 128 // widest}  # fmt: skip
+                "MOMENT_TYPES": tuple(moments), "PACK": 128 // widest}  # fmt: skip
 
 
 STORED = {
@@ -70,7 +77,7 @@ STORED = {
     "bf16, by chance, moments in bf16": Stored(tl.bfloat16, None, tl.bfloat16, tl.bfloat16, True),
     "fp16, by chance": Stored(tl.float16, None, tl.float16, tl.float32, True),
     "fp32, moments in int8": Stored(tl.float32, None, tl.float32, tl.int8),
-    "bf16, split, moments in uint8": Stored(tl.bfloat16, tl.int16, tl.bfloat16, tl.uint8),
+    "bf16, split, moments in int8": Stored(tl.bfloat16, tl.int16, tl.bfloat16, tl.int8),
     "bf16, by chance, moments in int8": Stored(tl.bfloat16, None, tl.bfloat16, tl.int8, True),
 }
 
@@ -85,14 +92,14 @@ def wide(accesses: Counter, access: str, bits: int = 128) -> int:
 def test_steps_move_16_bytes_at_a_time(rule, stored, arch, tmp_path):
     after = reference.RESET if rule != "sgd" else reference.WRITTEN
     what, form = formulas.RULES[rule], STORED[stored]
-    constants = {"UPDATE": what.update, "COUNT": what.constants, **form.constants(what.moments), "CHANCE": form.chance,
+    constants = {"UPDATE": what.update, "COUNT": what.constants, **form.constants(rule), "CHANCE": form.chance,
                  "AFTER": after, "sinks": None, "SINKS": 0}  # fmt: skip
     ptx, accesses, used = machine_code(step.step_kernel, constants, arch, tmp_path)
     assert "STACK:0" in used
     assert not any(name.startswith(("LDL", "STL")) for name in accesses)
     first_pass = what.move is not None  # it has read the gradient and stored the moments
     weight = {None: [form.param], tl.float32: [tl.float32], tl.int16: [form.param, tl.int16]}[form.master]
-    moments = [form.moment] * what.moments
+    moments = form.moments(rule)
     loads = [*weight, *moments, *([] if first_pass else [form.grad])]
     stores = [form.param, form.grad, *([form.master] if form.master else []), *([] if first_pass else moments)]
     # 1024 elements, 128 threads: two accesses of a thread in each stream of four values at a time, one of eight.
@@ -108,7 +115,7 @@ def test_steps_move_16_bytes_at_a_time(rule, stored, arch, tmp_path):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_weights_go_to_seven_others_16_bytes_at_a_time(arch, tmp_path):
     adam = formulas.RULES["adam"]
-    constants = {"UPDATE": adam.update, "COUNT": adam.constants, **STORED["fp32"].constants(2), "CHANCE": False,
+    constants = {"UPDATE": adam.update, "COUNT": adam.constants, **STORED["fp32"].constants("adam"), "CHANCE": False,
                  "AFTER": reference.KEPT}  # fmt: skip
     _, alone, _ = machine_code(step.step_kernel, {**constants, "sinks": None, "SINKS": 0}, arch, tmp_path)
     _, sent, used = machine_code(step.step_kernel, {**constants, "SINKS": 7}, arch, tmp_path)
@@ -118,11 +125,11 @@ def test_weights_go_to_seven_others_16_bytes_at_a_time(arch, tmp_path):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
-    "stored", ["fp32", "bf16, split", "fp16, split, moments in fp16", "bf16, split, moments in uint8"]
+    "stored", ["fp32", "bf16, split", "fp16, split, moments in fp16", "bf16, split, moments in int8"]
 )
 def test_norms(stored, arch, tmp_path):
     lamb, form = formulas.RULES["lamb"], STORED[stored]
-    constants = {"MOVE": lamb.move, "DIRECTION": lamb.direction, "COUNT": lamb.constants, **form.constants(2)}
+    constants = {"MOVE": lamb.move, "DIRECTION": lamb.direction, "COUNT": lamb.constants, **form.constants("lamb")}
     _, accesses, used = machine_code(norms.norms_kernel, constants, arch, tmp_path)
     assert "STACK:0" in used
     weight = {None: [form.param], tl.int16: [form.param, tl.int16]}[form.master]
