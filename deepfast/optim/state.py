@@ -18,7 +18,7 @@ from deepfast.optim.shards import Shards, copy_into, is_sharded, local
 from deepfast.reference import RULES
 
 HALF = frozenset((torch.float16, torch.bfloat16))
-_MOMENTS = frozenset(name for rule in RULES.values() for name in rule.keeps)
+_MOMENT_NAMES = frozenset(name for rule in RULES.values() for name in rule.keeps)
 _FORMS = ops.KERNEL_DTYPES | {torch.int16} | reference.GROUPED
 
 
@@ -62,7 +62,9 @@ class Stateful(Declared):
                 if name == "master":
                     self._fill_master(p, t)
                 elif dtype in reference.GROUPED:
-                    fill_grouped(t, torch.full(local(p).shape, initial, device=device), p)
+                    _count_as_it_lies(t, p)
+                    if initial:  # else it is that already
+                        fill_grouped(t, torch.full(local(p).shape, initial, device=device), p)
                 elif initial:
                     t.fill_(complex(initial, initial) if dtype.is_complex else initial)
                 self.state[p][name] = wrapped(t, p) if alone else t
@@ -246,14 +248,17 @@ def stands_alone(packed: Tensor, p: Tensor) -> bool:
 
 def fill_grouped(packed: Tensor, value: Tensor, p: Tensor) -> None:
     """Writes what is to be a moment of ``p`` in 8 bits, rounded to nearest, in the order in which ``p`` lies."""
-    order = reference.order_of(local(p))
-    packed.copy_(reference.pack(value, packed.dtype, order=order))
-    packed.order = order  # type: ignore[attr-defined]
+    _count_as_it_lies(packed, p)
+    packed.copy_(reference.pack(value, packed.dtype, order=_order(packed, p)))
+
+
+def _count_as_it_lies(packed: Tensor, p: Tensor) -> None:
+    packed.order = reference.order_of(local(p))  # type: ignore[attr-defined]
 
 
 def is_grouped(name: str, value: Any) -> bool:
     """Whether a value of a parameter's state is a moment in 8 bits."""
-    return name in _MOMENTS and isinstance(value, Tensor) and value.dtype in reference.GROUPED
+    return name in _MOMENT_NAMES and isinstance(value, Tensor) and value.dtype in reference.GROUPED
 
 
 def value_of(name: str, value: Tensor, p: Tensor) -> Tensor:
