@@ -159,8 +159,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return restore(json.loads(path.read_text(encoding="utf-8")))
 
 
-def commit(directory: Path, tag: str, sums: dict[str, str]) -> Path:
-    """Publishes what was put together after ``begin`` and has these sums; from here on ``latest`` names it."""
+def commit(directory: Path, tag: str, sums: dict[str, str], latest: bool = True) -> Path:
+    """Publishes what was put together after ``begin`` and has these sums; from here on ``latest`` names it, or not."""
     folder, target, old = staging(directory, tag), directory / tag, _old(directory, tag)
     write_text(folder / CHECKSUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
     _sync(folder)
@@ -171,8 +171,11 @@ def commit(directory: Path, tag: str, sums: dict[str, str]) -> Path:
             os.rename(target, old)
         os.rename(folder, target)
         _sync(directory)
-        os.replace(named, directory / "latest")
-        _sync(directory)
+        if latest:
+            os.replace(named, directory / "latest")
+            _sync(directory)
+        else:
+            named.unlink()
     except OSError:
         _take_back(directory, tag)
         named.unlink(missing_ok=True)

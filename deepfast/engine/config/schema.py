@@ -159,6 +159,10 @@ class Config(Section):
     save_total_limit: int = Field(2, gt=0, description="checkpoints kept")
     sample_tokens: int = Field(128, ge=0, description="length of the text generated at the end")
 
+    def given(self) -> dict[str, Any]:
+        """What was set, as a dict."""
+        return self.model_dump(exclude_unset=True)
+
     def batch_triple(self) -> tuple[int, int, int]:
         """(train batch, micro-batch, accumulation), after ``resolve_batch``."""
         batch, micro, accumulation = (
