@@ -2,7 +2,7 @@
 
     python examples/accelerate_loop.py --precision bf16 --output output/accelerate
     python examples/accelerate_loop.py --precision bf16 --output output/accelerate --resume
-    accelerate launch --num_processes 2 examples/accelerate_loop.py
+    torchrun --nproc-per-node 2 examples/accelerate_loop.py
 
 bf16 is autocast over fp32 weights, on a CPU or a GPU. fp16, with torch's GradScaler, is a GPU's: on a CPU Accelerate
 accepts mixed_precision="fp16" and trains in fp32.
@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),  # or else, without a GPU, ranks do not see each other
         mixed_precision=PRECISIONS[args.precision],
         gradient_accumulation_steps=2,
         # the order of an epoch is a function of its number, so that a resumed epoch has the same
