@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, run
 from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import deepfast
@@ -149,6 +150,24 @@ def learns(example: str, output: Path, printed: str) -> bool:
 def interrupt(example: str, precision: str, output: Path, after: dict[str, int]) -> None:
     with pytest.raises(InterruptionError):
         train(example, precision, output, interrupted=after[example])
+
+
+def test_no_epoch_has_the_order_of_another(example, tmp_path):
+    batches = set()
+    shown = 0
+
+    def look(module, inputs):
+        nonlocal shown
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == 256:  # of bytes, not of places
+            batches.add(inputs[0].numpy().tobytes())
+            shown += 1
+
+    hook = register_module_forward_pre_hook(look)
+    try:
+        train(example, "fp32", tmp_path)
+    finally:
+        hook.remove()
+    assert len(batches) == shown >= STEPS
 
 
 def test_it_learns_and_resumes(example, tmp_path, capsys):
