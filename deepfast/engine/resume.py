@@ -274,6 +274,8 @@ class Resumable(nn.Module):
             raise checkpoint.CheckpointError(f"{folder}: does not fit this optimizer: {error}") from None
         if self._own_optimizer:
             for group, values in zip(self.optimizer.param_groups, configured, strict=True):
+                for name in group.keys() - values.keys() - loaded:
+                    del group[name]  # what the configuration does not say is as the optimizer has it by itself
                 group.update(values)
 
     @torch.no_grad()

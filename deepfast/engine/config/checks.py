@@ -35,8 +35,6 @@ def check(config: Config) -> None:
     known = OPTIMIZER_PARAMS[config.optimizer.type]
     for name in sorted(params.model_fields_set.difference(known)):
         raise ConfigError(f"optimizer.params.{name}: {config.optimizer.type} has none: it takes {', '.join(known)}")
-    if not params.bias_correction:
-        raise ConfigError("optimizer.params.bias_correction=false is not built yet: take it out")
     if params.nesterov and not (params.momentum and params.dampening == 0):
         raise ConfigError("optimizer.params.nesterov=true needs a momentum, and no dampening")
     for i, beta in enumerate(params.betas or ()):

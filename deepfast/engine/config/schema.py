@@ -43,7 +43,7 @@ class OptimizerParams(Section):
     amsgrad: bool = Field(False, description="AMSGrad variant")
     adam_w_mode: bool = Field(True, description="false, with type Adam: weight decay goes through the gradient")
     torch_adam: bool = Field(False, description="unused")
-    bias_correction: bool = Field(True, description="must be true")
+    bias_correction: bool = Field(True, description="false: moments are not corrected for their bias")
     momentum: float = Field(0.0, ge=0, description="of SGD")
     dampening: float = Field(0.0, description="of SGD's momentum")
     nesterov: bool = Field(False, description="SGD with Nesterov momentum")
@@ -59,7 +59,7 @@ class OptimizerParams(Section):
 
 
 # type -> what its params may hold; DeepSpeed has more words for Adam
-_DEEPSPEEDS = "adam_w_mode torch_adam bias_correction".split()
+_DEEPSPEEDS = "adam_w_mode torch_adam".split()
 _FORMS = "master state_dtype rounding".split()
 OPTIMIZER_PARAMS = {
     name: [*known.split(), *(_DEEPSPEEDS if name in ("AdamW", "Adam") else ()), *_FORMS]
