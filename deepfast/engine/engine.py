@@ -17,8 +17,10 @@ from deepfast.engine.boxes import run_of
 from deepfast.engine.config import Config
 from deepfast.engine.optimizer import choose
 from deepfast.engine.precision import Precision, loss_scaler
+from deepfast.engine.progress import Progress
 from deepfast.engine.reduction import Reduction
 from deepfast.engine.resume import Resumable
+from deepfast.engine.skips import Skips
 from deepfast.engine.statistics import GradientStatistics
 from deepfast.engine.sums import GradientSums
 from deepfast.optim import Optimizer
@@ -39,6 +41,9 @@ class Engine(Resumable):
         device: where the module is.
         global_steps: optimizer steps so far, skipped ones included.
         micro_steps: micro-batches so far.
+        monitor: ``write_events([(name, value, step)])`` where ``monitor.enabled``, as in DeepSpeed.
+        timers: ``timers(name)`` has ``start``, ``stop`` and ``elapsed``.
+        tput_timer: ``avg_samples_per_sec`` of the steps so far.
     """
 
     def __init__(
@@ -82,6 +87,9 @@ class Engine(Resumable):
         self._grad_norm: Tensor | None = None
         self.global_steps = 0
         self.micro_steps = 0
+        self._skips = Skips(config)
+        self._progress = told = Progress(config, self.rank, device)
+        self.monitor, self.timers, self.tput_timer = told.monitor, told.timers, told.throughput
 
     def _stage(self) -> int:
         stage = self.config.zero_optimization.stage
@@ -117,7 +125,8 @@ class Engine(Resumable):
     # One step.
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        return self._forward(*inputs, **kwargs)
+        with self._progress.forward(self.training):
+            return self._forward(*inputs, **kwargs)
 
     def backward(self, loss: Tensor, weight: float | Tensor | None = None) -> Tensor:
         """Backpropagates the scaled loss and adds the gradients to this step's.
@@ -142,7 +151,7 @@ class Engine(Resumable):
             self._sums.begin(None if weight is None else float(weight), last, self._sync)
         elif self._statistics is not None:
             self._statistics.begin()
-        with self._reduction.naming():
+        with self._reduction.naming(), self._progress.backward(loss):
             self.scaler.scale(loss).backward()
             if self._sums is not None:
                 self._sums.add()
@@ -155,15 +164,18 @@ class Engine(Resumable):
 
         Raises:
             RuntimeError: inside ``no_sync``, and at a boundary without a ``backward`` before it.
+            LossScaleError: after ``fp16.max_skips_at_minimum`` skipped steps in a row at the lowest scale.
         """
         if not self._sync:
             raise RuntimeError("step() must not be called inside no_sync()")
         if self.is_gradient_accumulation_boundary():
             if self._backwards == 0:
                 raise RuntimeError("step(): there was no backward() since the last optimizer step")
-            with self._reduction.naming():
+            with self._reduction.naming(), self._progress.step():
                 self._optimizer_step()
+            self._progress.stepped(self)
         self.micro_steps += 1
+        self._skips.check()
 
     def _optimizer_step(self) -> None:
         optimizer, shards = self.optimizer, self._reduction.shards
@@ -182,9 +194,7 @@ class Engine(Resumable):
             self._grad_norm = self._foreign_step(optimizer, divisor)
         if shards is not None:
             shards.spread(optimizer._sent)  # type: ignore[attr-defined]
-        found = self.scaler.found_inf(optimizer)
-        self.scaler.update()
-        self._applied = found is None or not found.item()
+        self._applied = self._skips.settle(self, self._grad_norm)
         for part in self._parts():
             part.whole.grad = part.mine.grad = None
         if self._sums is not None:
@@ -261,6 +271,21 @@ class Engine(Resumable):
     @property
     def skipped_steps(self) -> int:
         return self._skipped
+
+    @property
+    def nonfinite_steps(self) -> int:
+        """Steps since this engine was made whose inf or NaN gradients nothing skipped: without loss scaling."""
+        return self._skips.nonfinite.count()
+
+    def steps_per_print(self) -> int | None:
+        return self.config.steps_per_print
+
+    def wall_clock_breakdown(self) -> bool:
+        return self.config.wall_clock_breakdown
+
+    def get_wall_clock_timers(self) -> dict[str, float]:
+        """Milliseconds of the last step's "fwd", "bwd" and "step"; empty without ``wall_clock_breakdown``."""
+        return dict(self._progress.phases)
 
     @property
     def local_rank(self) -> int:
