@@ -13,7 +13,7 @@ from deepfast.errors import LossScaleError
 
 log = logging.getLogger("deepfast")
 
-_ROOM = 45  # characters for names in an error that is to stay one line
+_ROOM = 36  # characters for names in an error that is to stay one line
 
 
 class Skips:
