@@ -202,7 +202,7 @@ def test_long_names_still_make_one_line():
     with pytest.raises(LossScaleError) as caught:
         e.step()
     assert len(str(caught.value)) <= 200
-    assert "in 1000 of 1000 gradients ('...rlayer" in str(caught.value)
+    assert "in 1000 of 1000 gradients ('...layerlayer" in str(caught.value)
     assert "layer0.weight', ...)" in str(caught.value)
     assert len(caught.value.parameters) == 1000
 
