@@ -325,6 +325,11 @@ def test_the_throughput_timer(monkeypatch):
     by_hand.stop(global_step=True, report_speed=False)
     assert by_hand.avg_samples_per_sec() == 4 / 0.5
     assert (by_hand.recent(), by_hand.recent()) == (4 / 0.5, 0)
+    third = timers.Throughput(4, start_step=1)
+    for whole in (False, True, True):  # the first step has two parts
+        third.start()
+        third.stop(global_step=whole)
+    assert third.avg_samples_per_sec() == 4 / 0.25
 
 
 def test_what_nobody_wants_is_not_read():
@@ -342,5 +347,6 @@ def test_what_nobody_wants_is_not_read():
         loss = nn.functional.mse_loss(e(data[0]), data[1])
         with Reads():
             e.backward(loss)
+            assert (e._progress._loss is None) == (config is ONE)
             e.step()
         assert len(count) == reads, config

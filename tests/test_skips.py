@@ -90,8 +90,8 @@ def test_a_clean_step_waits_once():
     assert len(count) == 1
 
 
-def spoil(p: torch.Tensor) -> None:
-    p.register_hook(lambda grad: grad * NAN)
+def spoil(p: torch.Tensor, value: float) -> None:
+    p.register_hook(lambda grad: torch.full_like(grad, value))
 
 
 @pytest.mark.parametrize("config", [fp16(), ONE, {**ONE, "bf16": True}], ids=["fp16", "fp32", "bf16"])
@@ -101,7 +101,7 @@ def test_the_first_parameter_is_named_where_asked(said, config):
     groups = [{"params": [net[2].bias]}, {"params": [net[2].weight, net[0].bias]}, {"params": [net[0].weight]}]
     e = deepfast.initialize(model=net, model_parameters=groups, config={**CONFIG, **config, "name_nonfinite": True})[0]
     said()
-    spoil(net[2].bias), spoil(net[0].bias)
+    spoil(net[2].bias, NAN), spoil(net[0].bias, INF)
     step(e)
     (line,) = said()
     assert ", first in '0.bias';" in line
