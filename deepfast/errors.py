@@ -2,11 +2,31 @@
 
 
 class UserError(Exception):
-    """Bad input. The command line prints it as one line and exits with 2."""
+    """Bad input. The command line prints it as one line and exits with ``exit_code``."""
+
+    exit_code = 2
 
 
 class ConfigError(UserError, ValueError):
     """A configuration that cannot be used."""
+
+
+class TrainingError(UserError, RuntimeError):
+    """Training that leads nowhere. All ranks raise it alike, and rank 0 prints it."""
+
+    exit_code = 1
+
+
+class LossScaleError(TrainingError):
+    """One step after the other was skipped, and the loss scale cannot become smaller.
+
+    Attributes:
+        parameters: names of those whose gradients held inf or NaN in the last step, in the module's order.
+    """
+
+    def __init__(self, message: str, parameters: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.parameters = parameters
 
 
 class PeerTimeout(RuntimeError):  # noqa: N818 - it is what users type

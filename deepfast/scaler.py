@@ -137,6 +137,12 @@ class LossScaler:
         state = self._place(device)
         return self._used if self._used is not None else state[0]
 
+    def scale_of_this_step(self) -> Tensor | None:
+        """What the gradients since the last ``update`` were multiplied by, fp32 []; None if disabled."""
+        if not self._enabled or self._state is None:
+            return None
+        return self._used if self._used is not None else self._state[0].clone()
+
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradients of ``optimizer`` by the scale in place, to look at them or change them before ``step``.
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from deepfast.engine.gradients import Gradients
 from deepfast.engine.loader import micro_batches
 from deepfast.engine.precision import Precision
+from deepfast.engine.progress import Progress
 from deepfast.engine.resume import Resumable
+from deepfast.engine.skips import Skips
 
 log = logging.getLogger("deepfast")
 
@@ -36,6 +38,8 @@ class Asked(Resumable):
     client_optimizer: Any = None
     client_lr_scheduler: Any = None
     _forward: Precision
+    _progress: Progress
+    _skips: Skips
     _applied: bool
     _grad_norm: Tensor | None
 
@@ -99,6 +103,21 @@ class Asked(Resumable):
     @property
     def skipped_steps(self) -> int:
         return self._skipped
+
+    @property
+    def nonfinite_steps(self) -> int:
+        """Steps since this engine was made whose inf or NaN gradients nothing skipped: without loss scaling."""
+        return self._skips.nonfinite.count()
+
+    def steps_per_print(self) -> int | None:
+        return self._config.steps_per_print
+
+    def wall_clock_breakdown(self) -> bool:
+        return self._config.wall_clock_breakdown
+
+    def get_wall_clock_timers(self) -> dict[str, float]:
+        """Milliseconds of the last step's "fwd", "bwd" and "step"; empty without ``wall_clock_breakdown``."""
+        return dict(self._progress.phases)
 
     @property
     def global_samples(self) -> int:
@@ -285,11 +304,12 @@ class Asked(Resumable):
         """Nothing: no state is ever offloaded."""
 
     def destroy(self) -> None:
-        """Ends what the engine holds besides the module: a checkpoint that is being written, the ranks' common memory.
+        """Ends what the engine holds besides the module: a checkpoint being written, monitors, memory of all ranks.
 
         The module stays as it is; the engine trains no more. All ranks call it.
         """
         self.wait_for_checkpoint()
+        self._progress.close()
         if self._gradients is not None:
             self._gradients.close()
             self._gradients = None

@@ -18,6 +18,8 @@ from deepfast.engine.config import Config
 from deepfast.engine.gradients import Gradients
 from deepfast.engine.optimizer import choose
 from deepfast.engine.precision import Precision, loss_scaler
+from deepfast.engine.progress import Progress
+from deepfast.engine.skips import Skips
 from deepfast.optim import Optimizer
 
 log = logging.getLogger("deepfast")
@@ -37,6 +39,9 @@ class Engine(Asked):
         device: where the module is.
         global_steps: optimizer steps so far, skipped ones included.
         micro_steps: micro-batches so far.
+        monitor: ``write_events([(name, value, step)])`` where ``monitor.enabled``, as in DeepSpeed.
+        timers: ``timers(name)`` has ``start``, ``stop`` and ``elapsed``.
+        tput_timer: ``avg_samples_per_sec`` of the steps so far.
     """
 
     def __init__(
@@ -67,6 +72,9 @@ class Engine(Asked):
         self._grad_norm: Tensor | None = None
         self.global_steps = 0
         self.micro_steps = 0
+        self._skips = Skips(config)
+        self._progress = told = Progress(config, self.rank, device)
+        self.monitor, self.timers, self.tput_timer = told.monitor, told.timers, told.throughput
         if optimizer is None and config.optimizer is None:
             self._forward.originals.clear()
             return
@@ -108,7 +116,8 @@ class Engine(Asked):
     # One step.
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        outputs = self._forward(*inputs, **kwargs)
+        with self._progress.forward(self.training):
+            outputs = self._forward(*inputs, **kwargs)
         if self._gradients is not None and torch.is_grad_enabled():
             self._gradients.watch(outputs)
         return outputs
@@ -146,7 +155,9 @@ class Engine(Asked):
             raise ValueError("backward(): weight= is normalized over the step: leave out scale_wrt_gas=False")
         accumulation = self.gradient_accumulation_steps()
         times = 1.0 if scale_wrt_gas else float(accumulation)
-        self._trained().backward(loss, None if weight is None else float(weight), times, retain_graph)
+        gradients = self._trained()
+        with self._progress.backward(loss):
+            gradients.backward(loss, None if weight is None else float(weight), times, retain_graph)
         return loss.detach() / accumulation if scale_wrt_gas else loss.detach()
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -161,18 +172,21 @@ class Engine(Asked):
 
         Raises:
             RuntimeError: inside ``no_sync``, and at a boundary without a ``backward`` before it.
+            LossScaleError: after ``fp16.max_skips_at_minimum`` skipped steps in a row at the lowest scale.
         """
         gradients = self._trained()
         if not gradients.sync:
             raise RuntimeError("step() must not be called inside no_sync()")
         gradients.fold()
         if gradients.at_boundary():
-            with gradients.reduction.naming():
+            with gradients.reduction.naming(), self._progress.step():
                 self._optimizer_step(gradients, lr_kwargs or {})
             gradients.position = 0
+            self._progress.stepped(self)
         else:
             gradients.position += 1
         self.micro_steps += 1
+        self._skips.check()
 
     def _optimizer_step(self, gradients: Gradients, lr_kwargs: dict[str, Any]) -> None:
         optimizer, shards = self.optimizer, gradients.reduction.shards
@@ -185,9 +199,7 @@ class Engine(Asked):
             self._grad_norm = self._foreign_step(optimizer, divisor)
         if shards is not None:
             shards.spread(optimizer._sent)
-        found = self.scaler.found_inf(optimizer)
-        self.scaler.update()
-        self._applied = found is None or not found.item()
+        self._applied = self._skips.settle(self, self._grad_norm)
         gradients.clear()
         self.global_steps += 1
         if not self._applied:

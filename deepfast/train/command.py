@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from deepfast.engine import config as configuration
 from deepfast.engine.ranks import SharedError
-from deepfast.errors import ConfigError, UserError
+from deepfast.errors import ConfigError, TrainingError, UserError
 from deepfast.train.stop import StoppedTwiceError
 
 log = logging.getLogger("deepfast")
@@ -26,7 +26,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="ds_train.py", description="Train a GPT-2. Exit code 2: bad input; 130: Ctrl-C, saved.")
+    parser = _Parser(
+        prog="ds_train.py", description="Train a GPT-2. Exit code 2: bad input; 130: Ctrl-C, saved; 1: in vain."
+    )
     parser.add_argument("--config", required=True, help="a JSON file; README.md lists its keys")
     parser.add_argument(
         "--resume", nargs="?", const="latest", metavar="TAG", help="go on from the newest checkpoint, or from TAG"
@@ -76,14 +78,14 @@ def missing_extra() -> list[str]:
     return [name for name in EXTRA if importlib.util.find_spec(name) is None]
 
 
-def _refused(message: str, rank: str) -> int:
+def _refused(message: str, rank: str, code: int = UserError.exit_code) -> int:
     line = message.replace("\n", "\\n")
     print(f"ds_train.py: {line}" if rank == "0" else f"ds_train.py: rank {rank}: {line}", file=sys.stderr)
-    return 2
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0, 2 for bad input, 130 on Ctrl-C."""
+    """The command line. Returns the exit code: 0, 1 where training leads nowhere, 2 for bad input, 130 on Ctrl-C."""
     rank = os.environ.get("RANK", "0")
     handler = _BarHandler()
     handler.setFormatter(logging.Formatter("deepfast: %(message)s"))
@@ -97,8 +99,10 @@ def main(argv: list[str] | None = None) -> int:
 
         data = overridden(configuration.read_json(options.config), options.set)
         return train(configuration.load(data), options.resume)
-    except SharedError:
-        return 2
+    except SharedError as error:
+        return error.exit_code
+    except TrainingError as error:  # which all ranks raise
+        return _refused(str(error), rank, error.exit_code) if rank == "0" else error.exit_code
     except UserError as error:
         return _refused(str(error), rank)
     except OSError as error:  # a full disk, a name too long, a folder that went away

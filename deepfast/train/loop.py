@@ -13,7 +13,7 @@ from deepfast.engine import checkpoint
 from deepfast.engine import config as configuration
 from deepfast.engine.config import Config
 from deepfast.engine.ranks import init_distributed, launched
-from deepfast.errors import UserError
+from deepfast.errors import TrainingError, UserError
 from deepfast.train.defaults import trainer_defaults
 from deepfast.train.report import Reporter
 from deepfast.train.run import Run
@@ -26,7 +26,12 @@ _IDENTITY = ("dataset_dir", "seed", "train_batch_size", "train_sequence_length")
 
 
 def train(config: Config, resume: str | None = None) -> int:
-    """Runs the whole training and returns the exit code: 0, or 130 and 143 after a signal, the run saved."""
+    """Runs the whole training and returns the exit code: 0, or 130 and 143 after a signal, the run saved.
+
+    Raises:
+        UserError: for bad input.
+        TrainingError: on all ranks, where no step was applied: none of all, or none of many in a row.
+    """
     run = Run(config.output_dir)
     rank, world = launched()
     config = trainer_defaults(config)
@@ -93,6 +98,7 @@ def _train(config: Config, run: Run, tag: str | None, rank: int, stop: Stop) -> 
                 break
         engine.wait_for_checkpoint()
     finally:
+        engine.monitor.close()
         if reporter:
             reporter.close()
     if reporter:
@@ -101,6 +107,11 @@ def _train(config: Config, run: Run, tag: str | None, rank: int, stop: Stop) -> 
         if rank == 0:
             log.info("interrupted and saved after step %d: --resume goes on from here", engine.global_steps)
         return stop.exit_code
+    if engine.skipped_steps == engine.global_steps:
+        raise TrainingError(
+            f"no step was ever applied: all {engine.global_steps} had inf or NaN in their gradients: look at the data, "
+            "try bf16, fp32, a smaller loss scale or a lower lr"
+        )
     if rank == 0:
         module.save_pretrained(run.model)
         _say_goodbye(config, run, module, tokenizer, sequences, engine.device)

@@ -7,15 +7,27 @@ import math
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from deepfast.engine import checkpoint
+from deepfast.engine.progress import PHASES
 from deepfast.train.run import Run
 
 
 def _finite(value: float | None) -> float | None:
     """JSON knows neither NaN nor infinity."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes so far: of a GPU, what was allocated; on a CPU this process's resident pages."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
 
 
 class Progress:
@@ -73,13 +85,15 @@ class Reporter:
             "grad_norm": _finite(engine.get_global_grad_norm()),
             "tokens_per_s": round(rate, 1),
             "skipped": engine.skipped_steps,
+            "memory_mib": round(peak_memory(engine.device) / 2**20, 1),
+            **{f"{PHASES[name]}_ms": round(time, 3) for name, time in engine.get_wall_clock_timers().items()},
         }
         self.rows.append(row)
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        for key in ("loss", "lr", "loss_scale", "grad_norm", "tokens_per_s", "skipped"):
-            if row[key] is not None:
-                self.board.add_scalar(key, row[key], row["step"])
+        for key, value in row.items():
+            if key != "step" and value is not None:
+                self.board.add_scalar(key, value, row["step"])
         self.progress.step(f"loss {loss:.3f}, {rate:,.0f} tokens/s, loss scale {row['loss_scale']:g}")
 
     def flush(self) -> None:

@@ -9,8 +9,8 @@ from deepfast.errors import ConfigError
 # DeepSpeed keys that tune speed, memory or logging, at the top level. Accepted, unused.
 UNUSED = frozenset(
     """activation_checkpointing aio allgather_bucket_size autotuning checkpoint comms_logger communication_data_type
-    csv_monitor disable_allgather dump_state flops_profiler fp32_allreduce memory_breakdown
-    prescale_gradients steps_per_print tensorboard use_node_local_storage wall_clock_breakdown wandb
+    disable_allgather dump_state flops_profiler fp32_allreduce memory_breakdown
+    prescale_gradients use_node_local_storage
     zero_allow_untested_optimizer zero_force_ds_cpu_optimizer compile timers""".split()
 )
 # DeepSpeed keys that would change the result, or that ask for something else altogether.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 from deepfast.optimizers import OPTIMIZERS
 
@@ -22,6 +23,9 @@ class Fp16(Section):
     hysteresis: int = Field(2, gt=0, lt=2**24, description="overflows until a dynamic scale halves")
     consecutive_hysteresis: bool = Field(False, description="a clean step refills the hysteresis")
     min_loss_scale: float = Field(1.0, gt=0, le=2**24, description="lower bound of a dynamic scale")
+    max_skips_at_minimum: int = Field(
+        20, gt=0, lt=2**31, description="so many skipped steps in a row at the lowest or a static scale are an error"
+    )
     auto_cast: bool = Field(True, description="floating-point inputs are cast to the compute type")
     fp16_master_weights_and_grads: Literal[False] = Field(False, description="masters are fp32")
 
@@ -112,6 +116,31 @@ class Zero(Section):
     )
 
 
+class _Files(Section):
+    output_path: str = Field("", description="a folder; empty: the current one")
+    job_name: str = Field("DeepSpeedJobName", min_length=1, description="the folder in it")
+
+
+class TensorBoard(_Files):
+    enabled: bool = Field(False, description="rank 0 writes TensorBoard events of each step")
+
+
+class CsvMonitor(_Files):
+    enabled: bool = Field(False, description="rank 0 writes a CSV file for each event's name")
+
+
+class Wandb(Section):
+    enabled: bool = Field(False, description="rank 0 sends events of each step to Weights & Biases")
+    group: str | None = Field(None, description="of runs")
+    team: str | None = Field(None, description="whose project it is")
+    project: str = Field("deepspeed", min_length=1, description="the run's")
+
+
+def _never(value: Any) -> Any:
+    """accelerate writes infinity where nothing is to be printed."""
+    return None if value == math.inf else value
+
+
 class Config(Section):
     """What a run is; see ``load``."""
 
@@ -154,6 +183,21 @@ class Config(Section):
     dataloader_drop_last: bool = Field(False, description="`initialize`'s loader leaves out a last, smaller batch")
     data_types: DataTypes = Field(default_factory=DataTypes, description="")
     zero_optimization: Zero = Field(default_factory=Zero, description="")
+    steps_per_print: Annotated[int | None, BeforeValidator(_never)] = Field(
+        None, gt=0, description="every so many steps rank 0 says in a line how training goes; unset: never"
+    )
+    wall_clock_breakdown: bool = Field(
+        False,
+        description="that line (without `steps_per_print` one a step) has the milliseconds of forward, backward, step",
+    )
+    name_nonfinite: bool = Field(
+        False,
+        description="what is said of inf or NaN in gradients names the first parameter that has them: one more pass "
+        "over the gradients of such a step (on a GPU without fp16, a wait in each step)",
+    )
+    tensorboard: TensorBoard = Field(default_factory=TensorBoard, description="")
+    csv_monitor: CsvMonitor = Field(default_factory=CsvMonitor, description="")
+    wandb: Wandb = Field(default_factory=Wandb, description="")
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, data order and dropout")
     save_steps: int = Field(500, gt=0, description="a checkpoint every so many steps, and at the end")
     save_total_limit: int = Field(2, gt=0, description="checkpoints kept")
