@@ -37,7 +37,7 @@ def choose(optimizer: Any, parameters: Any, config: Config, dtype: torch.dtype) 
         try:
             optimizer = (getattr(optim, name) if isinstance(name, str) else name)(parameters, **arguments)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise ConfigError(f"optimizer: {named.brief(str(error))[1:-1]}") from None
+            raise ConfigError(f"optimizer: {named.cut(str(error))}") from None
     elif type(optimizer) in _REPLACED and not optimizer.state:
         optimizer = _replacement(optimizer)
     if config.gradient_clipping is None and not getattr(optimizer, "max_grad_norm", None):

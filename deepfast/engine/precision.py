@@ -95,8 +95,7 @@ class Precision:
 
 
 def loss_scaler(config: Config, device: torch.device) -> LossScaler:
-    """Static or dynamic as configured under fp16; under bf16 a scale of 1, which skips steps; else one that does nothing.
-    """
+    """Static or dynamic as configured under fp16; of 1 under bf16, to skip steps; else one that does nothing."""
     scale, fp16, bf16 = config.train_loss_scale, config.fp16, config.bf16
     if fp16 is None or not fp16.enabled:
         if scale:

@@ -43,9 +43,7 @@ def kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def one_line(
-    error: ValidationError, data: dict[str, Any], spelled: dict[str, str], at: tuple[str, ...] = ()
-) -> str:
+def one_line(error: ValidationError, data: dict[str, Any], spelled: dict[str, str], at: tuple[str, ...] = ()) -> str:
     """The first fault: which key, what it holds, what it may hold.
 
     Args:
@@ -53,8 +51,8 @@ def one_line(
     """
     faults = error.errors()
     fault = faults[0]
-    loc = _real(data, at + fault["loc"])
-    others = len({tuple(_real(data, at + other["loc"])) for other in faults}) - 1
+    loc = _place(data, fault, at)
+    others = len({tuple(_place(data, other, at)) for other in faults}) - 1
     more = f" (and {others} more)" if others else ""
     if fault["type"] == "extra_forbidden":
         return f"{named.brief('.'.join(loc))}: unknown key: {_hint(loc)}{more}"
@@ -76,17 +74,16 @@ def one_line(
     return f"{key}={shown if len(shown) < 60 else kind(value)}: {message}{more}"
 
 
-def _real(data: Any, loc: tuple[int | str, ...]) -> list[str]:
-    """Of a fault's place what is in the data, and what is missing there; without the names of types."""
-    found = []
-    for part in loc:
-        inside = isinstance(data, dict) and part in data
-        if inside or (isinstance(data, (list, tuple)) and isinstance(part, int) and part < len(data)):
-            found.append(str(part))
-            data = data[part]  # type: ignore[index]
-        else:
-            return found if not isinstance(data, dict) or found and found[-1] == "state_dtype" else [*found, str(part)]
-    return found
+def _place(data: Any, fault: Any, at: tuple[str, ...]) -> list[str]:
+    """Where in the data a fault is; pydantic's place goes on with names of types."""
+    place, found = (*at, *fault["loc"]), []
+    for part in place:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            break
+        found.append(str(part))
+    return [*found, str(place[-1])] if fault["type"] == "missing" else found
 
 
 def _hint(loc: list[str]) -> str:

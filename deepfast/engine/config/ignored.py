@@ -65,15 +65,24 @@ REFUSED = {
     "data_types.keep_in_fp32_modules": "buffers have the weights' type",
     "data_types.param_dtype": "use fp16 or bf16",
     "fp16.fp16_master_weights_and_grads": "masters are fp32",
+    "optimizer.params.eps_inside_sqrt": _NOT_BUILT,
+    "optimizer.params.fp32_optimizer_states": "use optimizer.params.state_dtype",
+    "optimizer.params.max_coeff": "LAMB is the paper's, without bounds of its ratio",
     "optimizer.params.max_grad_norm": "use gradient_clipping",
+    "optimizer.params.min_coeff": "LAMB is the paper's, without bounds of its ratio",
     "zero_optimization.zenflow": _NOT_BUILT,
     "zero_optimization.zero_quantized_gradients": _NOT_BUILT,
     "zero_optimization.zero_quantized_nontrainable_weights": _NOT_BUILT,
     "zero_optimization.zero_quantized_weights": _NOT_BUILT,
     "zero_optimization.zeropp_loco_param": _NOT_BUILT,
 }
-# What such a key holds where it asks for nothing, besides false, null, 0 and what is empty.
-_NOTHING = {"gradient_allreduce_op": "mean", "managed_gradient_accumulation": True, "sequence_parallel_size": 1}
+# What such a key holds where it asks for nothing, if that is not false or empty.
+_NOTHING = {
+    "gradient_allreduce_op": "mean",
+    "managed_gradient_accumulation": True,
+    "sequence_parallel_size": 1,
+    "optimizer.params.fp32_optimizer_states": True,
+}
 # Sections that DeepSpeed takes for off unless they are enabled; tensor_parallel is enabled by its size.
 _SWITCHED = frozenset(
     """amp curriculum_learning data_efficiency eigenvalue elasticity expert_parallel hybrid_engine
@@ -124,7 +133,7 @@ def _asks_for_nothing(key: str, value: Any) -> bool:
         return value.get("autotp_size", 0) in (0, 1)
     if key in _SWITCHED and isinstance(value, dict):
         return off(value.get("enabled"))
-    return off(value) or value == _NOTHING.get(key, False)
+    return value == _NOTHING[key] if key in _NOTHING else off(value)
 
 
 def off(value: Any) -> bool:

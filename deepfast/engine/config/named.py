@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
-from deepfast.engine.config.schema import SCHEDULERS, OptimizerSection, SchedulerSection, TorchParams
+from deepfast.engine.config.schema import SCHEDULERS, OptimizerSection, SchedulerSection
 from deepfast.errors import ConfigError
 from deepfast.optimizers import OPTIMIZERS
 
@@ -24,12 +24,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "Lion": {"lr": 1e-3, "betas": (0.9, 0.999)},
     "LAMB": {"eps": 1e-8},
 }
-_NOT_BUILT = "is not built yet; take it out, or pass optimizer= to initialize()"
+_NOT_BUILT = "is not built yet: take another, or pass one as optimizer= to initialize()"
 _REFUSED = {
     "LBFGS": "needs a closure, which an engine has not",
     "SparseAdam": "is for sparse gradients, which an engine has not",
-    **dict.fromkeys(("Muon", "MuAdam", "MuAdamW", "MuSGD"), _NOT_BUILT),
-    **dict.fromkeys(("OneBitAdam", "OneBitLamb", "ZeroOneAdam"), _NOT_BUILT),
+    **dict.fromkeys("Muon MuAdam MuAdamW MuSGD OneBitAdam OneBitLamb ZeroOneAdam".split(), _NOT_BUILT),
 }
 
 
@@ -49,18 +48,22 @@ def torchs(name: str) -> type | None:
     return found if found is not optim.Optimizer and inspect.isclass(found) else None
 
 
-def check_optimizer(section: OptimizerSection) -> None:
-    """Raises ConfigError for one that there is not, and for params that are another's."""
-    name, params = section.type, section.params
+def check_type(name: str) -> None:
+    """Raises ConfigError for an optimizer that there is not."""
     reason = {known.lower(): why for known, why in _REFUSED.items()}.get(name.lower())
     if reason:
-        raise ConfigError(f"optimizer.type={name!r}: {reason}")
+        raise ConfigError(f"optimizer.type={name!r} {reason}")
+    if name not in OPTIMIZERS and torchs(name) is None:
+        raise ConfigError(f"optimizer.type={brief(name)}: unknown: {near(name, [*OPTIMIZERS, *_torchs_names()])}")
+
+
+def check_optimizer(section: OptimizerSection) -> None:
+    """Raises ConfigError for params that are another's, or do not go together."""
+    name, params = section.type, section.params
     theirs = torchs(name)
     if theirs is not None:
         _check_torchs(name, params, inspect.signature(theirs).parameters)
         return
-    if name not in OPTIMIZERS:
-        raise ConfigError(f"optimizer.type={brief(name)}: unknown: {near(name, [*OPTIMIZERS, *_torchs_names()])}")
     known = OPTIMIZER_PARAMS[name]
     for given in sorted(params.model_fields_set.difference(known)):
         raise ConfigError(f"optimizer.params.{given}: {name} has none: it takes {', '.join(known)}")
@@ -99,7 +102,7 @@ def _is_like(value: Any, default: Any) -> bool:
         return isinstance(value, (tuple, list)) and len(value) == len(default) and all(map(_is_like, value, default))
     if isinstance(default, bool) or isinstance(value, bool):
         return isinstance(value, bool) and (default is None or isinstance(default, bool))
-    return isinstance(value, (int, float)) and abs(value) < 1e30 or value is default is None
+    return isinstance(value, (int, float)) and abs(value) < 2**62
 
 
 def given_torchs(params: Any) -> dict[str, Any]:
@@ -160,5 +163,10 @@ def near(word: str, known: Iterable[str]) -> str:
 
 def brief(value: Any) -> str:
     """What somebody has written, cut short, in one line."""
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return cut(repr(value), 60)
+
+
+def cut(text: str, length: int = 150) -> str:
+    """The first line, or what of it fits."""
+    line = (text.splitlines() or [""])[0]
+    return line if len(line) <= length else f"{line[: length - 3]}..."

@@ -25,8 +25,8 @@ def load(data: dict[str, Any]) -> Config:
         raise ConfigError(f"configuration: an object was expected, got {kind(data)}")
     auto: list[str] = []
     data = _written(data, "", auto)
-    unused, offload = ignored.take_out(data)
     spelled = spellings.unify(data)
+    unused, offload = ignored.take_out(data)
     section: Any = data.get("optimizer")
     name, params = (section.get("type"), section.get("params", {})) if isinstance(section, dict) else (None, None)
     at: tuple[str, ...] = ()
@@ -62,4 +62,3 @@ def _written(value: Any, prefix: str, auto: list[str]) -> Any:
         else:
             kept[key] = _written(held, f"{prefix}{key}.", auto)
     return kept
-

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from deepfast.engine.config.checks import kind
-from deepfast.engine.config.named import brief
+from deepfast.engine.config.named import brief, cut
 from deepfast.errors import ConfigError
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The object in a file of JSON or hjson. Raises ConfigError, with line and column where it is neither."""
-    name = brief(os.fspath(path))[1:-1]
+    name = cut(repr(os.fspath(path))[1:-1], 80)
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -27,7 +27,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def given(config: Any, args: Any = None) -> Any:
-    """What ``initialize`` is given: ``config``, or what ``args.deepspeed_config`` names; read where it is no dictionary.
+    """``config``, or what ``args.deepspeed_config`` names; read, where it is a path or a string.
 
     Raises:
         ConfigError: where there is none, where the two contradict each other, and for what cannot be read.
@@ -72,7 +72,7 @@ def _parsed(text: str, name: str) -> dict[str, Any]:
     except ConfigError:
         raise
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested as deep
-        raise ConfigError(f"{name}: JSON that cannot be read: {brief(str(error))[1:-1]}") from None
+        raise ConfigError(f"{name}: JSON that cannot be read: {cut(str(error), 100)}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{name}: a JSON object was expected, got {kind(data)}")
     return data

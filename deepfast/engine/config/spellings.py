@@ -32,6 +32,7 @@ def unify(data: dict[str, Any]) -> dict[str, str]:
     optimizer = data.get("optimizer")
     if isinstance(optimizer, dict) and isinstance(optimizer.get("type"), str):
         optimizer["type"] = named.canonical(optimizer["type"])
+        named.check_type(optimizer["type"])
     spelled = {}
     for flat, nested in SPELLINGS.items():
         holder: Any = data
@@ -41,9 +42,8 @@ def unify(data: dict[str, Any]) -> dict[str, str]:
             continue
         value = holder.pop(nested[-1])
         if flat in data and data[flat] != value:
-            raise ConfigError(
-                f"{flat}={named.brief(data[flat])} contradicts {'.'.join(nested)}={named.brief(value)}: keep one of them"
-            )
+            one, other = named.brief(data[flat]), named.brief(value)
+            raise ConfigError(f"{flat}={one} contradicts {'.'.join(nested)}={other}: keep one of them")
         if flat not in data:
             data[flat] = value
             spelled[flat] = ".".join(nested)
