@@ -94,6 +94,13 @@ class Precision:
         return value
 
 
+class _Checker(LossScaler):
+    """Skips steps whose gradients are not finite. Its scale of 1 is no state: nobody shall go on with it under fp16."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
 def loss_scaler(config: Config, device: torch.device) -> LossScaler:
     """Static or dynamic as configured under fp16; of 1 under bf16, to skip steps; else one that does nothing."""
     scale, fp16, bf16 = config.train_loss_scale, config.fp16, config.bf16
@@ -101,7 +108,7 @@ def loss_scaler(config: Config, device: torch.device) -> LossScaler:
         if scale:
             log.info("train_loss_scale=%g has no effect without fp16", scale)
         checked = bf16 is not None and bf16.enabled and bf16.check_grad_overflow
-        return LossScaler(device, init_scale=1.0, dynamic=False, enabled=checked)
+        return _Checker(device, init_scale=1.0, dynamic=False) if checked else LossScaler(device, enabled=False)
     if scale:
         return LossScaler(device, init_scale=scale, dynamic=False)
     lowest = fp16.min_loss_scale or _LOWEST

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any
 
@@ -14,9 +15,10 @@ log = logging.getLogger("deepfast")
 
 def tell(config: Config, optimizer: Any) -> None:
     """Logs what all that was "auto" has become, in one line."""
-    became = [f"{key}={_value(key, config, optimizer)}" for key in config._auto if not _unused(key)]
+    became = {key: _value(key, config, optimizer) for key in config._auto if not _unused(key)}
     if became:
-        log.warning('"auto" in the configuration, and no framework to fill it in: %s', ", ".join(became))
+        said = ", ".join(f"{key}={json.dumps(value, default=str)}" for key, value in became.items())
+        log.warning('"auto" in the configuration, and no framework to fill it in: %s', said)
 
 
 def _unused(key: str) -> bool:

@@ -13,10 +13,11 @@ from deepfast.errors import ConfigError
 from deepfast.optimizers import OPTIMIZERS
 
 _FORMS = "master state_dtype rounding".split()
-_DEEPSPEEDS = "adam_w_mode torch_adam bias_correction".split()  # DeepSpeed has more words for Adam
+_ADAM = "adam_w_mode torch_adam bias_correction"
+_DEEPSPEEDS = {"AdamW": _ADAM, "Adam": _ADAM, "LAMB": "bias_correction"}  # DeepSpeed has more words for these
 # type -> what its params may hold
 OPTIMIZER_PARAMS = {
-    name: list(dict.fromkeys((*known.split(), *(_DEEPSPEEDS if name in ("AdamW", "Adam") else ()), *_FORMS)))
+    name: list(dict.fromkeys((*known.split(), *_DEEPSPEEDS.get(name, "").split(), *_FORMS)))
     for name, known in OPTIMIZERS.items()
 }
 # Where DeepSpeed's classes have other defaults than the paper's, or torch's.
@@ -98,6 +99,8 @@ def _check_torchs(name: str, params: Any, signature: Any) -> None:
 
 def _is_like(value: Any, default: Any) -> bool:
     """Whether torch may take a value where it has this default."""
+    if value is None:
+        return default is None
     if isinstance(default, (tuple, list)):
         return isinstance(value, (tuple, list)) and len(value) == len(default) and all(map(_is_like, value, default))
     if isinstance(default, bool) or isinstance(value, bool):
