@@ -44,7 +44,7 @@ ACCEPTED = [
     {"optimizer": {"type": "Adam", "params": {"betas": (0.9, 0.95), "fp32_optimizer_states": True}}},
     {"gradient_allreduce_op": "mean", "managed_gradient_accumulation": True, "sequence_parallel_size": 1},
     {"train_batch_size": 8.0, "seed": 1e3, "_comment": "why", "fp16": {"_note": {"a": 1}}},
-    {"compression_training": {"weight_quantization": {"shared_parameters": {"enabled": False, "rounding": "nearest"}}}},
+    {"compression_training": {"head_pruning": {"shared_parameters": {"enabled": False}, "different_groups": {"a": 1}}}},
     {"compression_training": {"layer_reduction": {"enabled": False, "keep_number_layer": 5}}},
     {
         "data_efficiency": {"enabled": False, "data_sampling": {"enabled": True}},

@@ -28,8 +28,9 @@ def _unused(key: str) -> bool:
 
 def _value(key: str, config: Config, optimizer: Any) -> Any:
     section, _, name = key.rpartition(".")
-    if section == "optimizer.params" and name in optimizer.defaults:
-        return optimizer.defaults[name]
+    defaults = getattr(optimizer, "defaults", {})
+    if section == "optimizer.params" and name in defaults:
+        return defaults[name]
     if key == "optimizer.type":
         return type(optimizer).__name__
     flat = {".".join(nested): known for known, nested in SPELLINGS.items()}.get(key, key)
