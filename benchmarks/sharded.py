@@ -80,13 +80,13 @@ def ours(stage: int) -> Trainer:
         def reduce(grads: list[Tensor]) -> None:  # what engine.backward does around autograd
             for p, g in zip(params, grads, strict=True):
                 p.grad = g
-            engine._backwards = 1
-            engine._sums.begin(None, last=True)
-            engine._sums.add()
+            engine._gradients.count = 1
+            engine._gradients.sums.begin(None, last=True)
+            engine._gradients.sums.add()
 
         def kept() -> dict[str, list[Tensor]]:
             states = [t for state in engine.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-            return {"state": states, "sums": engine._sums.sums}
+            return {"state": states, "sums": engine._gradients.sums.sums}
 
         return Training(engine, engine.backward, engine.step, reduce, kept)
 

@@ -6,8 +6,8 @@ What a rule is (the moments that it keeps, whether it counts steps) stands besid
 
 # The class in deepfast.optim, and those of its arguments that a configuration may set.
 OPTIMIZERS = {
-    "AdamW": "lr betas eps weight_decay amsgrad",
-    "Adam": "lr betas eps weight_decay amsgrad",
+    "AdamW": "lr betas eps weight_decay amsgrad bias_correction",
+    "Adam": "lr betas eps weight_decay amsgrad bias_correction",
     "SGD": "lr momentum dampening weight_decay nesterov",
     "Lion": "lr betas weight_decay",
     "LAMB": "lr betas eps weight_decay",

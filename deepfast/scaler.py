@@ -265,6 +265,13 @@ class LossScaler:
         return self._read()[0] if self._enabled else 1.0
 
     @property
+    def cur_scale(self) -> float:
+        """``get_scale()``, under DeepSpeed's name."""
+        return self.get_scale()
+
+    loss_scale = cur_scale  # likewise
+
+    @property
     def skipped_steps(self) -> int:
         """How many updates saw an overflow (waits for the device)."""
         return int(self._read()[3])

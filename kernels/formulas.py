@@ -66,10 +66,10 @@ def descended(p, step, decay):
 
 @triton.jit
 def adam_prepare(hyper, t, norms):
-    lr, beta1, beta2, eps, weight_decay, penalty = hyper
+    lr, beta1, beta2, eps, weight_decay, penalty, bias_correction = hyper
     decay = lr * weight_decay
-    step_size = lr / (1.0 - power(beta1, t))
-    inv_sqrt_bias2 = 1.0 / tl.sqrt(1.0 - power(beta2, t))
+    step_size = lr / tl.where(bias_correction != 0, 1.0 - power(beta1, t), 1.0)
+    inv_sqrt_bias2 = 1.0 / tl.sqrt(tl.where(bias_correction != 0, 1.0 - power(beta2, t), 1.0))
     return decay, penalty, 1.0 - beta1, 1.0 - beta2, step_size, inv_sqrt_bias2, eps
 
 
@@ -264,8 +264,8 @@ def _rule(name: str, *row: Any) -> Rule:
 
 
 RULES = {
-    "adam": _rule("adam", 7, adam_prepare, 7, adam),
-    "adam_amsgrad": _rule("adam_amsgrad", 7, adam_prepare, 7, adam_amsgrad),
+    "adam": _rule("adam", 8, adam_prepare, 7, adam),
+    "adam_amsgrad": _rule("adam_amsgrad", 8, adam_prepare, 7, adam_amsgrad),
     "sgd": _rule("sgd", 6, sgd_prepare, 5, sgd),
     "sgd_momentum": _rule("sgd_momentum", 6, sgd_prepare, 5, sgd_momentum),
     "lion": _rule("lion", 5, lion_prepare, 4, lion),

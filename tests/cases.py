@@ -63,6 +63,43 @@ class PaperLAMB(torch.optim.Optimizer):
                 p.copy_(p - lr * ratio * u)
 
 
+class BertAdam(torch.optim.Optimizer):
+    """arXiv:1412.6980, algorithm 1, without its correction of bias, as BERT was trained; what torch adds to it, too."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False, *,
+                 maximize=False, decoupled_weight_decay=False, bias_correction=False):  # fmt: skip
+        assert not bias_correction
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad":
+                                  amsgrad, "maximize": maximize, "decoupled": decoupled_weight_decay})  # fmt: skip
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            lr, (beta1, beta2), decay = group["lr"], group["betas"], group["weight_decay"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                p, g = (torch.view_as_real(t) if t.is_complex() else t for t in (parameter, parameter.grad))
+                g = -g if group["maximize"] else g
+                g = g if group["decoupled"] else g + decay * p
+                state = self.state[parameter]
+                if not state:
+                    state.update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p), most=torch.zeros_like(p))
+                m, v, most = state["exp_avg"], state["exp_avg_sq"], state["most"]
+                m.copy_(beta1 * m + (1 - beta1) * g)
+                v.copy_(beta2 * v + (1 - beta2) * g * g)
+                most.copy_(torch.maximum(most, v))
+                v = most if group["amsgrad"] else v
+                p.copy_(p - lr * m / (v.sqrt() + group["eps"]) - (lr * decay * p if group["decoupled"] else 0.0))
+
+
+class BertAdamW(BertAdam):
+    """With decoupled weight decay."""
+
+    def __init__(self, params, lr=1e-3, **options):
+        super().__init__(params, lr, **{"weight_decay": 1e-2, "decoupled_weight_decay": True, **options})
+
+
 NAMES = tuple(OPTIMIZERS)
 DROPINS = tuple(name for name in NAMES if hasattr(torch.optim, name))
 OURS = {name: getattr(deepfast, name) for name in NAMES}
@@ -72,6 +109,7 @@ PEERS = {
     "LAMB": PaperLAMB,
     **{name: getattr(torch.optim, name) for name in DROPINS},
 }
+UNCORRECTED = {"Adam": BertAdam, "AdamW": BertAdamW}  # their peers with bias_correction=False, which torch's have not
 
 _ADAM = {
     "plain": {},
@@ -81,6 +119,8 @@ _ADAM = {
     "everything": {"weight_decay": 0.1, "amsgrad": True, "maximize": True},
     "betas": {"betas": (0.5, 0.6), "eps": 1e-3},
     "zero betas": {"betas": (0.0, 0.0)},
+    "uncorrected": {"bias_correction": False},
+    "all uncorrected": {"bias_correction": False, "weight_decay": 0.1, "amsgrad": True, "maximize": True},
 }
 VARIANTS = {
     "Adam": {**_ADAM, "decoupled": {"weight_decay": 0.3, "decoupled_weight_decay": True}},
@@ -126,8 +166,8 @@ TYPICAL = {
 }
 # What each rule takes, after the gradient's sign.
 HYPER = {
-    "adam": [0.1, 0.9, 0.99, 1e-8, 0.01, 0.02],
-    "adam_amsgrad": [0.1, 0.9, 0.99, 1e-8, 0.01, 0.02],
+    "adam": [0.1, 0.9, 0.99, 1e-8, 0.01, 0.02, 1.0],
+    "adam_amsgrad": [0.1, 0.9, 0.99, 1e-8, 0.01, 0.02, 1.0],
     "sgd": [0.1, 0.0, 0.0, 0.01, 0.0],
     "sgd_momentum": [0.1, 0.9, 0.5, 0.01, 0.0],
     "lion": [0.1, 0.9, 0.99, 0.01],
@@ -156,6 +196,11 @@ elif os.environ.get("TRITON_INTERPRET") == "1":
     BACKENDS = ["triton"]
 else:
     BACKENDS = ["cpu", "cuda", "reference"]
+
+
+def peer_of(name: str, params: list[nn.Parameter], **options) -> torch.optim.Optimizer:
+    """Who should make the same steps with these options."""
+    return (PEERS if options.get("bias_correction", True) else UNCORRECTED)[name](params, **options)
 
 
 def parameters(dtype=torch.float32, shapes=SHAPES, seed=0) -> list[nn.Parameter]:

@@ -143,7 +143,7 @@ def check_the_engine():
     config = {"train_batch_size": 4 * SIZE, "gradient_accumulation_steps": 2, "gradient_clipping": 0.1,
               "optimizer": {"type": "AdamW", "params": {"lr": 0.01}}}  # fmt: skip
     engine, *_ = deepfast.initialize(model=net(), config=config)
-    sums = engine._sums
+    sums = engine._gradients.sums
     assert mapped(sums.sums[0].data_ptr())
     passes = 2 if isinstance(sums, OwnedSums) else 1  # of a step: on one host each micro-batch's gradients are given up
     reduced = []

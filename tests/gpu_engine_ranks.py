@@ -80,8 +80,8 @@ def made(config, stage, accumulation, **options):
 
 def lies_in_peer_memory(engine, stage):
     """Nothing has fallen back to torch.distributed, and nothing has moved away from the GPU."""
-    assert type(engine._sums) is (ScatteredSums if stage else GradientSums)
-    assert type(engine._sums.comm._on(engine.device)) is OnPeers
+    assert type(engine._gradients.sums) is (ScatteredSums if stage else GradientSums)
+    assert type(engine._gradients.sums.comm._on(engine.device)) is OnPeers
     assert {p.device for p in engine.module.parameters()} == {engine.device}
 
 

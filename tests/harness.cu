@@ -67,8 +67,9 @@ struct Hypers {
       const auto below_one = [] { return chance(10) ? 0.0 : 1.0 - std::pow(10.0, -4.0 * std::fabs(uniform())); };
       const double lr = chance(10) ? 0.0 : std::fabs(uniform()) * 0.1, decay = chance(40) ? 0.0 : std::fabs(uniform());
       const double sign = chance(30) ? -1.0 : 1.0, eps = std::pow(10.0, -2 - 10.0 * std::fabs(uniform()));
+      const double penalty = chance(30) ? 0.1 : 0.0, corrects = chance(70) ? 1.0 : 0.0;
       std::vector<double> row;
-      if (name.starts_with("adam")) row = {lr, below_one(), below_one(), eps, decay, chance(30) ? 0.1 : 0.0};
+      if (name.starts_with("adam")) row = {lr, below_one(), below_one(), eps, decay, penalty, corrects};
       if (name.starts_with("sgd")) row = {lr, below_one(), chance(50) ? 0.0 : 0.5, decay, chance(50) ? 1.0 : 0.0};
       if (name == "lion") row = {lr, below_one(), below_one(), decay};
       if (name == "lamb") row = {lr, below_one(), below_one(), eps, decay, 0.0, chance(50) ? 10.0 : INFINITY};

@@ -15,6 +15,7 @@ from torch import nn
 import deepfast
 from deepfast.engine import config as configuration
 from deepfast.engine import schedule
+from deepfast.engine.by_hand import safe_get_full_grad
 
 
 def test_accumulation_is_the_mean_of_the_micro_batches():
@@ -112,9 +113,9 @@ def test_tied_weights_get_one_gradient_under_fp16():
     e, *_ = deepfast.initialize(
         model=module, config={**CONFIG, "fp16": {"enabled": True, "loss_scale": 1.0}, "gradient_accumulation_steps": 1}
     )
-    e(x).sum().backward()
+    e.backward(e(x).sum())
     assert module.b.weight is module.a.weight
-    torch.testing.assert_close(module.a.weight.grad.float(), exact.grad, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(safe_get_full_grad(module.a.weight), exact.grad, rtol=1e-3, atol=1e-3)
 
 
 def test_the_scale_moves_and_the_schedule_waits_for_applied_steps():
@@ -198,14 +199,6 @@ def test_weights_that_make_no_sense():
         assert equal(before, state(e))
 
 
-def test_recomputed_activations_under_fp16_on_a_cpu():
-    module = model()
-    module[0].gradient_checkpointing = True
-    e, *_ = deepfast.initialize(model=module, config={**CONFIG, "fp16": True})
-    with pytest.raises(RuntimeError, match="turn gradient checkpointing off"):
-        e(torch.ones(2, 6))
-
-
 def test_no_sync_and_zero_grad():
     e = engine({"gradient_accumulation_steps": 2})
     before = state(e)
@@ -216,7 +209,7 @@ def test_no_sync_and_zero_grad():
             e.step()
     e.zero_grad()
     with torch.no_grad():
-        assert not any(e._sums.present)
+        assert not any(e._gradients.sums.present)
     assert equal(before, state(e))
 
 

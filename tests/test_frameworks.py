@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import deepfast
 
 pytestmark = pytest.mark.xdist_group("frameworks")
+CLIPPED = [(None, None), (0.1, "norm"), (0.1, "value")]
 OPTIONS = {"SGD": {"lr": 0.01, "momentum": 0.9}, "AdamW": {"lr": 0.05, "eps": 1e-3}}
 CLASSES = {"deepfast": lambda name: OURS[name], "torch": lambda name: getattr(torch.optim, name)}
 SCALERS = {
@@ -75,7 +76,7 @@ def same(ours, theirs, tolerance=1e-5):
     assert ours[1:] == theirs[1:]
 
 
-def of_lightning(cls, name, precision, clip, scaler=None, manual=False):
+def of_lightning(cls, name, precision, clip=None, algorithm=None, scaler=None, manual=False):
     import pytorch_lightning as pl
     from pytorch_lightning.plugins import MixedPrecision
 
@@ -103,8 +104,8 @@ def of_lightning(cls, name, precision, clip, scaler=None, manual=False):
 
     module, by_plugin = Module(), precision == "16-mixed"
     trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=2, gradient_clip_val=clip, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", max_epochs=2, gradient_clip_val=clip, gradient_clip_algorithm=algorithm, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         **({"plugins": MixedPrecision(precision, "cpu", scaler)} if by_plugin else {"precision": precision}),
     )  # fmt: skip
     trainer.fit(module, loader(OVERFLOWS if scaler else ()))
@@ -112,24 +113,24 @@ def of_lightning(cls, name, precision, clip, scaler=None, manual=False):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize(("clip", "algorithm"), CLIPPED)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_lightning(precision, clip, name):
-    same(*(of_lightning(cls, name, precision, clip) for cls in CLASSES))
+def test_lightning(precision, clip, algorithm, name):
+    same(*(of_lightning(cls, name, precision, clip, algorithm) for cls in CLASSES))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize(("clip", "algorithm"), CLIPPED)
 @pytest.mark.parametrize("scaler", SCALERS)
-def test_lightning_in_fp16(scaler, clip, name):
-    ours = of_lightning("deepfast", name, "16-mixed", clip, SCALERS[scaler]())
-    same(ours, of_lightning("torch", name, "16-mixed", clip, SCALERS["GradScaler"]()))
+def test_lightning_in_fp16(scaler, clip, algorithm, name):
+    ours = of_lightning("deepfast", name, "16-mixed", clip, algorithm, SCALERS[scaler]())
+    same(ours, of_lightning("torch", name, "16-mixed", clip, algorithm, SCALERS["GradScaler"]()))
 
 
 @pytest.mark.parametrize("scaler", SCALERS)
 def test_lightnings_wrapper_is_given_to_a_scaler(scaler):
-    ours = of_lightning("deepfast", "SGD", "32-true", None, SCALERS[scaler](), manual=True)
-    same(ours, of_lightning("torch", "SGD", "32-true", None, SCALERS["GradScaler"](), manual=True))
+    ours = of_lightning("deepfast", "SGD", "32-true", scaler=SCALERS[scaler](), manual=True)
+    same(ours, of_lightning("torch", "SGD", "32-true", scaler=SCALERS["GradScaler"](), manual=True))
     assert ours[1][-1] == 2.0**10 / 2 ** (2 * len(OVERFLOWS))
 
 

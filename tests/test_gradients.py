@@ -19,6 +19,7 @@ from cases import (
     difference,
     give_gradients,
     parameters,
+    peer_of,
 )
 from torch import nn
 
@@ -85,7 +86,7 @@ def test_without_a_scaler_non_finite_gradients_propagate(name, variant, backend)
     if name not in ("Lion", "LAMB"):  # LAMB's own norm is infinite then, Lion's sign finite
         ours[1].grad[2] = theirs[1].grad[2] = float("inf")
     options = VARIANTS[name][variant]
-    mine, peer = OURS[name](ours, backend=backend, **options), PEERS[name](theirs, **options)
+    mine, peer = OURS[name](ours, backend=backend, **options), peer_of(name, theirs, **options)
     mine.step(), peer.step()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, equal_nan=True)

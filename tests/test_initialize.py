@@ -146,8 +146,6 @@ def test_half_a_launch_is_refused(monkeypatch):
 def test_what_initialize_refuses():
     with pytest.raises(ConfigError, match="no configuration"):
         deepfast.initialize(model=model())
-    with pytest.raises(ConfigError, match="no optimizer"):
-        deepfast.initialize(model=model(), config={"train_batch_size": 1})
     with pytest.raises(ConfigError, match="= 24"):
         deepfast.initialize(model=model(), config={**CONFIG, "train_micro_batch_size_per_gpu": 6})
     with pytest.raises(ValueError, match="ReduceLROnPlateau"):

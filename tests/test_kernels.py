@@ -150,7 +150,7 @@ def encoded(x: torch.Tensor, dtype: torch.dtype, master: bool) -> torch.Tensor:
     numel = x.numel()
     p = x.to(dtype) if not master else torch.zeros(numel, dtype=dtype)
     zeros = [torch.zeros(numel) for _ in range(3)]
-    hyper = torch.tensor([[1.0, 0.0, 0.9, 0.99, 1.0, 0.0, 0.0]], dtype=torch.float64)
+    hyper = torch.tensor([[1.0, 0.0, 0.9, 0.99, 1.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
     record = torch.tensor([1.0, 0.0, 0.0])
     native.step_("adam", [p], [zeros[0]], [x.clone() if master else torch.empty(0)], zeros[1:], [torch.zeros(())],
                  hyper, torch.zeros(1, dtype=torch.int32), record, False)  # fmt: skip
@@ -343,7 +343,7 @@ def wrong(index, value):
         (wrong(4, [torch.zeros(4, 3).double()] * 6), "moment has dtype Double"),
         (wrong(5, [torch.zeros(2)] * 3), "step count must be 1"),
         (wrong(6, torch.zeros(1, 6)), "float64 matrix"),
-        (wrong(6, torch.zeros(1, 3, dtype=torch.float64)), "'adam' takes 7 hyperparameters, got 3"),
+        (wrong(6, torch.zeros(1, 3, dtype=torch.float64)), "'adam' takes 8 hyperparameters, got 3"),
         (wrong(7, torch.ones(3, dtype=torch.int32)), "group 1 of 1"),
         (wrong(8, torch.zeros(2)), "record must be 3"),
     ],

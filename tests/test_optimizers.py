@@ -21,6 +21,7 @@ from cases import (
     give_gradients,
     kept,
     parameters,
+    peer_of,
     trained,
 )
 from hypothesis import given, settings
@@ -47,7 +48,7 @@ def test_follows_its_peer(name, variant, dtype, backend):
     )
     before = [p.detach().clone() for p in ours]
     mine = OURS[name](ours, backend=backend, **options)
-    peer, oracle = PEERS[name](theirs, **options), PEERS[name](exact, **options)
+    peer, oracle = peer_of(name, theirs, **options), peer_of(name, exact, **options)
     for i in range(20):
         give_gradients(ours, theirs, exact, seed=i)
         mine.step(), peer.step(), oracle.step()

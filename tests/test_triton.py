@@ -314,7 +314,7 @@ def test_a_plan_notices_what_has_moved():
         (wrong(3, [torch.zeros(4, 3).short()] * 3), "master has dtype Short"),  # beside a parameter in fp32
         (wrong(5, [torch.zeros(2)] * 3), "step count must be 1"),
         (wrong(6, torch.zeros(1, 6)), "float64 matrix"),
-        (wrong(6, torch.zeros(1, 3, dtype=torch.float64)), "'adam' takes 7 hyperparameters, got 3"),
+        (wrong(6, torch.zeros(1, 3, dtype=torch.float64)), "'adam' takes 8 hyperparameters, got 3"),
         (wrong(7, torch.ones(3, dtype=torch.int32)), "group 1 of 1"),
         (wrong(8, torch.zeros(2)), "record must be 3"),
     ],

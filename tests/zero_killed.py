@@ -28,9 +28,9 @@ def killed(moment):
         if moment == "backward":
             engine.module.wide.weight.register_hook(die)
         elif moment == "before the step":
-            engine._reduction.shards.check = die
+            engine._gradients.reduction.shards.check = die
         else:
-            engine._reduction.shards.spread = die
+            engine._gradients.reduction.shards.spread = die
         train(engine, 1, SIZE)
     start = time.monotonic()
     with pytest.raises(PeerTimeout) as caught:

@@ -32,7 +32,7 @@ def check(name, exact):
     config, _, options = CASES[name]
     for stage in (1, 2):
         engine = run(config, stage, 1, **options)
-        assert type(engine._sums) is ScatteredSums
+        assert type(engine._gradients.sums) is ScatteredSums
         assert all(launch.sends for launch in engine.optimizer._launches)
         found = kept(engine)
         for key, value in found.items():

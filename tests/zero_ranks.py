@@ -239,7 +239,7 @@ def check_each_rank_keeps_its_part():
     if SIZE > 1:
         assert RANK == 0 or any(0 < part.begin < part.end for part in engine._parts()), "parameters are cut"
         assert max(everyone) < sum(everyone)
-        assert sum(t.numel() for t in engine._sums.sums) < used
+        assert sum(t.numel() for t in engine._gradients.sums.sums) < used
 
 
 CHECKS = {

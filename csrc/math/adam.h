@@ -24,25 +24,28 @@ struct AdamMoments {
 template <bool kAmsgrad>
 struct Adam {
   static constexpr int kMoments = kAmsgrad ? 3 : 2;  // exp_avg, exp_avg_sq, max_exp_avg_sq
-  static constexpr int kHyper = 6;                   // lr, beta1, beta2, eps, weight_decay (decoupled), penalty (not)
+  // lr, beta1, beta2, eps, weight_decay (decoupled), penalty (not), bias_correction (0 or 1)
+  static constexpr int kHyper = 7;
   static constexpr bool kCountsSteps = true, kNeedsNorms = false;
 
   float decay;    // lr * weight_decay
   float penalty;  //
   AdamMoments moments;
-  float step_size;       // lr / (1 - beta1^t)
-  float inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^t)
+  float step_size;       // lr / (1 - beta1^t); without bias correction lr
+  float inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^t); without 1
   float eps;             //
 
   // hyper: kHyper values; t: this parameter's step count, from 1.
   static DF_INLINE Adam prepare(const double* hyper, int64_t t) {
     const double lr = hyper[0], beta1 = hyper[1], beta2 = hyper[2], eps = hyper[3], weight_decay = hyper[4];
+    const bool corrects = hyper[6] != 0.0;
+    const double bias1 = corrects ? 1.0 - power(beta1, t) : 1.0, bias2 = corrects ? 1.0 - power(beta2, t) : 1.0;
     return {
         static_cast<float>(lr * weight_decay),
         static_cast<float>(hyper[5]),
         {static_cast<float>(1.0 - beta1), static_cast<float>(1.0 - beta2)},
-        static_cast<float>(lr / (1.0 - power(beta1, t))),
-        static_cast<float>(1.0 / std::sqrt(1.0 - power(beta2, t))),
+        static_cast<float>(lr / bias1),
+        static_cast<float>(1.0 / std::sqrt(bias2)),
         static_cast<float>(eps),
     };
   }

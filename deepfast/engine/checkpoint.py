@@ -16,11 +16,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from deepfast.engine.plain import plain, restore
 from deepfast.errors import UserError
 
 CHECKSUMS = "checksums.sha256"
@@ -113,54 +113,19 @@ def discard(folder: Path) -> None:
         shutil.rmtree(gone)
 
 
-def plain(value: Any) -> Any:
-    """``value`` as JSON can hold it and ``restore`` brings it back: tuples, small tensors and any keys included.
-
-    Raises:
-        CheckpointError: for what only a pickle could hold.
-    """
-    if isinstance(value, dict):
-        if all(isinstance(k, str) and not k.startswith("__") for k in value):
-            return {k: plain(v) for k, v in value.items()}
-        return {"__dict__": [[plain(k), plain(v)] for k, v in value.items()]}
-    if isinstance(value, tuple):
-        return {"__tuple__": [plain(v) for v in value]}
-    if isinstance(value, list):
-        return [plain(v) for v in value]
-    if isinstance(value, Tensor):
-        return {"__tensor__": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise CheckpointError(
-        f"a checkpoint holds no pickles: numbers, strings, tensors, lists, tuples and dicts, not {type(value).__name__}"
-    )
-
-
-def restore(value: Any) -> Any:
-    """What ``plain`` was given."""
-    if isinstance(value, list):
-        return [restore(v) for v in value]
-    if not isinstance(value, dict):
-        return value
-    if "__dict__" in value:
-        return {restore(k): restore(v) for k, v in value["__dict__"]}
-    if "__tuple__" in value:
-        return tuple(restore(v) for v in value["__tuple__"])
-    if "__tensor__" in value:
-        return torch.tensor(value["__tensor__"], dtype=getattr(torch, value["dtype"]))
-    return {k: restore(v) for k, v in value.items()}
-
-
 def to_json(data: dict[str, Any]) -> str:
-    return json.dumps(plain(data), indent=1)
+    try:
+        return json.dumps(plain(data), indent=1)
+    except TypeError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     return restore(json.loads(path.read_text(encoding="utf-8")))
 
 
-def commit(directory: Path, tag: str, sums: dict[str, str]) -> Path:
-    """Publishes what was put together after ``begin`` and has these sums; from here on ``latest`` names it."""
+def commit(directory: Path, tag: str, sums: dict[str, str], latest: bool = True) -> Path:
+    """Publishes what was put together after ``begin`` and has these sums; from here on ``latest`` names it, or not."""
     folder, target, old = staging(directory, tag), directory / tag, _old(directory, tag)
     write_text(folder / CHECKSUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
     _sync(folder)
@@ -171,8 +136,11 @@ def commit(directory: Path, tag: str, sums: dict[str, str]) -> Path:
             os.rename(target, old)
         os.rename(folder, target)
         _sync(directory)
-        os.replace(named, directory / "latest")
-        _sync(directory)
+        if latest:
+            os.replace(named, directory / "latest")
+            _sync(directory)
+        else:
+            named.unlink()
     except OSError:
         _take_back(directory, tag)
         named.unlink(missing_ok=True)

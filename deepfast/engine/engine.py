@@ -1,10 +1,9 @@
-"""The engine: forward, backward, step, and what scripts ask of it."""
+"""The engine: forward, backward, step."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,29 +12,28 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepfast.engine import schedule
+from deepfast.engine.asked import Asked
 from deepfast.engine.boxes import run_of
 from deepfast.engine.config import Config
+from deepfast.engine.gradients import Gradients
 from deepfast.engine.optimizer import choose
 from deepfast.engine.precision import Precision, loss_scaler
-from deepfast.engine.reduction import Reduction
-from deepfast.engine.resume import Resumable
-from deepfast.engine.statistics import GradientStatistics
-from deepfast.engine.sums import GradientSums
 from deepfast.optim import Optimizer
-from deepfast.optim.state import HALF
 
 log = logging.getLogger("deepfast")
 
 
-class Engine(Resumable):
+class Engine(Asked):
     """Trains a module; made by :func:`initialize`.
 
     A training step is ``loss = engine(batch); engine.backward(loss); engine.step()`` for each micro-batch; every
-    ``gradient_accumulation_steps`` of them the optimizer steps.
+    ``gradient_accumulation_steps`` of them the optimizer steps. Attributes that it lacks are the module's.
 
     Attributes:
         module: the module that was given, its weights in the configured type.
-        optimizer, lr_scheduler, scaler: what a step calls; the scheduler only moves on when a step was applied.
+        optimizer, lr_scheduler, scaler: what a step calls; the scheduler only moves on when a step was applied. Without
+            an optimizer (None) the engine only runs forward.
+        config: what was given as the configuration, as a dict.
         device: where the module is.
         global_steps: optimizer steps so far, skipped ones included.
         micro_steps: micro-batches so far.
@@ -51,7 +49,8 @@ class Engine(Resumable):
         lr_scheduler: Any = None,
     ) -> None:
         super().__init__()
-        self.config = config
+        self._config = config
+        self.config = config.given()
         self.device = device
         self.module = module
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -61,30 +60,32 @@ class Engine(Resumable):
         if self.world_size > 1:
             for t in (*module.parameters(), *module.buffers(), *self._forward.originals.values()):
                 dist.broadcast(t.data, 0)
+        self.scaler = loss_scaler(config, device)
+        self._applied = False
+        self._dropped = False  # micro-batches, and that was said
+        self._skipped = 0
+        self._grad_norm: Tensor | None = None
+        self.global_steps = 0
+        self.micro_steps = 0
+        if optimizer is None and config.optimizer is None:
+            self._forward.originals.clear()
+            return
         self._own_optimizer, self._own_scheduler = optimizer is None, lr_scheduler is None
         parameters = module.parameters() if parameters is None else parameters
         self.optimizer = choose(optimizer, parameters, config, self.dtype)
-        self._sharded = {}
+        if self.scaler.is_enabled():
+            self.optimizer.loss_scaler = self.scaler  # where DeepSpeed's scripts look
         self.lr_scheduler = lr_scheduler(self.optimizer) if callable(lr_scheduler) else lr_scheduler
         if self.lr_scheduler is None:
             self.lr_scheduler = schedule.from_config(config, self.optimizer)
         elif isinstance(self.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise ValueError("initialize(): ReduceLROnPlateau needs a metric: keep it yourself and step it with one")
-        self.scaler = loss_scaler(config, device)
-        _, _, accumulation = config.batch_triple()
-        self._reduction = Reduction(self._params(), self.optimizer, self._stage(), accumulation)
-        self._note_parts()
+        accumulation = config.batch_triple()[2]
+        self._gradients = Gradients(self.optimizer, self.scaler, self.dtype, self._stage(), accumulation)
         self._start_masters()
-        self._backwards = 0  # since the last step
-        self._sync = True
-        self._applied = False
-        self._skipped = 0
-        self._grad_norm: Tensor | None = None
-        self.global_steps = 0
-        self.micro_steps = 0
 
     def _stage(self) -> int:
-        stage = self.config.zero_optimization.stage
+        stage = self._config.zero_optimization.stage
         if stage > 2:
             log.warning(
                 "zero_optimization.stage=3 is not built yet: stage 2 is taken, and weights are whole on every rank"
@@ -104,97 +105,95 @@ class Engine(Resumable):
                 optimizer.set_master(part.mine, own)
         originals.clear()
 
-    def _note_parts(self) -> None:
-        shards = self._reduction.shards
-        self._sharded = {} if shards is None else {part.mine: part for part in shards.parts.values()}
-        ours = isinstance(self.optimizer, Optimizer) and self._sums is None
-        self._statistics = GradientStatistics(self._params(), self.optimizer.backend) if ours else None  # type: ignore[attr-defined]
-
-    @property
-    def _sums(self) -> Any:
-        return self._reduction.sums
-
     # One step.
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        return self._forward(*inputs, **kwargs)
+        outputs = self._forward(*inputs, **kwargs)
+        if self._gradients is not None and torch.is_grad_enabled():
+            self._gradients.watch(outputs)
+        return outputs
 
-    def backward(self, loss: Tensor, weight: float | Tensor | None = None) -> Tensor:
+    def backward(
+        self,
+        loss: Tensor,
+        weight: float | Tensor | None = None,
+        *,
+        retain_graph: bool = False,
+        scale_wrt_gas: bool = True,
+    ) -> Tensor:
         """Backpropagates the scaled loss and adds the gradients to this step's.
+
+        ``loss.backward()`` does the same where the loss comes from what the engine has returned; under fp16 it is
+        ``engine.scale(loss).backward()``. A loss may come through several engines: all that it reaches are to step.
 
         Args:
             loss: a scalar, the mean over its micro-batch.
             weight: this micro-batch's share (its number of tokens, say), normalized over the step and the ranks.
                 Without it, each micro-batch counts 1 / gradient_accumulation_steps.
+            retain_graph: as of :meth:`torch.Tensor.backward`.
+            scale_wrt_gas: False: the loss is divided by the accumulation already.
+
+        Returns:
+            The loss divided by the accumulation (undivided where ``scale_wrt_gas`` is False), without its graph.
 
         Raises:
-            RuntimeError: if some micro-batches of a step have a weight and others not.
+            RuntimeError: if some micro-batches of a step have a weight and others not; without an optimizer.
+            TypeError: for a weight that is a bool.
         """
-        if self._backwards == 0 and self._reduction.heed(self._params()):
-            self._note_parts()
-        if self._sums is None and self._backwards and self.dtype in HALF:
-            self._reduction.sums = GradientSums(self._params())  # a second loss in one step: from here on, sum in fp32
-            self._reduction.sums.begin(None, last=False)
-            self._reduction.sums.add()
-        self._backwards += 1
-        last = self._sync and self.is_gradient_accumulation_boundary()
-        if self._sums is not None:
-            self._sums.begin(None if weight is None else float(weight), last, self._sync)
-        elif self._statistics is not None:
-            self._statistics.begin()
-        with self._reduction.naming():
-            self.scaler.scale(loss).backward()
-            if self._sums is not None:
-                self._sums.add()
-        if self._sums is None and self._statistics is not None:
-            self._statistics.end()
-        return loss
+        if isinstance(weight, bool):
+            raise TypeError("backward(): a weight is a number, not a bool; retain_graph= is a keyword")
+        if weight is not None and not scale_wrt_gas:
+            raise ValueError("backward(): weight= is normalized over the step: leave out scale_wrt_gas=False")
+        accumulation = self.gradient_accumulation_steps()
+        times = 1.0 if scale_wrt_gas else float(accumulation)
+        self._trained().backward(loss, None if weight is None else float(weight), times, retain_graph)
+        return loss.detach() / accumulation if scale_wrt_gas else loss.detach()
 
-    def step(self) -> None:
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss times the loss scale: ``engine.scale(loss).backward()``, then ``engine.step()``."""
+        return self._trained().scale(loss)
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """At a gradient accumulation boundary, reduces the gradients and steps the optimizer; before it, only counts.
+
+        Args:
+            lr_kwargs: for the scheduler's ``step``.
 
         Raises:
             RuntimeError: inside ``no_sync``, and at a boundary without a ``backward`` before it.
         """
-        if not self._sync:
+        gradients = self._trained()
+        if not gradients.sync:
             raise RuntimeError("step() must not be called inside no_sync()")
-        if self.is_gradient_accumulation_boundary():
-            if self._backwards == 0:
-                raise RuntimeError("step(): there was no backward() since the last optimizer step")
-            with self._reduction.naming():
-                self._optimizer_step()
+        gradients.fold()
+        if gradients.at_boundary():
+            with gradients.reduction.naming():
+                self._optimizer_step(gradients, lr_kwargs or {})
+            gradients.position = 0
+        else:
+            gradients.position += 1
         self.micro_steps += 1
 
-    def _optimizer_step(self) -> None:
-        optimizer, shards = self.optimizer, self._reduction.shards
-        divisor, statistics = 1.0, None
+    def _optimizer_step(self, gradients: Gradients, lr_kwargs: dict[str, Any]) -> None:
+        optimizer, shards = self.optimizer, gradients.reduction.shards
         if shards is not None:
             shards.check()
-        if self._sums is not None:
-            statistics = self._sums.finish()
-            divisor = self._sums.divisor(self.gradient_accumulation_steps() * self.world_size)
-            self._reduction.hand_over()
-        elif self._statistics is not None:
-            statistics = self._statistics.take()
+        divisor, statistics = gradients.take()
         if isinstance(optimizer, Optimizer):
             self._grad_norm = self._fused_step(optimizer, divisor, statistics)
         else:
             self._grad_norm = self._foreign_step(optimizer, divisor)
         if shards is not None:
-            shards.spread(optimizer._sent)  # type: ignore[attr-defined]
+            shards.spread(optimizer._sent)
         found = self.scaler.found_inf(optimizer)
         self.scaler.update()
         self._applied = found is None or not found.item()
-        for part in self._parts():
-            part.whole.grad = part.mine.grad = None
-        if self._sums is not None:
-            self._sums.clear()
-        self._backwards = 0
+        gradients.clear()
         self.global_steps += 1
         if not self._applied:
             self._skipped += 1
         elif self.lr_scheduler is not None:
-            self.lr_scheduler.step()
+            self.lr_scheduler.step(**lr_kwargs)
 
     def _fused_step(self, optimizer: Any, divisor: float, statistics: Tensor | None) -> Tensor | None:
         """Unscales, checks, clips and updates in one pass; where the statistics are known, in the only one over the
@@ -215,8 +214,8 @@ class Engine(Resumable):
             p.grad = p.grad.float().div_(divisor)  # type: ignore[union-attr]
         self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-        if self.config.gradient_clipping:
-            torch.nn.utils.clip_grads_with_norm_(params, self.config.gradient_clipping, norm)
+        if self._config.gradient_clipping:
+            torch.nn.utils.clip_grads_with_norm_(params, self._config.gradient_clipping, norm)
         for p in params:
             p.grad = p.grad.to(p.dtype)  # type: ignore[union-attr]
         self.scaler.step(optimizer)
@@ -225,74 +224,22 @@ class Engine(Resumable):
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Micro-batches that are summed on this rank alone; gradients are reduced at the next ``step`` outside."""
-        self._sync = False
+        gradients = self._trained()
+        gradients.sync = False
         try:
             yield
         finally:
-            self._sync = True
+            gradients.sync = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops the gradients of this step, those already summed included."""
+        """Drops the gradients of this step, those already summed included. Its micro-batches stay counted."""
+        gradients = self._gradients
+        if gradients is not None:
+            if gradients.position and gradients.count and not self._dropped:
+                self._dropped = True
+                log.warning(
+                    "zero_grad() in the middle of a step: the gradients of %d of its %d micro-batches are dropped; "
+                    "they stay counted, as in DeepSpeed", gradients.position, gradients.accumulation
+                )  # fmt: skip
+            gradients.clear()
         self.module.zero_grad(set_to_none)
-        if self._sums is not None:
-            self._sums.clear()
-        self._backwards = 0
-
-    # What scripts ask.
-
-    def is_gradient_accumulation_boundary(self) -> bool:
-        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
-
-    def was_step_applied(self) -> bool:
-        """Whether the last optimizer step was applied, not skipped for an overflow."""
-        return self._applied
-
-    def get_global_grad_norm(self) -> float | None:
-        """Norm of the last step's gradients, unscaled, before clipping; inf or NaN where it was skipped."""
-        return None if self._grad_norm is None else float(self._grad_norm)
-
-    def get_lr(self) -> list[float]:
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
-
-    @property
-    def loss_scale(self) -> float:
-        return self.scaler.get_scale()
-
-    @property
-    def skipped_steps(self) -> int:
-        return self._skipped
-
-    @property
-    def local_rank(self) -> int:
-        return int(os.environ.get("LOCAL_RANK", "0"))
-
-    @property
-    def global_rank(self) -> int:
-        return self.rank
-
-    @property
-    def global_samples(self) -> int:
-        """Samples in all optimizer steps so far."""
-        return self.global_steps * self.train_batch_size()
-
-    def fp16_enabled(self) -> bool:
-        return self.dtype == torch.float16
-
-    def bfloat16_enabled(self) -> bool:
-        return self.dtype == torch.bfloat16
-
-    def zero_optimization(self) -> bool:
-        return self.zero_optimization_stage() > 0
-
-    def zero_optimization_stage(self) -> int:
-        """0: every rank keeps the whole state of the optimizer; 1 and 2: a part of it (and of the gradients' sums)."""
-        return min(self.config.zero_optimization.stage, 2)
-
-    def train_batch_size(self) -> int:
-        return self.config.batch_triple()[0]
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        return self.config.batch_triple()[1]
-
-    def gradient_accumulation_steps(self) -> int:
-        return self.config.batch_triple()[2]

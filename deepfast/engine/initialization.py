@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from deepfast.engine import config as configuration
 from deepfast.engine.config import Config
@@ -40,13 +40,14 @@ def initialize(
     config: dict[str, Any] | str | os.PathLike[str] | Config | None = None,
     mesh_param: Any = None,
     config_params: dict[str, Any] | str | None = None,
-) -> tuple[Engine, torch.optim.Optimizer, DataLoader[Any] | None, Any]:
+) -> tuple[Engine, torch.optim.Optimizer | None, DataLoader[Any] | None, Any]:
     """DeepSpeed's entry point: ``engine, optimizer, dataloader, lr_scheduler = deepfast.initialize(...)``.
 
     Args:
         args: an object whose ``deepspeed_config`` names the configuration, where ``config`` is not given.
         model: the module to train; moved to this rank's device, its weights cast to the configured type.
-        optimizer: an optimizer, or a function of the parameters that makes one; None: as configured.
+        optimizer: an optimizer, or a function of the parameters that makes one; None: as configured. Without any the
+            engine only runs forward.
         model_parameters: parameters or groups for an optimizer that is made here; None: all of the model's.
         training_data: a dataset, for which a loader of micro-batches is made (each rank sees its own share).
         lr_scheduler: a scheduler, or a function of the optimizer that makes one; None: as configured.
@@ -72,16 +73,9 @@ def initialize(
         given = configuration.load(given)
     configuration.resolve_batch(given, dist.get_world_size() if dist.is_initialized() else 1)
     engine = Engine(model, optimizer, model_parameters, given, device, lr_scheduler)
-    loader: DataLoader[Any] | None = None
+    loader = None
     if training_data is not None:
-        whole = isinstance(training_data, torch.utils.data.IterableDataset)  # deals itself out, or not at all
-        sampler: Any = DistributedSampler(training_data) if engine.world_size > 1 and not whole else None
-        loader = DataLoader(
-            training_data,
-            batch_size=engine.train_micro_batch_size_per_gpu(),
-            shuffle=sampler is None and not whole,
-            sampler=sampler,
-            collate_fn=collate_fn,
-            drop_last=given.dataloader_drop_last,
-        )
+        loader = engine.deepspeed_io(training_data, collate_fn=collate_fn)
+        engine.training_dataloader = loader
+    engine.client_optimizer, engine.client_lr_scheduler = optimizer, lr_scheduler
     return engine, engine.optimizer, loader, engine.lr_scheduler

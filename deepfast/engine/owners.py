@@ -73,9 +73,9 @@ class OwnedSums(Sums):
         self._unseen = [False] * len(self.params)  # of these parameters
         self._agreed = False
 
-    def begin(self, weight: float | None, last: bool, sync: bool = True) -> None:
+    def begin(self, weight: float | None, last: bool, sync: bool = True, times: float = 1.0) -> None:
         """Before a micro-batch's backward pass. last: the statistics are wanted. sync: not inside ``no_sync``."""
-        self._adding = self._weigh(weight)
+        self._adding = self._weigh(weight, times)
         self._last, self._sync, self._agreed = last, sync, False
         if sync:
             self.buckets.watch()

@@ -8,6 +8,7 @@ copies of the weights. Autograd casts each weight's gradient back to fp16 once, 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,14 +32,15 @@ class Precision:
         module: cast in place; its buffers stay as they are where the arithmetic is fp32.
         dtype: float32, float16 or bfloat16.
         device: where the module is moved.
-        cast_inputs: cast floating-point inputs to the type that is computed in.
+        cast_inputs: cast all floating-point inputs to the type that is computed in. Without it they are left as they
+            are, labels and positions among them, and each layer with weights is given what fits these.
 
     Attributes:
         originals: the values of fp32 parameters that were cast to 16 bits, for whoever makes masters of them.
     """
 
     def __init__(
-        self, module: nn.Module, dtype: torch.dtype, device: torch.device, *, cast_inputs: bool = True
+        self, module: nn.Module, dtype: torch.dtype, device: torch.device, *, cast_inputs: bool = False
     ) -> None:
         self.module = module
         self.dtype = dtype
@@ -58,40 +60,98 @@ class Precision:
                 p.data = torch.empty_like(p.data, dtype=dtype).copy_(reference.round_master(p.data, dtype))
             elif p.is_floating_point():
                 p.data = p.data.to(dtype)
+        if dtype != torch.float32:
+            for layer in _layers(module):
+                self._prepare(layer)
         if self.compute_dtype == dtype:
             module.to(dtype)
             return
         log.info("fp16 on a CPU: weights and gradients are fp16, forward and backward compute in fp32")
+
+    def _prepare(self, layer: nn.Module) -> None:
+        hooks = layer._forward_pre_hooks.values()  # of an engine before, perhaps
+        if self.compute_dtype != self.dtype and _widen not in hooks:
+            layer.register_forward_pre_hook(_widen)
+            layer.register_forward_hook(_narrow, always_call=True)
+        if _fit not in hooks:
+            layer.register_forward_pre_hook(_fit, with_kwargs=True)
 
     @classmethod
     def of(cls, config: Config, module: nn.Module, device: torch.device) -> Precision:
         """What the configuration says."""
         fp16, bf16 = config.fp16, config.bf16
         dtype = torch.float16 if fp16 and fp16.enabled else torch.bfloat16 if bf16 and bf16.enabled else torch.float32
-        auto_cast = fp16 is None or fp16.auto_cast
-        return cls(module, dtype, device, cast_inputs=dtype != torch.float32 and auto_cast)
+        return cls(module, dtype, device, cast_inputs=dtype == torch.float16 and fp16 is not None and fp16.auto_cast)
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         if self.cast_inputs:
-            inputs, kwargs = self._cast(inputs), self._cast(kwargs)
+            inputs, kwargs = _cast(inputs, self.compute_dtype), _cast(kwargs, self.compute_dtype)
         if self.compute_dtype == self.dtype:
             return self.module(*inputs, **kwargs)
-        if any(getattr(m, "gradient_checkpointing", False) for m in self.module.modules()):  # transformers' flag
-            raise RuntimeError(
-                "fp16 on a CPU computes with fp32 copies of the weights, which recomputed activations would not see: "
-                "turn gradient checkpointing off, or use bf16"
-            )
         wide = {name: p.to(self.compute_dtype) for name, p in self.module.named_parameters() if p.dtype == self.dtype}
         return torch.func.functional_call(self.module, wide, inputs, kwargs)
 
-    def _cast(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(self.compute_dtype) if value.is_floating_point() else value
-        if isinstance(value, dict):
-            return {k: self._cast(v) for k, v in value.items()}
-        if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-            return type(value)(map(self._cast, value))
-        return value
+
+_HOLDERS = (nn.ParameterList, nn.ParameterDict)
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    """What computes with weights: of torch.nn, whatever holds some; else what holds some and no other layers."""
+    return [
+        m
+        for m in module.modules()
+        if not isinstance(m, _HOLDERS)
+        and _own(m)
+        and (type(m).__module__.startswith("torch.nn") or all(isinstance(child, _HOLDERS) for child in m.children()))
+    ]
+
+
+def _own(layer: nn.Module) -> list[Tensor]:
+    """The floating-point weights that a layer holds itself, or in a list."""
+    holders = (layer, *(child for child in layer.children() if isinstance(child, _HOLDERS)))
+    return [p for holder in holders for p in holder.parameters(recurse=False) if p.is_floating_point()]
+
+
+def _fit(layer: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before a layer's forward pass: its floating-point inputs, in the type that its weights have now."""
+    own = _own(layer)
+    return (_cast(inputs, own[0].dtype), _cast(kwargs, own[0].dtype)) if own else (inputs, kwargs)
+
+
+def _widen(layer: nn.Module, _: Any) -> None:
+    """Before the forward pass of a layer that runs outside the engine's (activations are recomputed): fp32 copies."""
+    narrow = {name: p for name, p in layer._parameters.items() if p is not None and p.dtype == torch.float16}
+    if narrow:
+        layer.__dict__["_narrow"] = narrow
+        layer._parameters.update({name: p.float() for name, p in narrow.items()})  # type: ignore[misc]
+        _flatten(layer)
+
+
+def _narrow(layer: nn.Module, *_: Any) -> None:
+    """After it: the weights themselves."""
+    narrow = layer.__dict__.pop("_narrow", None)
+    if narrow:
+        layer._parameters.update(narrow)
+        _flatten(layer)
+
+
+def _flatten(layer: nn.Module) -> None:
+    if isinstance(layer, nn.RNNBase):  # keeps its weights in a list, too
+        layer._flat_weights = [getattr(layer, name) for name in layer._flat_weights_names]
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors, in whatever holds them, in another type."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        cast = {k: _cast(v, dtype) for k, v in value.items()}
+        return cast if type(value) is dict else type(value)(cast)  # type: ignore[call-arg]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_cast(v, dtype) for v in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(_cast(v, dtype) for v in value)
+    return value
 
 
 class _Checker(LossScaler):

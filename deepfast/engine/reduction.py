@@ -124,6 +124,14 @@ class Reduction:
             parts = self.shards.parts
             self.sums.hand_over([parts[p].mine for p in self.sums.params])
 
+    def close(self) -> None:
+        """Leaves the ranks' common memory; the weights, and what the optimizer holds of them, move out before."""
+        if self.shards is not None:
+            self.shards.move_out()
+        self.sums = None
+        if self._comm is not None:
+            self._comm.close()
+
     def _say(self, stage: int) -> None:
         layouts, ranks = self.sums.layouts, self.sums.ranks
         owned = [sum(end - begin for begin, end in (one.owned(r) for one in layouts)) for r in range(ranks)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from deepfast import reference
 from deepfast.engine import checkpoint, ranks, schedule
 from deepfast.engine.boxes import run_of
 from deepfast.engine.config import Config
+from deepfast.engine.gradients import Gradients
 from deepfast.engine.parts import Part
 from deepfast.engine.saving import Save, lay_out
 from deepfast.engine.snapshot import Snapshot
@@ -33,10 +35,10 @@ class SharedCheckpointError(checkpoint.CheckpointError, ranks.SharedError):
 class Resumable(nn.Module):
     """The part of :class:`deepfast.Engine` that is saved and loaded."""
 
-    config: Config
+    _config: Config
     module: nn.Module
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: Any
+    optimizer: Any = None  # a torch.optim.Optimizer, or None
+    lr_scheduler: Any = None
     scaler: LossScaler
     rank: int
     world_size: int
@@ -45,13 +47,12 @@ class Resumable(nn.Module):
     _skipped: int
     _own_optimizer: bool  # the configuration describes it
     _own_scheduler: bool
-    _sharded: dict[Tensor, Part]  # what the optimizer holds instead of whole parameters
+    _gradients: Gradients | None = None  # None: there is no optimizer
     _saving: Save | None = None  # what is being written
 
     def _parts(self) -> list[Part]:
         """This rank's part of each parameter that the optimizer steps, in the order of its groups."""
-        held = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return [self._sharded.get(p) or Part.all_of(p) for p in held]
+        return [] if self._gradients is None else self._gradients.parts()
 
     def _params(self) -> list[Tensor]:
         return [part.whole for part in self._parts()]
@@ -66,6 +67,8 @@ class Resumable(nn.Module):
         save_dir: str | os.PathLike[str],
         tag: str | None = None,
         client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
         *,
         wait: bool = True,
         keep: int | None = None,
@@ -78,6 +81,9 @@ class Resumable(nn.Module):
 
         Args:
             client_state: the caller's own, as JSON can hold it.
+            save_latest: False: ``latest`` stays as it is.
+            exclude_frozen_parameters: leaves out what ``requires_grad`` is False of; loading then needs
+                ``load_module_strict=False``.
             wait: False: returns as soon as all that is saved is copied to the host's memory, and writes it beside
                 training. :meth:`wait_for_checkpoint` tells how that has ended, and so does the next save or load;
                 Python ends only when it has.
@@ -96,9 +102,12 @@ class Resumable(nn.Module):
             if self.rank == 0:
                 lay_out(directory, tag, self.world_size)
 
-        snapshot = ranks.on_every_rank(lambda: self._snapshot(tag, client_state or {}), SharedCheckpointError)
+        def copied() -> Snapshot:
+            return self._snapshot(tag, client_state or {}, exclude_frozen_parameters)
+
+        snapshot = ranks.on_every_rank(copied, SharedCheckpointError)
         ranks.on_every_rank(begin, SharedCheckpointError)
-        self._saving = Save(directory, tag, snapshot, keep, timeout)
+        self._saving = Save(directory, tag, snapshot, keep, timeout, save_latest)
         if wait:
             self.wait_for_checkpoint()
         return directory / tag
@@ -114,11 +123,15 @@ class Resumable(nn.Module):
             saving, self._saving = self._saving, None
             ranks.on_every_rank(saving.check, SharedCheckpointError)
 
-    def _snapshot(self, tag: str, client_state: dict[str, Any]) -> Snapshot:
+    def _snapshot(self, tag: str, client_state: dict[str, Any], exclude_frozen: bool) -> Snapshot:
         checkpoint.check_tag(tag)
         snapshot = Snapshot(self.rank, self.world_size)
-        snapshot.add_model(checkpoint.unique(self.module.state_dict()))
-        optimizer = snapshot.add_optimizer(self.optimizer, self._parts(), self._names())
+        frozen = {name for name, p in self.module.named_parameters() if exclude_frozen and not p.requires_grad}
+        model = checkpoint.unique(self.module.state_dict())
+        snapshot.add_model({name: t for name, t in model.items() if name not in frozen})
+        optimizer = None
+        if self.optimizer is not None:
+            optimizer = snapshot.add_optimizer(self.optimizer, self._parts(), self._names())
         snapshot.add_random_state()
         state = {
             "format": 2,
@@ -128,78 +141,127 @@ class Resumable(nn.Module):
             "skipped_steps": self._skipped,
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
-            "lr_scheduler": None if self.lr_scheduler is None else _without_callables(self.lr_scheduler.state_dict()),
+            "lr_scheduler": self._scheduler_state(),
             "client_state": client_state,
         }
         snapshot.state = checkpoint.to_json(state)
         return snapshot
 
+    def _scheduler_state(self) -> dict[str, Any] | None:
+        if not hasattr(self.lr_scheduler, "state_dict"):  # none, or one that can do nothing but step()
+            return None
+        return _without_callables(self.lr_scheduler.state_dict())
+
     def load_checkpoint(
-        self, load_dir: str | os.PathLike[str], tag: str | None = None
-    ) -> tuple[str | None, dict[str, Any]]:
+        self,
+        load_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
         """Loads ``load_dir/tag`` (default: what ``latest`` names). All ranks call it.
 
         Of an optimizer, a schedule and a loss scale that the configuration describes, only what they have accumulated
         is loaded: a learning rate that has been changed in the configuration holds.
 
+        Args:
+            load_module_strict: False: what only the module or only the checkpoint has is left alone, with a line.
+            load_optimizer_states: False: moments and masters begin anew.
+            load_lr_scheduler_states: False: the schedule begins anew.
+            load_module_only: only the weights and buffers: no steps are counted, no random state is set.
+            custom_load_fn: ``custom_load_fn(src=weights and buffers by name, dst=module)`` loads the module.
+
         Returns:
-            The checkpoint's path and the client_state that was saved; (None, {}) and a warning where ``load_dir``
-            holds no checkpoint and none was named.
+            The checkpoint's path and the client_state that was saved; (None, None) and a warning where ``load_dir``
+            holds no checkpoint.
 
         Raises:
-            CheckpointError: for one that is damaged or belongs to another model.
+            CheckpointError: for one that is damaged or belongs to another model, and for a tag that is not among those
+                in ``load_dir``.
         """
         self.wait_for_checkpoint()
         directory = Path(load_dir)
-        newest = ranks.on_every_rank(lambda: checkpoint.latest(directory) if tag is None else str(tag))
+        newest = ranks.on_every_rank(lambda: self._tag(directory, tag))
         tag = ranks.of_rank_0(newest)  # all load the same, whatever their file systems have heard of
         if tag is None:
             log.warning("%s holds no checkpoint: nothing was loaded", directory)
-            return None, {}
+            return None, None
         verify = functools.partial(checkpoint.verify, directory, tag, self.rank, self.world_size)
         folder = ranks.on_every_rank(verify, SharedCheckpointError)
-        state, values, moments, random = ranks.on_every_rank(lambda: self._read(folder), SharedCheckpointError)
-        self._load_optimizer(moments, folder)
-        self._load_module(values)
-        self._load_scaler(state["scaler"])
-        self._load_scheduler(state["lr_scheduler"])
-        self.global_steps, self._skipped = state["global_steps"], state["skipped_steps"]
-        self.micro_steps = self.global_steps * self.config.batch_triple()[2]  # sums in progress are not saved
-        if state["world_size"] == self.world_size:
-            _set_rng(random)
+        with_optimizer = load_optimizer_states and not load_module_only and self.optimizer is not None
+
+        def read() -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any] | None, dict[str, Tensor]]:
+            return self._read(folder, load_module_strict and custom_load_fn is None, with_optimizer, custom_load_fn)
+
+        state, values, moments, random = ranks.on_every_rank(read, SharedCheckpointError)
+        if moments is not None:
+            self._load_optimizer(moments, folder)
+        if custom_load_fn is None:
+            self._load_module(values)
         else:
-            log.info("written by %d rank(s), read by %d: random states start anew", state["world_size"],
-                     self.world_size)  # fmt: skip
-        self.zero_grad()
+            custom_load_fn(src=values, dst=self.module)
+        if not load_module_only:
+            self._load_scaler(state["scaler"])
+            if load_lr_scheduler_states:
+                self._load_scheduler(state["lr_scheduler"])
+            self.global_steps, self._skipped = state["global_steps"], state["skipped_steps"]
+            # Sums in progress are not saved.
+            self.micro_steps = self.global_steps * self._config.batch_triple()[2]
+            self._load_random(random, state["world_size"])
+        if self._gradients is not None:
+            self._gradients.clear()
+            self._gradients.position = 0
         return str(folder), state["client_state"]
 
-    def _read(self, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
+    @staticmethod
+    def _tag(directory: Path, tag: str | None) -> str | None:
+        """The one to load; None where there is none at all."""
+        if tag is None:
+            return checkpoint.latest(directory)
+        return str(tag) if (directory / str(tag)).exists() or checkpoint.tags(directory) else None
+
+    def _read(
+        self, folder: Path, strict: bool, with_optimizer: bool, all_of_it: Any
+    ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any] | None, dict[str, Tensor]]:
         """The rest, the module's values, the optimizer's state and the random state; nothing is changed yet."""
         from deepfast.engine.reading import stored  # torch.distributed.checkpoint takes its time
 
         state = checkpoint.read_json(folder / "state.json")
         names = self._names()
         tensors, optimizer = stored(folder, state, names)
-        values = self._asked_values(tensors, names)
-        moments = optimizer_state(tensors, optimizer, self._parts(), names)
+        if all_of_it:
+            values = {k.removeprefix("model."): tensors.ask(k) for k in tensors.shapes if k.startswith("model.")}
+        else:
+            values = self._asked_values(tensors, strict)
+        moments = None
+        if with_optimizer and optimizer is None:
+            raise checkpoint.CheckpointError(f"{folder}: was saved without an optimizer: pass load_module_only=True")
+        if with_optimizer:
+            moments = optimizer_state(tensors, optimizer, self._parts(), names)
         own = f"rng.{self.rank}."
         random = {key.removeprefix(own): tensors.ask(key) for key in tensors.shapes if key.startswith(own)}
         tensors.read()
         return state, values, moments, random
 
-    def _asked_values(self, tensors: Any, names: list[str]) -> dict[str, Tensor]:
+    def _asked_values(self, tensors: Any, strict: bool) -> dict[str, Tensor]:
         """What each parameter and buffer is to be."""
         wanted = checkpoint.unique(self.module.state_dict(keep_vars=True))
         given = {key.removeprefix("model."): shape for key, shape in tensors.shapes.items() if key.startswith("model.")}
-        wrong = sorted(wanted.keys() ^ given.keys()) or [name for name, t in wanted.items() if t.shape != given[name]]
+        unmatched = sorted(wanted.keys() ^ given.keys())
+        wrong = (unmatched if strict else []) or [n for n, t in wanted.items() if t.shape != given.get(n, t.shape)]
         if wrong:
             raise checkpoint.CheckpointError(f"{tensors.folder}: another model: {wrong[0]!r} does not fit")
-        masters = dict(zip(self._params(), (f"optim.state.{name}.master" for name in names), strict=True))
+        if unmatched:
+            log.warning("%s: left alone: %s", tensors.folder, ", ".join(unmatched))
         values = {}
         for name, t in wanted.items():
             # From a 16-bit run to an fp32 one: what was rounded is there in full, too.
-            master = masters.get(t, "") if t.dtype == torch.float32 else ""
-            values[name] = tensors.ask(master if master in tensors.shapes else f"model.{name}")
+            master = f"optim.state.{name}.master" if t.dtype == torch.float32 else ""
+            if name in given:
+                values[name] = tensors.ask(master if master in tensors.shapes else f"model.{name}")
         return values
 
     def _load_optimizer(self, given: dict[str, Any], folder: Path) -> None:
@@ -212,6 +274,8 @@ class Resumable(nn.Module):
             raise checkpoint.CheckpointError(f"{folder}: does not fit this optimizer: {error}") from None
         if self._own_optimizer:
             for group, values in zip(self.optimizer.param_groups, configured, strict=True):
+                for name in group.keys() - values.keys() - loaded:
+                    del group[name]  # what the configuration does not say is as the optimizer has it by itself
                 group.update(values)
 
     @torch.no_grad()
@@ -247,6 +311,14 @@ class Resumable(nn.Module):
         elif isinstance(self.lr_scheduler, LambdaLR):
             schedule.move_to(self.lr_scheduler, given["last_epoch"])
 
+    def _load_random(self, states: dict[str, Tensor], world_size: int) -> None:
+        if world_size != self.world_size:
+            log.info("written by %d rank(s), read by %d: random states start anew", world_size, self.world_size)
+            return
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])
+
 
 def _without_callables(value: Any) -> Any:
     """A scheduler's state without its functions, which are no state."""
@@ -255,12 +327,6 @@ def _without_callables(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(None if callable(v) else _without_callables(v) for v in value)
     return value
-
-
-def _set_rng(states: dict[str, Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
 
 
 def optimizer_state(tensors: Any, rest: dict[str, Any], parts: list[Part], names: list[str]) -> dict[str, Any]:

@@ -32,10 +32,14 @@ class Save:
     Args:
         keep: so many checkpoints are left; None: all.
         timeout: seconds that rank 0 waits for the other ranks' files, after its own.
+        latest: whether ``latest`` is to name it.
     """
 
-    def __init__(self, directory: Path, tag: str, snapshot: Snapshot, keep: int | None, timeout: float) -> None:
+    def __init__(
+        self, directory: Path, tag: str, snapshot: Snapshot, keep: int | None, timeout: float, latest: bool = True
+    ) -> None:
         self.directory, self.tag, self.keep, self.timeout = directory, tag, keep, timeout
+        self.latest = latest
         self.target = directory / tag
         self.folder = checkpoint.staging(directory, tag)
         self.rank, self.world_size = snapshot.rank, snapshot.world_size
@@ -88,9 +92,8 @@ class Save:
         for rank in range(self.world_size):
             _slip(self.folder, rank).unlink()
         size = sum(path.stat().st_size for path in self.folder.iterdir()) / 2**20
-        checkpoint.commit(
-            self.directory, self.tag, {name: sum_ for slip in slips for name, sum_ in slip["sums"].items()}
-        )
+        sums = {name: sum_ for slip in slips for name, sum_ in slip["sums"].items()}
+        checkpoint.commit(self.directory, self.tag, sums, self.latest)
         log.info("checkpoint %s: %.1f s, %.1f MiB", self.target, time.monotonic() - start, size)
         if self.keep is not None:
             try:

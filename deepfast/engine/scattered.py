@@ -69,9 +69,9 @@ class ScatteredSums(Sums):
         self._empty = [True] * len(self.layouts)  # whether a bucket has nothing of this step yet
         self._adding, self._last, self._agreed = 1.0, False, False
 
-    def begin(self, weight: float | None, last: bool, sync: bool = True) -> None:
+    def begin(self, weight: float | None, last: bool, sync: bool = True, times: float = 1.0) -> None:
         """Before a micro-batch's backward pass."""
-        self._adding = self._weigh(weight)
+        self._adding = self._weigh(weight, times)
         self._last, self._agreed = last, False
         self.buckets.watch()
 
@@ -118,7 +118,7 @@ class ScatteredSums(Sums):
 
     def _narrow(self, members: list[int]) -> bool:
         """Whether a micro-batch's gradients go to the others in 16 bits, as they are: these add them up in fp32."""
-        if not self._each or self.comm is None or self.weighted:
+        if not self._each or self.comm is None or self.weighted or self._adding != 1.0:
             return False
         dtype = self.params[members[0]].dtype
         grads = [self.params[i].grad for i in members]

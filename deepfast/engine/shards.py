@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from deepfast import ops
 from deepfast.comm.by_torch import gather_tensor
 from deepfast.engine.layout import Layout
 from deepfast.engine.parts import Part
@@ -97,6 +98,19 @@ class Shards(Parts):
                     gather_tensor(piece.view(-1), own)
         elif self.reach:
             self.comm.all_reduce_(torch.zeros(1, device=self._device))
+
+    @torch.no_grad()
+    def move_out(self) -> None:
+        """Gives each parameter memory of its own again."""
+        for p, (_, mine, begin, end) in self.parts.items():
+            p.data = p.data.clone()
+            mine.data = p.data.as_strided((end - begin,), (1,), p.storage_offset() + begin)
+        self._pieces, self._homes = [], {}
+
+    def statistics(self, grads: list[Tensor | None]) -> Tensor:
+        """fp64 [2]: sum of squares and number of blocks that are not finite, of all ranks' gradients."""
+        own = [grad for grad in grads if grad is not None]
+        return self.sum_(ops.select(ops.forced(), self._device, torch.float32).statistics(own))
 
     # What the optimizer asks.
 

@@ -29,12 +29,12 @@ class Sums:
         self.weight = 0.0
         self.weighted: bool | None = None  # whether this step's micro-batches came with a weight
 
-    def _weigh(self, weight: float | None) -> float:
-        """The weight of a micro-batch that begins."""
+    def _weigh(self, weight: float | None, times: float) -> float:
+        """What the gradients of a micro-batch that begins are multiplied by."""
         if self.weighted is not None and self.weighted != (weight is not None):
             raise RuntimeError("backward(): give every micro-batch of a step a weight, or none")
         self.weighted = weight is not None
-        return 1.0 if weight is None else weight
+        return times if weight is None else weight
 
     def _agree(self) -> None:
         """The ranks tell each other which parameters had a gradient, and the weights of their micro-batches."""
@@ -109,9 +109,9 @@ class GradientSums(Sums):
         self._begun = False  # whether buckets of this step have been handed over
         self._reduced = False
 
-    def begin(self, weight: float | None, last: bool, sync: bool = True) -> None:
+    def begin(self, weight: float | None, last: bool, sync: bool = True, times: float = 1.0) -> None:
         """Before a micro-batch's backward pass. last: its buckets may be reduced as they fill."""
-        adding = self._weigh(weight)
+        adding = self._weigh(weight, times)
         if self._begun:
             self._reopen()
         self._adding = adding

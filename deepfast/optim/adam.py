@@ -19,6 +19,8 @@ class Adam(Optimizer):
             ``maximize``.
         lr, betas, eps, weight_decay, amsgrad, maximize: as in torch. lr and betas may be one-element tensors.
         decoupled_weight_decay: True makes it AdamW.
+        bias_correction: False takes the moments as they are, lr and sqrt(v) + eps: BERT's Adam. (A group and a
+            checkpoint name it where it is not True, else they have torch's keys; one that does not leaves it be.)
         foreach, fused, capturable: accepted for compatibility; the step is always one fused pass.
         differentiable: must be False.
         **options: see :class:`deepfast.optim.Optimizer`.
@@ -45,6 +47,7 @@ class Adam(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        bias_correction: bool = True,
         **options: Any,
     ) -> None:
         defaults = {
@@ -60,6 +63,8 @@ class Adam(Optimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
+        if not bias_correction:  # torch has none, and a group that says nothing has torch's keys
+            defaults["bias_correction"] = False
         super().__init__(params, defaults, **options)
 
     def _check(self, group: dict[str, Any]) -> None:
@@ -89,7 +94,7 @@ class Adam(Optimizer):
     def _hyper(self, group: dict[str, Any]) -> tuple[Value, ...]:
         decay = group["weight_decay"]
         decays = (decay, 0.0) if group["decoupled_weight_decay"] else (0.0, decay)
-        return (group["lr"], *group["betas"], group["eps"], *decays)
+        return (group["lr"], *group["betas"], group["eps"], *decays, bool(group.get("bias_correction", True)))
 
 
 class AdamW(Adam):
@@ -114,6 +119,7 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        bias_correction: bool = True,
         **options: Any,
     ) -> None:
         if not options.pop("decoupled_weight_decay", True):  # ``defaults`` has it: type(o)(params, **o.defaults)
@@ -131,5 +137,6 @@ class AdamW(Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
+            bias_correction=bias_correction,
             **options,
         )

@@ -67,6 +67,7 @@ class Optimizer(Loadable, Planned):
     _has_stepped: Any = Shared(False)  # a step has seen what was handed over
     _sent = True  # the last step has written the weights of all ranks that step parts (parts.py)
     _in_backward: Any = None  # whoever steps the parameters one by one (in_backward.py)
+    loss_scaler: Any  # set by deepfast.Engine under fp16
     _measure_norm = False  # set by deepfast.Engine: fill grad_norm even where nothing clips
 
     def __init__(self, params: Any, defaults: dict[str, Any], **options: Any) -> None:
@@ -150,6 +151,11 @@ class Optimizer(Loadable, Planned):
             return False
         dtypes = {t.dtype for p in params for t in (p, p.grad) if t is not None}
         return torch.float16 in dtypes or any(group.get("fused") for group in self.param_groups)
+
+    @property
+    def cur_scale(self) -> float:
+        """The loss scale of the engine that steps this, as DeepSpeed calls it; an AttributeError without one."""
+        return self.loss_scaler.get_scale()
 
     # Not torch.compiler.disable: that imports the compiler with this module, this one where it is first called.
     @torch._disable_dynamo

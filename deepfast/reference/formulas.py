@@ -35,13 +35,14 @@ def _adam_moments(g: Tensor, m: Tensor, v: Tensor, beta1: Tensor, beta2: Tensor)
 
 
 def _adam(p: Tensor, g: Tensor, moments: list[Tensor], t: Tensor, hyper: Tensor) -> Tensor:
-    lr, beta1, beta2, eps, weight_decay, penalty = hyper.unbind()
+    lr, beta1, beta2, eps, weight_decay, penalty, bias_correction = hyper.unbind()
+    bias1, bias2 = (torch.where(bias_correction != 0, 1 - beta**t, 1.0) for beta in (beta1, beta2))
     m, v = moments[:2]
     _adam_moments(_penalized(g, penalty, p), m, v, beta1, beta2)
     if len(moments) == 3:
         v = moments[2].copy_(torch.maximum(moments[2], v))
-    denominator = v.sqrt() * (1 - beta2**t).rsqrt().to(p.dtype) + eps.to(p.dtype)
-    return _descended(p, (lr / (1 - beta1**t)).to(p.dtype) * (m / denominator), lr * weight_decay)
+    denominator = v.sqrt() * bias2.rsqrt().to(p.dtype) + eps.to(p.dtype)
+    return _descended(p, (lr / bias1).to(p.dtype) * (m / denominator), lr * weight_decay)
 
 
 def _sgd(p: Tensor, g: Tensor, moments: list[Tensor], t: Tensor, hyper: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def _train(config: Config, run: Run, tag: str | None, rank: int, stop: Stop) -> 
     if tag is not None:
         path, before = engine.load_checkpoint(run.checkpoints, tag)
         log.info("resumed from %s", path)
-        for name, value in before.items():
+        for name, value in (before or {}).items():
             if identity.get(name, value) != value:
                 log.info("%s is now %s, it was %s: the data goes on in another order", name, identity[name], value)
     log.info("%.1fM parameters, %s, %d sequences of %d tokens, batch %d = micro %d x accumulation %d x ranks %d",

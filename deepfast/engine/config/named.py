@@ -13,7 +13,7 @@ from deepfast.errors import ConfigError
 from deepfast.optimizers import OPTIMIZERS
 
 _FORMS = "master state_dtype rounding".split()
-_ADAM = "adam_w_mode torch_adam bias_correction"
+_ADAM = "adam_w_mode torch_adam"
 _DEEPSPEEDS = {"AdamW": _ADAM, "Adam": _ADAM, "LAMB": "bias_correction"}  # DeepSpeed has more words for these
 # type -> what its params may hold
 OPTIMIZER_PARAMS = {
@@ -69,7 +69,7 @@ def check_optimizer(section: OptimizerSection) -> None:
     for given in sorted(params.model_fields_set.difference(known)):
         raise ConfigError(f"optimizer.params.{given}: {name} has none: it takes {', '.join(known)}")
     if not params.bias_correction and "bias_correction" not in OPTIMIZERS[name].split():
-        raise ConfigError("optimizer.params.bias_correction=false is not built yet: take it out")
+        raise ConfigError(f"optimizer.params.bias_correction=false is not built for {name}: take it out")
     if params.nesterov and not (params.momentum and params.dampening == 0):
         raise ConfigError("optimizer.params.nesterov=true needs a momentum, and no dampening")
     for i, beta in enumerate(params.betas or ()):

@@ -61,7 +61,7 @@ class OptimizerParams(Section):
     eps: float | None = Field(None, gt=0, description="added to the denominator; each optimizer has its own default")
     weight_decay: float | None = Field(None, ge=0, description="the trainer's is 0.1, and on matrices only")
     amsgrad: bool = Field(False, description="AMSGrad variant")
-    bias_correction: bool = Field(True, description="of Adam's moments; BERT's is false")
+    bias_correction: bool = Field(True, description="false: moments are not corrected for their bias")
     adam_w_mode: bool = Field(True, description="false, with type Adam: weight decay goes through the gradient")
     torch_adam: bool = Field(False, description="the default of weight decay is torch's: 0.01 of AdamW")
     momentum: float = Field(0.0, ge=0, description="of SGD")
@@ -213,6 +213,10 @@ class Config(Section):
     sample_tokens: Int = Field(128, ge=0, description="length of the text generated at the end")
 
     _auto: list[str] = PrivateAttr(default_factory=list)  # keys that were "auto"
+
+    def given(self) -> dict[str, Any]:
+        """What was set, as a dict."""
+        return self.model_dump(exclude_unset=True)
 
     def batch_triple(self) -> tuple[int, int, int]:
         """(train batch, micro-batch, accumulation), after ``resolve_batch``."""

@@ -1,0 +1,295 @@
+"""What scripts ask of an engine, and set, under DeepSpeed's names."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepfast.engine.gradients import Gradients
+from deepfast.engine.loader import micro_batches
+from deepfast.engine.precision import Precision
+from deepfast.engine.resume import Resumable
+
+log = logging.getLogger("deepfast")
+
+
+class Number(float):
+    """A number that can be called, too: here a property, in DeepSpeed a method."""
+
+    def __call__(self) -> float:
+        return float(self)
+
+
+class Asked(Resumable):
+    """The part of :class:`deepfast.Engine` that answers questions."""
+
+    config: dict[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+    training_dataloader: Any = None
+    client_optimizer: Any = None
+    client_lr_scheduler: Any = None
+    _forward: Precision
+    _applied: bool
+    _grad_norm: Tensor | None
+
+    def __getattr__(self, name: str) -> Any:
+        """What the engine lacks the module may have, as in DeepSpeed: ``generate``, ``save_pretrained``, a layer."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            module = self.__dict__.get("_modules", {}).get("module")
+            if module is None or not hasattr(module, name):
+                raise AttributeError(f"neither the engine nor its module has {name!r}") from error
+            return getattr(module, name)
+
+    def _trained(self) -> Gradients:
+        if self._gradients is None:
+            raise RuntimeError(
+                "the engine has no optimizer and only runs forward: pass optimizer= to initialize(), or set one in the "
+                "configuration"
+            )
+        return self._gradients
+
+    # The step.
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        return self._trained().at_boundary()
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
+        """Whether the next ``step`` is an optimizer step, until this is called again; None: as counted."""
+        self._trained().boundary = is_boundary
+
+    def was_step_applied(self) -> bool:
+        """Whether the last optimizer step was applied, not skipped for an overflow."""
+        return self._applied
+
+    def get_global_grad_norm(self) -> float | None:
+        """Norm of the last step's gradients, unscaled, before clipping; inf or NaN where it was skipped."""
+        return None if self._grad_norm is None else float(self._grad_norm)
+
+    def get_lr(self) -> list[float]:
+        return self._of_groups("lr")
+
+    def get_mom(self) -> list[Any]:
+        """Of each parameter group the momentum, or the betas."""
+        groups = self._trained().optimizer.param_groups
+        return [group["momentum"] if "momentum" in group else group.get("betas", 0.0) for group in groups]
+
+    def get_type(self) -> list[Any]:
+        return [group.get("type") for group in self._trained().optimizer.param_groups]
+
+    def _of_groups(self, name: str) -> list[float]:
+        return [float(group[name]) for group in self._trained().optimizer.param_groups]
+
+    @property
+    def loss_scale(self) -> Number:
+        """With which the next loss is multiplied; DeepSpeed's ``loss_scale()`` is the same."""
+        return Number(self.scaler.get_scale())
+
+    def dynamic_loss_scale(self) -> bool:
+        return self.scaler.is_enabled() and self.scaler.is_dynamic()
+
+    @property
+    def skipped_steps(self) -> int:
+        return self._skipped
+
+    @property
+    def global_samples(self) -> int:
+        """Samples in all optimizer steps so far."""
+        return self.global_steps * self.train_batch_size()
+
+    def gradient_clipping(self) -> float:
+        return self._config.gradient_clipping or 0.0
+
+    def allreduce_gradients(self, bucket_size: int | None = None) -> None:
+        """Nothing: gradients are reduced while backward runs, or by ``step``."""
+
+    # The batch.
+
+    def train_batch_size(self) -> int:
+        return self._config.batch_triple()[0]
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        return self._config.batch_triple()[1]
+
+    def gradient_accumulation_steps(self) -> int:
+        return self._config.batch_triple()[2]
+
+    def get_batch_info(self) -> tuple[int, int, int]:
+        """(train batch, micro-batch, accumulation)"""
+        return self._config.batch_triple()
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Another accumulation, the micro-batch as it is; between two steps, or for the one that has begun.
+
+        Raises:
+            ValueError: for a size that micro-batch and ranks do not divide.
+        """
+        each = self.train_micro_batch_size_per_gpu() * self.world_size
+        if train_batch_size < 1 or train_batch_size % each:
+            raise ValueError(
+                f"set_train_batch_size({train_batch_size}): it must be a multiple of micro-batch x ranks = {each}"
+            )
+        self._config.train_batch_size = train_batch_size
+        self._config.gradient_accumulation_steps = train_batch_size // each
+        if self._gradients is not None:
+            self._gradients.accumulation = train_batch_size // each
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Another micro-batch, the accumulation as it is; who feeds the engine has to feed it so."""
+        if micro_batch_size < 1:
+            raise ValueError(f"set_train_micro_batch_size({micro_batch_size}): it must be positive")
+        self._config.train_micro_batch_size = micro_batch_size
+        self._config.train_batch_size = micro_batch_size * self.gradient_accumulation_steps() * self.world_size
+
+    def deepspeed_io(
+        self,
+        dataset: Any,
+        batch_size: int | None = None,
+        route: str = "train",
+        pin_memory: bool = False,
+        data_sampler: Any = None,
+        collate_fn: Any = None,
+        num_local_io_workers: int | None = None,
+    ) -> Any:
+        """A loader of micro-batches, each rank's its own share.
+
+        Args:
+            route: "train" shuffles; "eval" and "predict" do not.
+            batch_size, data_sampler, collate_fn, num_local_io_workers, pin_memory: the loader's.
+        """
+        return micro_batches(
+            dataset,
+            batch_size or self.train_micro_batch_size_per_gpu(),
+            shuffle=route == "train",
+            sampler=data_sampler,
+            collate_fn=collate_fn,
+            num_workers=num_local_io_workers or 0,
+            pin_memory=pin_memory,
+            drop_last=self._config.dataloader_drop_last,
+        )
+
+    # Who and what.
+
+    @property
+    def local_rank(self) -> int:
+        return int(os.environ.get("LOCAL_RANK", "0"))
+
+    @property
+    def global_rank(self) -> int:
+        return self.rank
+
+    @property
+    def dp_world_size(self) -> int:
+        return self.world_size
+
+    @property
+    def mp_world_size(self) -> int:
+        return 1
+
+    @property
+    def data_parallel_group(self) -> Any:
+        return dist.group.WORLD if dist.is_initialized() else None
+
+    def fp16_enabled(self) -> bool:
+        return self.dtype == torch.float16
+
+    def bfloat16_enabled(self) -> bool:
+        return self.dtype == torch.bfloat16
+
+    def zero_optimization(self) -> bool:
+        return self.zero_optimization_stage() > 0
+
+    def zero_optimization_stage(self) -> int:
+        """0: every rank keeps the whole state of the optimizer; 1 and 2: a part of it (and of the gradients' sums)."""
+        return min(self._config.zero_optimization.stage, 2)
+
+    def zero_optimization_partition_gradients(self) -> bool:
+        return self.zero_optimization_stage() > 1
+
+    def zero_optimization_partition_weights(self) -> bool:
+        return False
+
+    def is_first_weights_partition_group(self) -> bool:
+        return self.rank == 0
+
+    def optimizer_name(self) -> str | None:
+        """The type that the configuration names."""
+        return None if self._config.optimizer is None else self._config.optimizer.type
+
+    def scheduler_name(self) -> str | None:
+        return None if self._config.scheduler is None else self._config.scheduler.type
+
+    # The module.
+
+    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
+        """The module's weights and buffers; they are whole on every rank."""
+        state = self.module.state_dict()
+        frozen = {name for name, p in self.module.named_parameters() if not p.requires_grad}
+        return {name: t for name, t in state.items() if not (exclude_frozen_parameters and name in frozen)}
+
+    def load_module_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True) -> None:
+        """Into the weights; masters follow at the next step."""
+        self.module.load_state_dict(state_dict, strict=strict)
+
+    def save_16bit_model(
+        self,
+        save_dir: str | os.PathLike[str],
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """The module's weights, in the type that they have, as ``save_dir/save_filename``. All ranks call it.
+
+        A name that ends with ``.safetensors`` gives such a file (tied weights once), any other a ``torch.save``.
+        """
+        if self.rank == 0:
+            path = Path(save_dir) / save_filename
+            path.parent.mkdir(parents=True, exist_ok=True)
+            state = self.module_state_dict(exclude_frozen_parameters)
+            if path.suffix == ".safetensors":
+                from safetensors.torch import save_file
+
+                from deepfast.engine.checkpoint import unique
+
+                save_file({k: t.contiguous() for k, t in unique(state).items()}, path, {"format": "pt"})
+            else:
+                torch.save(state, path)
+        if self.world_size > 1:
+            dist.barrier()
+        return True
+
+    save_fp16_model = save_16bit_model
+
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
+        return self.module_state_dict(exclude_frozen_parameters)
+
+    def compile(self, backend: Any = None, compile_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
+        """torch.compile of the module, in place."""
+        self.module.compile(**({} if backend is None else {"backend": backend}), **(compile_kwargs or {}))
+
+    def empty_partition_cache(self) -> None:
+        """Nothing: weights are whole on every rank."""
+
+    def offload_states(self, *_: Any, **__: Any) -> None:
+        """Nothing but a line: the state stays where it is."""
+        log.warning("offload_states(): offloading is not built yet: the optimizer's state stays on %s", self.device)
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """Nothing: no state is ever offloaded."""
+
+    def destroy(self) -> None:
+        """Ends what the engine holds besides the module: a checkpoint that is being written, the ranks' common memory.
+
+        The module stays as it is; the engine trains no more. All ranks call it.
+        """
+        self.wait_for_checkpoint()
+        if self._gradients is not None:
+            self._gradients.close()
+            self._gradients = None
