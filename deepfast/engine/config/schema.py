@@ -6,7 +6,7 @@ import types
 import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, Strict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, SerializeAsAny, Strict
 
 from deepfast.optimizers import OPTIMIZERS
 
@@ -93,7 +93,7 @@ class OptimizerSection(Section):
         description=f"{', '.join(OPTIMIZERS)} in any case, or a class of `torch.optim`; DeepSpeed's Adam is AdamW, "
         "LAMB the paper's",
     )
-    params: OptimizerParams = Field(default_factory=OptimizerParams, description="its hyperparameters")
+    params: SerializeAsAny[OptimizerParams] = Field(default_factory=OptimizerParams, description="its hyperparameters")
 
 
 Rates = Rate | list[Rate]
