@@ -201,7 +201,7 @@ def test_an_optimizer_of_torchs_by_its_name(name, params):
     e = engine({"optimizer": {"type": name, "params": params}})
     theirs = getattr(torch.optim, name)
     assert type(e.optimizer) is theirs
-    assert e.config.given()["optimizer"] == {"type": name, "params": {k: v for k, v in params.items() if k != "foreach"}}
+    assert e.config["optimizer"]["params"] == {k: v for k, v in params.items() if k != "foreach"}
     twin = engine(optimizer=lambda p: theirs(p, **{k: tuple(v) if k == "eps" else v for k, v in params.items()}))
     for both in (e, twin):
         train(both, batches(8))
