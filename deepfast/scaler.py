@@ -282,6 +282,9 @@ class LossScaler:
         """How many updates saw an overflow (waits for the device)."""
         return int(self._read()[3])
 
+    def get_min_scale(self) -> float:
+        return self._min_scale
+
     def get_growth_factor(self) -> float:
         return self._growth_factor
 

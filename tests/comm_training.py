@@ -174,7 +174,7 @@ def check_the_engine():
 
 def check_two_losses_in_one_step():
     """A backward pass after the buckets were reduced: the first rank keeps what is summed, and all reduce again."""
-    config = {"train_batch_size": SIZE, "gradient_accumulation_steps": 1,
+    config = {"train_batch_size": SIZE, "gradient_accumulation_steps": 1, "gradient_clipping": 0,
               "optimizer": {"type": "SGD", "params": {"lr": 1.0}}}  # fmt: skip
     engine, *_ = deepfast.initialize(model=net(), config=config)
     plain = net()

@@ -7,7 +7,12 @@ from torch import nn
 
 import deepfast
 
-CONFIG = {"train_batch_size": 8, "gradient_accumulation_steps": 4, "optimizer": {"params": {"lr": 0.01}}}
+CONFIG = {
+    "train_batch_size": 8,
+    "gradient_accumulation_steps": 4,
+    "optimizer": {"params": {"lr": 0.01}},
+    "gradient_clipping": 0,
+}
 
 
 def model(seed=0, **options) -> nn.Module:

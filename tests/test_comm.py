@@ -49,7 +49,7 @@ import logging, torch, torch.distributed as dist, deepfast
 logging.basicConfig()
 net = torch.nn.Linear(4, 2, bias=False)
 torch.nn.init.ones_(net.weight)
-config = {"train_batch_size": 2, "optimizer": {"type": "SGD", "params": {"lr": 1.0}}}
+config = {"train_batch_size": 2, "gradient_clipping": 0, "optimizer": {"type": "SGD", "params": {"lr": 1.0}}}
 engine, *_ = deepfast.initialize(model=net, config=config)
 engine.backward(engine(torch.full((1, 4), dist.get_rank() + 1.0)).sum())
 engine.step()

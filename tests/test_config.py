@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import typing
 
 import pytest
 from conftest import ROOT
 
-from deepfast.engine import config, schedule
+from deepfast.engine import config
+from deepfast.engine.config import named
 from deepfast.errors import ConfigError
 from deepfast.optimizers import OPTIMIZERS
 from deepfast.train.defaults import trainer_defaults
@@ -53,25 +53,22 @@ BAD = [
     ({"fp16": {"loss_scal": 1.0}}, "'fp16.loss_scal': unknown key: did you mean 'loss_scale'?"),
     (
         {"optimizer": {"params": {"learning_rate": 1.0}}},
-        "'optimizer.params.learning_rate': unknown key: known are: adam_w_mode, amsgrad, betas",
+        "'optimizer.params.learning_rate': unknown key: README.md lists what is known",
     ),
     ({"zero_optimization": {"stagee": 1}}, "'zero_optimization.stagee': unknown key: did you mean 'stage'?"),
     ({"train_batch_size": "32"}, 'train_batch_size="32": it must be an integer'),
     ({"train_batch_size": 32.5}, "train_batch_size=32.5: it must be an integer"),
     ({"train_batch_size": True}, "train_batch_size=true: it must be an integer"),
-    ({"fp16": "yes"}, 'fp16="yes": it must be true, false or an object'),
+    ({"fp16": "yes"}, "fp16='yes': it must be true, false or an object"),
     ({"optimizer": 3}, "optimizer=3: it must be an object"),
     ({"output_dir": 3}, "output_dir=3: it must be a string"),
     ({"train_micro_batch_size": 0}, "train_micro_batch_size=0: it must be greater than 0"),
     ({"train_micro_batch_size_per_gpu": -8}, "train_micro_batch_size_per_gpu=-8: it must be greater than 0"),
     ({"num_train_steps": -1}, "num_train_steps=-1: it must be greater than 0"),
     ({"train_loss_scale": -0.5}, "train_loss_scale=-0.5: it must be greater than or equal to 0"),
-    ({"optimizer": {"params": {"lr": 0}}}, "optimizer.params.lr=0: it must be greater than 0"),
+    ({"optimizer": {"params": {"lr": -1}}}, "optimizer.params.lr=-1: it must be greater than or equal to 0"),
+    ({"optimizer": {"params": {"lr": "1e-3"}}}, 'optimizer.params.lr="1e-3": it must be a number'),
     ({"optimizer": {"params": {"betas": [0.9, 1.0]}}}, "betas.1=1.0 must lie in [0, 1)"),
-    (
-        {"optimizer": {"type": "Lamb"}},
-        f'optimizer.type="Lamb": it must be {", ".join(map(repr, [*OPTIMIZERS][:-1]))} or {[*OPTIMIZERS][-1]!r}',
-    ),
     (
         {"optimizer": {"params": {"momentum": 0.9}}},
         "optimizer.params.momentum: AdamW has none: it takes lr, betas, eps",
@@ -82,7 +79,10 @@ BAD = [
     ({"train_loss_scale": 0.5, "fp16": {"loss_scale": 2.0}}, "train_loss_scale=0.5 contradicts fp16.loss_scale=2.0"),
     ({"train_micro_batch_size": 4, "train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size=4 contradicts"),
     ({"fp16": True, "bf16": True}, "fp16 and bf16 are both enabled"),
-    ({"a": 1}, "'a': unknown key: known are: activation_checkpointing, "),
+    ({"zzz": 1}, "'zzz': unknown key: README.md lists what is known"),
+    ({"stage": 1}, "'stage': unknown key: did you mean 'zero_optimization.stage'?"),
+    ({"optimizer": {"eps": 1.0}}, "'optimizer.eps': unknown key: did you mean 'optimizer.params.eps'?"),
+    ({"optimizer": {"zzz": 1.0}}, "'optimizer.zzz': unknown key: known are: legacy_fusion, params, type"),
     ({"a\nb": 1}, "'a\\nb': unknown key"),
     ({"optimizer": {"params": {"lr": float("inf")}}}, "it must be a finite number"),
     ({"train_loss_scale": 1e300}, "train_loss_scale=1e+300: it must be less than"),
@@ -91,12 +91,15 @@ BAD = [
     ({"output_dir": "a\0b"}, "output_dir: holds a NUL"),
     ({"output_dir": ""}, 'output_dir="": it should have at least 1 character'),
     ({"fp16": {"enabled": True, "hysteresis": 10**9}}, "fp16.hysteresis=1000000000: it must be less than"),
-    ({"fp16": {"fp16_master_weights_and_grads": True}}, "it must be False"),
-    ({"moe": {"enabled": True}}, "moe: is not supported, and cannot be ignored: mixture of experts"),
     (
-        {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
-        "zero_optimization.offload_optimizer: is not supported",
+        {"fp16": {"fp16_master_weights_and_grads": True}},
+        "fp16.fp16_master_weights_and_grads: is not supported, and cannot be ignored: masters are fp32",
     ),
+    ({"moe": {"enabled": True}}, "moe: is not supported, and cannot be ignored: mixture of experts"),
+    ({"bf16": True, "bfloat16": {"enabled": False}}, "bfloat16 contradicts bf16: keep one of them"),
+    ({1: 2}, "'1': a key must be a string"),
+    ({"fp16": {"hysteresis": {"a": [1] * 100}}}, "fp16.hysteresis=an object: it must be an integer"),
+    ({"x" * 500: 1}, "unknown key"),
 ]
 
 
@@ -106,6 +109,7 @@ def test_bad_values_are_refused_in_one_line(data, message):
         config.load(data)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) <= 200
 
 
 @pytest.mark.parametrize(
@@ -202,16 +206,9 @@ def test_trainer_defaults_fill_only_what_is_missing():
     assert trainer_defaults(config.load({"gradient_clipping": 0.0})).gradient_clipping == 0.0
 
 
-@pytest.mark.parametrize("kind", typing.get_args(config.SchedulerSection.model_fields["type"].annotation))
-def test_every_schedule_has_a_curve(kind):
-    section = config.SchedulerSection.model_validate({"type": kind})
-    rates = [schedule.factor(step, section, 1.0, 3, 20) for step in range(20)]
-    assert max(rates) == 1.0
-    assert rates[0] < 1.0
-
-
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_what_a_configuration_leaves_open_is_the_optimizers_own(kind):
-    """But for weight decay: DeepSpeed's default is none."""
+def test_what_a_configuration_leaves_open_is_deepspeeds_default(kind):
+    """Which are the optimizer's own, but for weight decay, and what DeepSpeed's classes have of their own."""
+    theirs = {"Lion": {"betas": (0.9, 0.999)}, "LAMB": {"eps": 1e-8}}.get(kind, {})
     section = config.load({"train_batch_size": 1, "optimizer": {"type": kind, "params": {"lr": 0.5}}}).optimizer
-    assert section.chosen()[1] == {"lr": 0.5, "weight_decay": 0.0}
+    assert named.chosen(section)[1] == {"lr": 0.5, "weight_decay": 0.0, **theirs}

@@ -168,7 +168,7 @@ def test_clipping():
 def test_schedules(section, expected):
     """DeepSpeed's, by its formulas: 3 warm-up steps of 6, its iteration count one behind ours."""
     parsed = configuration.SchedulerSection.model_validate(section)
-    got = [schedule.factor(step, parsed, 1.0, 3, 6) for step in range(9)]
+    got = [schedule.rate(step - 1, parsed, 1.0, 3, 6) for step in range(9)]
     assert got == pytest.approx(expected, abs=1e-5)
 
 

@@ -260,6 +260,7 @@ def engine_of(precision, rate=1e-2, seed=0, **form):
     before = [p.detach().clone() for p in module.parameters()]
     config = {
         "train_batch_size": 8,
+        "gradient_clipping": 0,
         "optimizer": {"type": "AdamW", "params": {"lr": rate, **form}},
         **({} if precision == "fp32" else {precision: {"enabled": True}}),
     }

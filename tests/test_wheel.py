@@ -126,7 +126,7 @@ RANKS = f"""{OWN}
 import torch, torch.distributed as dist, deepfast
 net = torch.nn.Linear(4, 2, bias=False)
 torch.nn.init.ones_(net.weight)
-config = {{"train_batch_size": 2, "optimizer": {{"type": "SGD", "params": {{"lr": 1.0}}}}}}
+config = {{"train_batch_size": 2, "gradient_clipping": 0, "optimizer": {{"type": "SGD", "params": {{"lr": 1.0}}}}}}
 engine, *_ = deepfast.initialize(model=net, config=config)
 for _ in range(2):
     engine.backward(engine(torch.full((1, 4), dist.get_rank() + 1.0)).sum())

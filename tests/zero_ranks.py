@@ -100,6 +100,7 @@ def run(
             "train_micro_batch_size_per_gpu": 4,
             "gradient_accumulation_steps": accumulation * SIZE // size,
             "zero_optimization": {"stage": stage},
+            "gradient_clipping": 0,
             **config,
         },
         **options,

@@ -33,7 +33,6 @@ class Asked(Resumable):
 
     config: dict[str, Any]
     device: torch.device
-    dtype: torch.dtype
     training_dataloader: Any = None
     client_optimizer: Any = None
     client_lr_scheduler: Any = None

@@ -81,7 +81,7 @@ class Engine(Asked):
         self._own_optimizer, self._own_scheduler = optimizer is None, lr_scheduler is None
         parameters = module.parameters() if parameters is None else parameters
         self.optimizer = choose(optimizer, parameters, config, self.dtype)
-        if self.scaler.is_enabled():
+        if self.fp16_enabled():
             self.optimizer.loss_scaler = self.scaler  # where DeepSpeed's scripts look
         self.lr_scheduler = lr_scheduler(self.optimizer) if callable(lr_scheduler) else lr_scheduler
         if self.lr_scheduler is None:

@@ -56,6 +56,7 @@ class Gradients:
         self, optimizer: torch.optim.Optimizer, scaler: LossScaler, dtype: torch.dtype, stage: int, accumulation: int
     ) -> None:
         self.optimizer, self.scaler, self.dtype = optimizer, scaler, dtype
+        self._scales = scaler.is_enabled() and dtype == torch.float16  # else it only looks for what is not finite
         self.accumulation = accumulation
         self._ranks = dist.get_world_size() if dist.is_initialized() else 1
         self._sharded: dict[Tensor, Part] = {}
@@ -104,7 +105,7 @@ class Gradients:
         self._adopt()
         self.begin(weight, times)
         scaled = self.scaler.scale(loss)
-        _running.append(Pass(weight, times, self.scaler._used))
+        _running.append(Pass(weight, times, self.scaler._used if self._scales else None))
         self._own = True
         try:
             with self.reduction.naming():
@@ -134,11 +135,11 @@ class Gradients:
         self._task = task
         if _running:
             self._stray = _running[-1]
-            if (self._stray.scale is None) == self.scaler.is_enabled():
+            if (self._stray.scale is None) == self._scales:
                 raise RuntimeError("backward(): the engines that a loss has come through need the same precision")
         else:
             self._check_scaled()
-            self._stray = Pass(None, 1.0, self.scaler._used)
+            self._stray = Pass(None, 1.0, self.scaler._used if self._scales else None)
         self._uncover(back=self.sums is None)
 
     def _reached(self) -> bool:
@@ -148,7 +149,7 @@ class Gradients:
 
     def _check_scaled(self) -> None:
         scaled, self._scaled = self._scaled, False
-        if self.scaler.is_enabled() and not scaled:
+        if self._scales and not scaled:
             raise RuntimeError(
                 "loss.backward(): under fp16 a loss is scaled: engine.backward(loss) or engine.scale(loss).backward()"
             )
@@ -177,7 +178,7 @@ class Gradients:
     def _adopt(self) -> None:
         """Gradients that another engine's loss has left here come under this engine's scale."""
         stray, self._stray = self._stray, None
-        if stray is None or stray.scale is None or not self.scaler.is_enabled():
+        if stray is None or stray.scale is None or not self._scales:
             return
         grads = [p.grad for p in self.params() if p.grad is not None]
         if grads and not self.count:
@@ -269,7 +270,7 @@ class Gradients:
 
     def _cover(self) -> None:
         """Puts a stand-in wherever ``p.grad`` is not, or not yet, what the step takes."""
-        if self.sums is None and not self.scaler.is_enabled():
+        if self.sums is None and not self._scales:
             return
         if self.sums is None:
             covered = [p for p in self.params() if p.grad is not None]
@@ -297,7 +298,7 @@ class Gradients:
         self._uncover()
         home = part.mine.device
         try:
-            yield part, part.mine.grad, divisor * (self.scaler._scale_used(home) if self.scaler.is_enabled() else 1.0)
+            yield part, part.mine.grad, divisor * (self.scaler._scale_used(home) if self._scales else 1.0)
         finally:
             self._cover()
 

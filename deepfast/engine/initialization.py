@@ -16,7 +16,6 @@ from deepfast.engine import config as configuration
 from deepfast.engine.config import Config
 from deepfast.engine.engine import Engine
 from deepfast.engine.ranks import init_distributed
-from deepfast.errors import ConfigError
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -45,7 +44,7 @@ def initialize(
     """DeepSpeed's entry point: ``engine, optimizer, dataloader, lr_scheduler = deepfast.initialize(...)``.
 
     Args:
-        args: an object whose ``deepspeed_config`` names the configuration, if ``config`` is not given.
+        args: an object whose ``deepspeed_config`` names the configuration, where ``config`` is not given.
         model: the module to train; moved to this rank's device, its weights cast to the configured type.
         optimizer: an optimizer, or a function of the parameters that makes one; None: as configured. Without any the
             engine only runs forward.
@@ -55,7 +54,7 @@ def initialize(
         dist_init_required: False leaves torch.distributed alone; otherwise it is started where torchrun has launched
             the process.
         collate_fn: the loader's.
-        config: a dict, the path of a JSON file, or a :class:`deepfast.engine.config.Config`.
+        config: a dict, the path of a JSON (or hjson) file, one in base64, or a :class:`deepfast.engine.config.Config`.
         distributed_port, mpu, mesh_param: model parallelism is not built: only the defaults are accepted.
 
     Raises:
@@ -65,17 +64,13 @@ def initialize(
         raise ValueError("initialize(): model is missing")
     if mpu is not None or mesh_param is not None:
         raise ValueError("initialize(): model parallelism (mpu, mesh_param) is not built yet")
-    given = config if config is not None else config_params
-    if given is None:
-        given = getattr(args, "deepspeed_config", None)
-    if given is None:
-        raise ConfigError("initialize(): no configuration: pass config= a dict or the path of a JSON file")
+    given = configuration.given(config if config is not None else config_params, args)
     if dist_init_required is False:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
     else:
         device = init_distributed()
     if not isinstance(given, Config):
-        given = configuration.load(given if isinstance(given, dict) else configuration.read_json(given))
+        given = configuration.load(given)
     configuration.resolve_batch(given, dist.get_world_size() if dist.is_initialized() else 1)
     engine = Engine(model, optimizer, model_parameters, given, device, lr_scheduler)
     loader = None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from deepfast import optim
-from deepfast.engine.config import Config
+from deepfast.engine.config import Config, automatic, named
 from deepfast.errors import ConfigError
 from deepfast.optim import Optimizer, lost
 from deepfast.optim.state import HALF
@@ -19,6 +19,8 @@ log = logging.getLogger("deepfast")
 
 def choose(optimizer: Any, parameters: Any, config: Config, dtype: torch.dtype) -> torch.optim.Optimizer:
     """The optimizer of an engine whose weights are ``dtype``; set to clip as configured, and to tell the norm.
+
+    Without a word about it in the configuration gradients are clipped at 1.0, unless the optimizer does it as it is.
 
     Args:
         optimizer: an optimizer, or a function of ``parameters`` that makes one; None: as configured.
@@ -31,13 +33,17 @@ def choose(optimizer: Any, parameters: Any, config: Config, dtype: torch.dtype) 
     if optimizer is None:
         if config.optimizer is None:
             raise ConfigError("no optimizer: pass optimizer= to initialize(), or set one in the configuration")
-        name, arguments = config.optimizer.chosen()
+        name, arguments = named.chosen(config.optimizer)
         try:
-            optimizer = getattr(optim, name)(parameters, **arguments)
-        except ValueError as error:
-            raise ConfigError(f"optimizer: {error}") from None
+            optimizer = (getattr(optim, name) if isinstance(name, str) else name)(parameters, **arguments)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ConfigError(f"optimizer: {named.cut(str(error))}") from None
     elif type(optimizer) in _REPLACED and not optimizer.state:
         optimizer = _replacement(optimizer)
+    if config.gradient_clipping is None and not getattr(optimizer, "max_grad_norm", None):
+        config.gradient_clipping = 1.0
+        log.warning("no gradient_clipping in the configuration: 1.0, as in DeepSpeed; 0 turns it off")
+    automatic.tell(config, optimizer)
     if isinstance(optimizer, Optimizer):
         if "param_groups" not in vars(optimizer):  # what is set here would stay on a wrapper that has its class
             raise ConfigError(f"initialize() needs the optimizer itself, not a wrapper ({type(optimizer).__name__})")

@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from deepfast import reference
-from deepfast.engine.config import Config
+from deepfast.engine.config import Config, named
 from deepfast.errors import ConfigError
 from deepfast.scaler import LossScaler
 
 log = logging.getLogger("deepfast")
+
+_HIGHEST_POWER = 24  # no scale grows beyond this power of 2
+_LOWEST = 2.0**-24  # at which every finite loss of fp16 has been tried
 
 
 class Precision:
@@ -151,20 +154,31 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
+class _Checker(LossScaler):
+    """Skips steps whose gradients are not finite. Its scale of 1 is no state: nobody shall go on with it under fp16."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
 def loss_scaler(config: Config, device: torch.device) -> LossScaler:
-    """Static or dynamic as configured; without fp16 one that does nothing."""
-    scale, fp16 = config.train_loss_scale, config.fp16
+    """Static or dynamic as configured under fp16; of 1 under bf16, to skip steps; else one that does nothing."""
+    scale, fp16, bf16 = config.train_loss_scale, config.fp16, config.bf16
     if fp16 is None or not fp16.enabled:
         if scale:
             log.info("train_loss_scale=%g has no effect without fp16", scale)
-        return LossScaler(device, enabled=False)
+        checked = bf16 is not None and bf16.enabled and bf16.check_grad_overflow
+        return _Checker(device, init_scale=1.0, dynamic=False) if checked else LossScaler(device, enabled=False)
     if scale:
         return LossScaler(device, init_scale=scale, dynamic=False)
+    lowest = fp16.min_loss_scale or _LOWEST
+    if fp16.initial_scale_power > _HIGHEST_POWER:
+        log.info("fp16.initial_scale_power=%s: the scale starts at 2**24", named.brief(fp16.initial_scale_power))
     return LossScaler(
         device,
-        init_scale=max(2.0**fp16.initial_scale_power, fp16.min_loss_scale),
+        init_scale=max(2.0 ** min(fp16.initial_scale_power, _HIGHEST_POWER), lowest),
         growth_interval=fp16.loss_scale_window,
         hysteresis=fp16.hysteresis,
         consecutive_hysteresis=fp16.consecutive_hysteresis,
-        min_scale=fp16.min_loss_scale,
+        min_scale=lowest,
     )

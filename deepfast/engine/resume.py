@@ -37,6 +37,7 @@ class Resumable(nn.Module):
 
     _config: Config
     module: nn.Module
+    dtype: torch.dtype
     optimizer: Any = None  # a torch.optim.Optimizer, or None
     lr_scheduler: Any = None
     scaler: LossScaler

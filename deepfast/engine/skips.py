@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from torch import Tensor
 
 from deepfast.engine import nonfinite
 from deepfast.engine.config import Config
+from deepfast.engine.config.schema import Fp16
 from deepfast.engine.resume import Resumable
 from deepfast.errors import LossScaleError
 
 log = logging.getLogger("deepfast")
 
+HALF = torch.float16  # what is scaled; bf16's steps may be skipped, too
 _ROOM = 36  # characters for names in an error that is to stay one line
 
 
@@ -27,8 +30,7 @@ class Skips:
     """
 
     def __init__(self, config: Config) -> None:
-        self._minimum = config.fp16.min_loss_scale if config.fp16 else 0.0
-        self._limit = config.fp16.max_skips_at_minimum if config.fp16 else 1
+        self._limit = (config.fp16 or Fp16()).max_skips_at_minimum
         self._name = config.name_nonfinite
         self.nonfinite = nonfinite.NonFiniteSteps(config.name_nonfinite)
         self._in_a_row = 0  # skipped though the scale could not become smaller
@@ -59,14 +61,14 @@ class Skips:
             raise hopeless
 
     def _note(self, engine: Resumable, scale: float) -> None:
-        lowest = not engine.scaler.is_dynamic() or scale <= self._minimum
+        lowest = not engine.scaler.is_dynamic() or scale <= engine.scaler.get_min_scale()
         self._in_a_row = self._in_a_row + 1 if lowest else 0
         enough = self._in_a_row >= self._limit
         names = nonfinite.parameters(engine) if enough or self._name else []
         if engine.rank == 0:
             whose = nonfinite.first(names) if self._name else ""
-            log.warning("step %d skipped: inf or NaN in the gradients%s; loss scale %.10g -> %.10g",
-                        engine.global_steps + 1, whose, scale, engine.scaler.get_scale())  # fmt: skip
+            moved = f"; loss scale {scale:.10g} -> {engine.scaler.get_scale():.10g}" if engine.dtype == HALF else ""
+            log.warning("step %d skipped: inf or NaN in the gradients%s%s", engine.global_steps + 1, whose, moved)
         if enough:
             self._hopeless = _hopeless(self._in_a_row, scale, engine, names)
             self._in_a_row = 0
@@ -79,9 +81,9 @@ def _hopeless(skips: int, scale: float, engine: Resumable, names: list[str]) -> 
             shown.append(repr(name))
     more = ", ..." if len(names) > len(shown) else ""
     whose = f"{len(names)} of {len(engine._names())} gradients ({', '.join(shown)}{more})" if names else "gradients"
-    dynamic = engine.scaler.is_dynamic()
+    dynamic, scaled = engine.scaler.is_dynamic(), engine.dtype == HALF
+    at = f" at loss scale {scale:.6g} ({'the minimum' if dynamic else 'static'})" if scaled else ""
+    instead = "fp32" if not scaled else "bf16, fp32" if dynamic else "a dynamic one, bf16, fp32"
     return LossScaleError(
-        f"{skips} skips in a row at loss scale {scale:.6g} ({'the minimum' if dynamic else 'static'}): inf or NaN in "
-        f"{whose}: look at the data, try {'' if dynamic else 'a dynamic one, '}bf16, fp32, a lower lr",
-        tuple(names),
+        f"{skips} skips in a row{at}: inf or NaN in {whose}: look at the data, try {instead}, a lower lr", tuple(names)
     )

@@ -19,7 +19,8 @@ def trainer_defaults(config: Config) -> Config:
         config.gradient_clipping = 1.0
     config.optimizer = config.optimizer or OptimizerSection()
     params = config.optimizer.params
-    params.lr = params.lr or 5e-4
+    if params.lr is None:
+        params.lr = 5e-4
     if config.optimizer.type in ("AdamW", "Adam"):
         params.betas = params.betas or (0.9, 0.95)
     if params.weight_decay is None:

@@ -7,7 +7,8 @@ are accepted and logged once as unused; keys that would change the result are er
 
 from deepfast.engine.config.batch import resolve_batch
 from deepfast.engine.config.markdown import table
-from deepfast.engine.config.reading import load, read_json
+from deepfast.engine.config.reading import load
 from deepfast.engine.config.schema import Config, SchedulerSection
+from deepfast.engine.config.sources import given, read_json
 
-__all__ = ["Config", "SchedulerSection", "load", "read_json", "resolve_batch", "table"]
+__all__ = ["Config", "SchedulerSection", "given", "load", "read_json", "resolve_batch", "table"]

@@ -37,6 +37,9 @@ def resolve_batch(config: Config, world: int, *, one_process: bool = False) -> N
         accumulation = accumulation or 1
         micro = _share(batch, accumulation * world, f"gradient_accumulation_steps {accumulation} x ranks {world}")
     if micro is None:
+        auto = [key for key in ("train_batch_size", "train_micro_batch_size_per_gpu") if key in config._auto]
+        if auto:
+            raise ConfigError(f'{auto[0]}="auto": only a framework could fill that in: write a number')
         raise ConfigError("train_batch_size or train_micro_batch_size is missing")
     if accumulation is None:
         accumulation = 1 if batch is None else _share(batch, micro * world, f"micro-batch {micro} x ranks {world}")

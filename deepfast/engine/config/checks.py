@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from deepfast.engine.config.ignored import REFUSED, UNUSED, ZERO_REFUSED, ZERO_UNUSED
-from deepfast.engine.config.schema import OPTIMIZER_PARAMS, Config, fields
-from deepfast.engine.config.spellings import SPELLINGS
+from deepfast.engine.config import named
+from deepfast.engine.config.ignored import OFFLOAD, REFUSED, UNUSED
+from deepfast.engine.config.schema import Config, fields
+from deepfast.engine.config.spellings import ALIASES, SPELLINGS
 from deepfast.errors import ConfigError
 
 log = logging.getLogger("deepfast")
 
 
-def check(config: Config) -> None:
+def check(config: Config, spelled: dict[str, str]) -> None:
     for name, section in (("fp16", config.fp16), ("bf16", config.bf16)):
         if section and "enabled" not in section.model_fields_set:
             log.info('%s: a section without "enabled": true is off, as in DeepSpeed', name)
@@ -29,17 +30,12 @@ def check(config: Config) -> None:
             raise ConfigError(f"{name}: holds a NUL character")
     if config.fp16 and config.fp16.enabled and config.bf16 and config.bf16.enabled:
         raise ConfigError("fp16 and bf16 are both enabled: choose one")
-    if config.optimizer is None:
-        return
-    params = config.optimizer.params
-    known = OPTIMIZER_PARAMS[config.optimizer.type]
-    for name in sorted(params.model_fields_set.difference(known)):
-        raise ConfigError(f"optimizer.params.{name}: {config.optimizer.type} has none: it takes {', '.join(known)}")
-    if params.nesterov and not (params.momentum and params.dampening == 0):
-        raise ConfigError("optimizer.params.nesterov=true needs a momentum, and no dampening")
-    for i, beta in enumerate(params.betas or ()):
-        if not 0 <= beta < 1:
-            raise ConfigError(f"optimizer.params.betas.{i}={beta} must lie in [0, 1)")
+    if config.data_types.grad_accum_dtype not in (None, "fp32"):
+        log.info("data_types.grad_accum_dtype=%s: micro-batches are summed in fp32", config.data_types.grad_accum_dtype)
+    if config.optimizer is not None:
+        named.check_optimizer(config.optimizer)
+    if config.scheduler is not None:
+        named.check_scheduler(config.scheduler, spelled.values())
 
 
 def kind(value: Any) -> str:
@@ -47,21 +43,30 @@ def kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def one_line(error: ValidationError, spelled: dict[str, str]) -> str:
-    """The first fault: which key, what it holds, what it may hold."""
-    fault = error.errors()[0]
-    loc = [str(part) for part in fault["loc"]]
-    key, value = ".".join(loc), fault["input"]
-    key = spelled.get(key, key)
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+def one_line(error: ValidationError, data: dict[str, Any], spelled: dict[str, str], at: tuple[str, ...] = ()) -> str:
+    """The first fault: which key, what it holds, what it may hold.
+
+    Args:
+        at: the section that was validated.
+    """
+    faults = error.errors()
+    fault = faults[0]
+    loc = _place(data, fault, at)
+    others = len({tuple(_place(data, other, at)) for other in faults}) - 1
+    more = f" (and {others} more)" if others else ""
     if fault["type"] == "extra_forbidden":
-        known = _known_keys(loc[:-1])
-        near = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.6) or [k for k in known if k in loc[-1]]
-        hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(sorted(known))}"
-        return f"{key!r}: unknown key: {hint}{more}"
+        return f"{named.brief('.'.join(loc))}: unknown key: {_hint(loc)}{more}"
+    key = ".".join(loc)
+    key = spelled.get(key, key)
+    if not key.isprintable() or len(key) > 80:
+        key = named.brief(key)
     if fault["type"] == "missing":
         return f"{key}: it is required{more}"
-    shown = json.dumps(value, default=str)
+    value = fault["input"]
+    try:
+        shown = json.dumps(value, default=str)
+    except (TypeError, ValueError, RecursionError):
+        shown = named.brief(value)
     message = fault["msg"].replace("Input should be", "it must be").replace("String should", "it should")
     message = message.replace("a valid tuple", "a list")
     message = re.sub(r"a valid (?=i)", "an ", message).replace("a valid ", "a ")
@@ -69,11 +74,43 @@ def one_line(error: ValidationError, spelled: dict[str, str]) -> str:
     return f"{key}={shown if len(shown) < 60 else kind(value)}: {message}{more}"
 
 
-def _known_keys(path: list[str]) -> list[str]:
-    """The keys a section may hold, the commonest first."""
-    model: type[BaseModel] = Config
-    for part in path:
-        model = next((s for name, _, s in fields(model) if name == part and s), model)
-    nested = [spelling[-1] for spelling in SPELLINGS.values() if list(spelling[:-1]) == path]
-    extra = {(): [*UNUSED, *REFUSED], ("zero_optimization",): [*ZERO_UNUSED, *ZERO_REFUSED]}
-    return [*model.model_fields, *nested, *extra.get(tuple(path), [])]
+def _place(data: Any, fault: Any, at: tuple[str, ...]) -> list[str]:
+    """Where in the data a fault is; pydantic's place goes on with names of types."""
+    place, found = (*at, *fault["loc"]), []
+    for part in place:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            break
+        found.append(str(part))
+    return [*found, str(place[-1])] if fault["type"] == "missing" else found
+
+
+def _hint(loc: list[str]) -> str:
+    """Where the key is known, or which keys are near it."""
+    section, key = ".".join(loc[:-1]), loc[-1]
+    known = list(_known(section))
+    places = [path for path in _all_keys() if path.rpartition(".")[2] == key and path not in known]
+    return f"did you mean {places[0]!r}?" if places else named.near(key, known)
+
+
+def _known(section: str) -> Iterator[str]:
+    """The keys that a section may hold."""
+    inside = f"{section}." if section else ""
+    for path in _all_keys():
+        key = path.removeprefix(inside)
+        if path.startswith(inside) and "." not in key:
+            yield key
+
+
+def _all_keys() -> list[str]:
+    """All that are known, with their sections."""
+
+    def within(model: type[BaseModel], prefix: str) -> Iterator[str]:
+        for name, _, section in fields(model):
+            yield prefix + name
+            if section:
+                yield from within(section, f"{prefix}{name}.")
+
+    nested = (".".join(path) for path in SPELLINGS.values())
+    return [*within(Config, ""), *nested, *ALIASES, *sorted((*UNUSED, *OFFLOAD, *REFUSED))]
