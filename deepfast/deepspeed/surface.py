@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import deepfast
+from deepfast.deepspeed import names as listed
 from deepfast.deepspeed.names import INSTEAD, NAMES
 
 # The DeepSpeed whose names these are (scripts compare it), and who has them.
@@ -83,7 +84,7 @@ def register(package: ModuleType) -> None:
     for path in sorted(paths):
         module = Surface(path)
         module.__spec__ = ModuleSpec(path, None, is_package=True)
-        module.__path__ = []
+        module.__path__, module.__file__ = [], listed.__file__
         sys.modules[path] = sys.modules[f"deepfast.{path}"] = module
         parent, _, last = path.rpartition(".")
         setattr(sys.modules[parent], last, module)
