@@ -223,7 +223,9 @@ def test_two_hosts_train_together(tmp_path):
 
 TOGETHER = """\
 import sys
+from deepfast.deepspeed import remote
 from deepfast.deepspeed.remote import Job, by_ssh, run
+remote.PATIENCE = 1e6  # nobody is to be killed for being late
 say = "echo $$ >pid.{0}; while [ ! -e pid.0 ] || [ ! -e pid.1 ]; do sleep 0.05; done; {1}"
 lines = [["sh", "-c", say.format(n, what)] for n, what in enumerate(sys.argv[1:])]
 sys.exit(run([Job(by_ssh("there", None, {}, lines[0]), {}, remote=True), Job(lines[1], {})]))
@@ -298,7 +300,10 @@ def same_as_python(place: Path, *arguments: object) -> None:
 def test_a_script_runs_as_in_python(tmp_path):
     put(tmp_path, "beside/other.py", "value = 7\n")
     put(tmp_path, "beside/__init__.py", "")
-    shows = "import sys\nprint(sys.argv, sys.path[0], __name__, __file__)\n"
+    shows = (
+        "import sys\nprint(sys.argv, sys.path[0], __name__, __file__)\n"
+    shows += "def f(a: int): pass\nprint(f.__annotations__)\n"
+    )
     put(tmp_path, "beside/shows.py", f"{shows}import other\n")
     same_as_python(tmp_path, "beside/shows.py", "--a", "-m", "--", "b")
     put(tmp_path, "beside/module.py", f"{shows}import beside.other\n")
