@@ -59,16 +59,18 @@ def check_and_the_masters_start_from_it():
     """A step that changes nothing writes every weight anew from its master, whichever rank has that."""
     import deepspeed
 
-    e = engine(STAGE_2)
-    train(e, batches(8)[RANK::2])
-    weight = e.module[0].weight
-    with deepspeed.zero.GatheredParameters(weight, modifier_rank=0), torch.no_grad():
-        if RANK == 0:
-            weight.fill_(0.25)
-    for group in e.optimizer.param_groups:
-        group["lr"] = 0.0
-    train(e, batches(8)[RANK::2])
-    assert (weight == 0.25).all(), weight
+    for modifier in (0, 1):
+        e = engine(STAGE_2)
+        train(e, batches(8)[RANK::2])
+        with deepspeed.zero.GatheredParameters(e.module.parameters(), modifier_rank=modifier), torch.no_grad():
+            for p in e.module.parameters():
+                if modifier == RANK:
+                    p.fill_(0.25)
+        for group in e.optimizer.param_groups:
+            group["lr"] = 0.0
+        train(e, batches(8)[RANK::2])
+        for p in e.module.parameters():
+            assert (p == 0.25).all(), p
 
 
 def check_without_a_modifier_everybody_keeps_its_own():

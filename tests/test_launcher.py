@@ -300,10 +300,8 @@ def same_as_python(place: Path, *arguments: object) -> None:
 def test_a_script_runs_as_in_python(tmp_path):
     put(tmp_path, "beside/other.py", "value = 7\n")
     put(tmp_path, "beside/__init__.py", "")
-    shows = (
-        "import sys\nprint(sys.argv, sys.path[0], __name__, __file__)\n"
+    shows = "import sys\nprint(sys.argv, sys.path[0], __name__, __file__)\n"
     shows += "def f(a: int): pass\nprint(f.__annotations__)\n"
-    )
     put(tmp_path, "beside/shows.py", f"{shows}import other\n")
     same_as_python(tmp_path, "beside/shows.py", "--a", "-m", "--", "b")
     put(tmp_path, "beside/module.py", f"{shows}import beside.other\n")
