@@ -304,6 +304,7 @@ def check_what_does_nothing_says_so_once():
 CHECKS = {name: check for name, check in vars().items() if name.startswith("check_")} | deepspeed_training.CHECKS
 
 if __name__ == "__main__":
+    importlib.import_module("deepfast.deepspeed")  # from here on
     torch.set_num_threads(1)
     out = Path(sys.argv[1])
 

@@ -60,7 +60,7 @@ def check_and_the_masters_start_from_it():
     import deepspeed
 
     for modifier in (0, 1):
-        e = engine(STAGE_2)
+        e = engine({**STAGE_2, "optimizer": {"params": {"lr": 0.01, "master": "fp32"}}})
         train(e, batches(8)[RANK::2])
         with deepspeed.zero.GatheredParameters(e.module.parameters(), modifier_rank=modifier), torch.no_grad():
             for p in e.module.parameters():

@@ -33,7 +33,8 @@ def printed(tmp_path):
     """What a torchrun command would be, without running it: (its variables and arguments, the exit code, stderr)."""
     program = (
         "import json, os, sys; from deepfast.deepspeed import hosts, launcher, remote\n"
-        "launcher._gpus = lambda: int(os.environ['GPUS'])\n"
+        "visible = lambda: os.environ.get('CUDA_VISIBLE_DEVICES')\n"
+        "launcher._gpus = lambda: len(visible().split(',')) if visible() else int(os.environ['GPUS'])\n"
         "def execve(path, line, env):\n"
         "    print(json.dumps([[env.get('CUDA_VISIBLE_DEVICES', ''), line]])), sys.exit()\n"
         "os.execve = execve\n"
