@@ -31,6 +31,7 @@ ROOMS = (
     "scaler",
     "engine",
     "train",
+    "deepspeed",
     "__main__",
 )
 PACKAGE = ROOT / "deepfast"

@@ -70,6 +70,8 @@ def test_the_wheel_holds_what_the_clone_does(built):
         assert len(names) == len(set(names))
         about = {name for name in names if name.split("/")[0].startswith("deepfast-")}
         assert any(name.endswith("scripts/ds_train.py") for name in about)
+        (entries,) = (name for name in about if name.endswith("entry_points.txt"))
+        assert b"deepfast = deepfast.deepspeed.launcher:main" in zipfile.ZipFile(wheel).read(entries)
         assert set(names) - about == clone
 
 
@@ -152,6 +154,16 @@ def test_the_doctor_finds_all_it_needs(built):
     assert f"({built.site / 'deepfast'})" in done.stdout
     assert "on a CPU       compiled kernels" in done.stdout
     assert "none: " not in next(line for line in done.stdout.splitlines() if line.startswith("communication"))
+
+
+def test_its_command_runs_a_deepspeed_script(built):
+    """The installed `deepfast`, in a folder where there is nothing else."""
+    place = built.tmp / "launched"
+    place.mkdir()
+    (place / "train.py").write_text("import deepspeed, sys; print(deepspeed.__file__, sys.argv[1:])")
+    env = {**SETTINGS["env"], "PYTHONPATH": str(built.site)}
+    done = run(sys.executable, built.site / "bin" / "deepfast", "--num_gpus", 1, "train.py", cwd=place, env=env)
+    assert done.stdout == f"{built.site / 'deepfast' / 'deepspeed' / '__init__.py'} ['--local_rank=0']\n", done.stderr
 
 
 def test_all_processes_test_the_same_package(tmp_path):

@@ -1,0 +1,1 @@
+"""A folder for ``sys.path``: in it, ``import deepspeed`` finds deepfast's."""
