@@ -42,13 +42,11 @@ def check_every_name_of_the_table_is_there():
     from deepfast.deepspeed import surface
     from deepfast.deepspeed.names import NAMES
 
-    by_hand = importlib.util.find_spec("deepfast.engine.by_hand") is not None
     for path in NAMES:
         module = importlib.import_module(path)
-        for name, home, _ in surface._entries(path):
-            if home != "deepfast.engine.by_hand" or by_hand:
-                assert getattr(module, name) is not None, f"{path}.{name}"
-                assert name in dir(module)
+        for name, _, _ in surface._entries(path):
+            assert getattr(module, name) is not None, f"{path}.{name}"
+            assert name in dir(module)
 
 
 def check_a_name_that_is_not_there_says_what_to_do():

@@ -39,6 +39,9 @@ def check_the_optimizers_step_as_ours_with_their_defaults():
         assert equal(trained(one, **w), adamw)
         assert equal(trained(one, **w, **{mode: False}), adam)
         assert equal(trained(one), trained(deepfast.AdamW, weight_decay=0))
+        uncorrected = trained(one, bias_correction=False)
+        assert equal(uncorrected, trained(deepfast.AdamW, weight_decay=0, bias_correction=False))
+        assert not equal(uncorrected, trained(one))
         amsgrad = trained(one, lr=0.1, steps=6, amsgrad=True)
         assert equal(amsgrad, trained(deepfast.AdamW, lr=0.1, steps=6, weight_decay=0, amsgrad=True))
     for one in (FusedLion, DeepSpeedCPULion):

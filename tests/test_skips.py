@@ -94,7 +94,10 @@ def spoil(p: torch.Tensor, value: float) -> None:
     p.register_hook(lambda grad: torch.full_like(grad, value))
 
 
-@pytest.mark.parametrize("config", [fp16(), ONE, {**ONE, "bf16": True}], ids=["fp16", "fp32", "bf16"])
+UNCHECKED = {"bf16": {"enabled": True, "check_grad_overflow": False}}
+
+
+@pytest.mark.parametrize("config", [fp16(), ONE, {**ONE, **UNCHECKED}], ids=["fp16", "fp32", "bf16"])
 def test_the_first_parameter_is_named_where_asked(said, config):
     """The first in the module, whatever the order of the optimizer's groups."""
     net = model()
@@ -207,7 +210,7 @@ def test_long_names_still_make_one_line():
     assert len(caught.value.parameters) == 1000
 
 
-@pytest.mark.parametrize("config", [{}, {"bf16": True}, {"name_nonfinite": True}], ids=["fp32", "bf16", "named"])
+@pytest.mark.parametrize("config", [{}, UNCHECKED, {"name_nonfinite": True}], ids=["fp32", "bf16", "named"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_without_a_loss_scale_they_propagate_and_are_counted(said, config, accumulation):
     e = engine({**config, "train_batch_size": 2 * accumulation, "gradient_accumulation_steps": accumulation})
@@ -224,6 +227,23 @@ def test_without_a_loss_scale_they_propagate_and_are_counted(said, config, accum
     ]
     assert (e.nonfinite_steps, e.skipped_steps, e.was_step_applied()) == (101, 0, True)
     assert all(p.isnan().all() for p in e.module.parameters()), "as in torch"
+
+
+def test_bf16_skips_them_unless_told_otherwise(said):
+    """As DeepSpeed does; there is no scale to speak of, and after many in a row an error."""
+    e = engine({**ONE, "bf16": True, "name_nonfinite": True})
+    step(e)
+    before = state(e)
+    said()
+    step(e, NAN)
+    assert said() == ["step 2 skipped: inf or NaN in the gradients, first in '0.weight'"]
+    assert equal(before, state(e))
+    assert (e.skipped_steps, e.was_step_applied(), e.nonfinite_steps, e.loss_scale) == (1, False, 0, 1.0)
+    for _ in range(18):
+        step(e, NAN)
+    with pytest.raises(LossScaleError, match=r"^20 skips in a row: inf or NaN in 4 of 4 .*try fp32, a lower lr$"):
+        step(e, NAN)
+    assert equal(before, state(e))
 
 
 class Copies:

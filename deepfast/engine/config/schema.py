@@ -236,7 +236,7 @@ class Config(Section):
     dataloader_drop_last: bool = Field(False, description="`initialize`'s loader leaves out a last, smaller batch")
     data_types: DataTypes = Field(default_factory=DataTypes, description="")
     zero_optimization: Zero = Field(default_factory=Zero, description="")
-    steps_per_print: Annotated[int | None, BeforeValidator(_never)] = Field(
+    steps_per_print: Annotated[Int | None, BeforeValidator(_never)] = Field(
         None, gt=0, description="every so many steps rank 0 says in a line how training goes; unset: never"
     )
     wall_clock_breakdown: bool = Field(
