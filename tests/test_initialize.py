@@ -64,6 +64,24 @@ def test_replacing_torchs_adamw_keeps_what_hangs_on_it():
     assert seen == [1]
 
 
+def test_the_optimizer_that_was_replaced_saves_and_loads_what_is_stepped():
+    m = model()
+    theirs = torch.optim.AdamW(m.parameters(), lr=0.1)
+    e, ours, *_ = deepfast.initialize(model=m, optimizer=theirs, config=CONFIG)
+    train(e, batches(4))
+    kept = theirs.state_dict()
+    assert len(kept["state"]) == 4
+    train(e, batches(4))
+    theirs.load_state_dict(kept)
+    assert all(int(state["step"]) == 1 for state in ours.state.values())
+
+
+@pytest.mark.parametrize(("kind", "why"), [("LBFGS", "closure"), ("SparseAdam", "sparse")])
+def test_optimizers_that_an_engine_cannot_step(kind, why):
+    with pytest.raises(ConfigError, match=why):
+        deepfast.initialize(model=model(), optimizer=getattr(torch.optim, kind), config=CONFIG)
+
+
 def test_deepspeeds_defaults_and_questions():
     e = engine({"optimizer": {"type": "Adam", "params": {"lr": 1e-3}}, "bf16": True, "dataloader_drop_last": True},
                training_data=[(torch.zeros(6), torch.zeros(3))] * 9)  # fmt: skip

@@ -40,6 +40,8 @@ def choose(optimizer: Any, parameters: Any, config: Config, dtype: torch.dtype) 
             raise ConfigError(f"optimizer: {named.cut(str(error))}") from None
     elif type(optimizer) in _REPLACED and not optimizer.state:
         optimizer = _replacement(optimizer)
+    elif isinstance(optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
+        named.check_type(type(optimizer).__name__)  # which says why not
     if config.gradient_clipping is None and not getattr(optimizer, "max_grad_norm", None):
         config.gradient_clipping = 1.0
         log.warning("no gradient_clipping in the configuration: 1.0, as in DeepSpeed; 0 turns it off")
@@ -76,4 +78,6 @@ def _replacement(theirs: torch.optim.Optimizer) -> Optimizer:
     ours._optimizer_step_pre_hooks = theirs._optimizer_step_pre_hooks
     ours._optimizer_step_post_hooks = theirs._optimizer_step_post_hooks
     theirs._opt_called = True  # type: ignore[attr-defined]  # so that its scheduler does not miss its steps
+    # Whoever keeps theirs saves and loads what is stepped.
+    theirs.state_dict, theirs.load_state_dict = ours.state_dict, ours.load_state_dict  # type: ignore[method-assign]
     return ours
