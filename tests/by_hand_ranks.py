@@ -81,8 +81,10 @@ def check(stage, accumulation, precision):
     for p, q in zip(weights(e), weights(clipped), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-4)
     for one in (e, alone, clipped):
-        before = weights(one)
+        before, places = weights(one), {p.data_ptr() for p in one.module.parameters()}
         one.destroy()
+        shared = places & {p.data_ptr() for p in one.module.parameters()}
+        assert not shared if stage else len(shared) == len(places), "memory of all ranks, which goes with the engine"
         assert all(map(torch.equal, weights(one), before))
         one(torch.ones(2, 6))
 

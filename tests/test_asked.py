@@ -13,6 +13,7 @@ from torch import nn
 
 import deepfast
 from deepfast.engine import checkpoint
+from deepfast.engine.loader import Anew
 
 
 class Net(nn.Module):
@@ -80,6 +81,10 @@ def test_loaders():
     first, second = ([x[:, 0].tolist() for x, _ in e.deepspeed_io(data)] for _ in range(2))
     assert first != second
     assert sorted(itertools.chain(*first)) == list(range(9))
+    ranks = [Anew(data, num_replicas=2, rank=rank) for rank in range(2)]
+    epochs = [[list(one) for one in ranks] for _ in range(2)]  # nobody calls set_epoch
+    assert epochs[0] != epochs[1]
+    assert all({*a, *b} == set(range(9)) for a, b in epochs)
     in_order = [x[:, 0].tolist() for x, _ in e.deepspeed_io(data, batch_size=4, route="eval")]
     assert in_order == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
 

@@ -20,6 +20,10 @@ def adamw(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=0.0)
 
 
+def norm(module: nn.Module) -> float:
+    return torch.nn.utils.get_total_norm([p.grad for p in module.parameters()]).item()
+
+
 def close(a, b, tolerance=1e-5):
     for p, q in zip(a, b, strict=True):
         torch.testing.assert_close(p.float(), q.float(), rtol=tolerance, atol=tolerance)
@@ -63,6 +67,7 @@ def test_a_loss_that_is_divided_already(kind):
         divided.backward(mse(divided(x).to(y.dtype), y) / 4, scale_wrt_gas=False)
         divided.step()
     close(divided.module.parameters(), usual.module.parameters(), 1e-6 if kind == "fp32" else 1e-2)
+    assert divided.get_global_grad_norm() == pytest.approx(usual.get_global_grad_norm(), rel=1e-2)
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -101,9 +106,10 @@ def test_a_pass_that_nobody_could_notice():
         e.step()
 
 
-def test_gradients_of_inputs_are_no_micro_batch():
+@pytest.mark.parametrize("kind", ["fp32", "fp16"])
+def test_gradients_of_inputs_are_no_micro_batch(kind):
     """A gradient penalty: torch.autograd.grad through the engine's outputs."""
-    e, plain = engine(ONE), model()
+    e, plain = engine({**ONE, **PRECISIONS[kind]}), model()
     optimizer = adamw(plain)
     for run in (e, plain):
         x = batches(1)[0][0].clone().requires_grad_()
@@ -117,7 +123,8 @@ def test_gradients_of_inputs_are_no_micro_batch():
             assert e._gradients.count == 0
             e.backward(loss)
             e.step()
-    close(e.module.parameters(), plain.parameters())
+    close(e.module.parameters(), plain.parameters(), 1e-5 if kind == "fp32" else 1e-2)
+    assert e.get_global_grad_norm() == pytest.approx(norm(plain), rel=1e-2)
 
 
 @pytest.mark.parametrize("kind", PRECISIONS)
@@ -142,13 +149,47 @@ def test_one_loss_over_two_engines(kind, accumulation):
         first.step()
         (mse(twins[1](twins[0](x)), y) / accumulation).backward()
         if (i + 1) % accumulation == 0:
+            for e, twin in zip((first, second), twins, strict=True):  # unscaled, by the right scale
+                assert e.get_global_grad_norm() == pytest.approx(norm(twin), rel=1e-4 if kind == "fp32" else 0.1)
             optimizer.step()
             optimizer.zero_grad()
     assert first.global_steps == second.global_steps == 4 // accumulation
     for e, twin in zip((first, second), twins, strict=True):
         close(e.module.parameters(), twin.parameters(), 1e-5 if kind == "fp32" else 4e-2)
         assert e.was_step_applied()
-    assert second.get_global_grad_norm() > 0 < first.get_global_grad_norm() < 100  # unscaled, by the right scale
+
+
+def test_a_weight_counts_in_all_engines_that_a_loss_has_come_through():
+    first, second = (deepfast.initialize(model=m, config=CONFIG)[0] for m in (nn.Linear(6, 6), model()))
+    twins = copy.deepcopy((first.module, second.module))
+    data, weights = batches(4), [1.0, 5.0, 2.0, 4.0]
+    for (x, y), weight in zip(data, weights, strict=True):
+        second.backward(mse(second(first(x)), y), weight)
+        second.step()
+        first.step()
+        (mse(twins[1](twins[0](x)), y) * weight / sum(weights)).backward()
+    for e, twin in zip((first, second), twins, strict=True):
+        assert e.global_steps == 1
+        assert e.get_global_grad_norm() == pytest.approx(norm(twin), rel=1e-4)
+
+
+def test_what_another_engines_loss_has_left_comes_under_this_ones_scale():
+    """A discriminator that does not drop it adds it to its own, as torch does, whatever the two scales."""
+    config = {**CONFIG, **ONE}
+    generator, *_ = deepfast.initialize(
+        model=model(), config={**config, "fp16": {"enabled": True, "initial_scale_power": 9}}
+    )
+    discriminator, *_ = deepfast.initialize(model=nn.Linear(3, 1), config={**config, **PRECISIONS["fp16"]})
+    twins = [copy.deepcopy(e.module).float() for e in (generator, discriminator)]
+    x, y = batches(1)[0]
+    generator.backward(discriminator(generator(x)).square().mean())
+    generator.step()
+    discriminator.backward(discriminator(y).square().mean())
+    discriminator.step()
+    twins[1](twins[0](x)).square().mean().backward()
+    assert generator.get_global_grad_norm() == pytest.approx(norm(twins[0]), rel=0.02)
+    twins[1](y).square().mean().backward()
+    assert discriminator.get_global_grad_norm() == pytest.approx(norm(twins[1]), rel=0.02)
 
 
 def test_engines_of_one_loss_need_one_precision():
@@ -231,6 +272,7 @@ def test_the_batch_size_can_change(kind):
     train(fixed, data)
     assert e.global_steps == 1
     close(e.module.parameters(), fixed.module.parameters(), 1e-6 if kind == "fp32" else 2e-2)
+    assert e.get_global_grad_norm() == pytest.approx(fixed.get_global_grad_norm(), rel=2e-2)
     e.set_train_batch_size(2)
     train(e, data)
     assert e.global_steps == 5

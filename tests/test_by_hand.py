@@ -114,6 +114,7 @@ def test_clipping_by_hand_has_effect(kind, accumulation):
     passes(e, accumulation, clip)
     passes(clipped, accumulation)
     assert e.get_global_grad_norm() == pytest.approx(0.01, rel=1e-2)
+    assert not e._gradients._rewritten  # the next step's are not
     for p, q in zip(e.module.parameters(), clipped.module.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-4)
 

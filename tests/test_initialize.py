@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import sys
@@ -69,7 +70,7 @@ def test_the_optimizer_that_was_replaced_saves_and_loads_what_is_stepped():
     theirs = torch.optim.AdamW(m.parameters(), lr=0.1)
     e, ours, *_ = deepfast.initialize(model=m, optimizer=theirs, config=CONFIG)
     train(e, batches(4))
-    kept = theirs.state_dict()
+    kept = copy.deepcopy(theirs.state_dict())
     assert len(kept["state"]) == 4
     train(e, batches(4))
     theirs.load_state_dict(kept)
