@@ -49,7 +49,7 @@ test: lint wheel
 	PYTHONPATH=$(CURDIR)/build/site $(BIN)/pytest -n 2 --dist loadgroup
 	PYTHONPATH=$(CURDIR)/build/site TRITON_INTERPRET=1 $(BIN)/pytest -n 2 -m "triton or not gpu" -k triton \
 	  tests/test_triton.py tests/test_triton_forms.py tests/test_triton_int8.py tests/test_gradients_after.py \
-	  tests/test_shared_memory.py
+	  tests/test_shared_memory.py tests/test_bias_correction.py
 
 # What is tested: the package as it is installed, from the sources as they are now.
 wheel: $(VENV)/.dev

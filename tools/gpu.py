@@ -47,8 +47,10 @@ KERNELS = "regex:(step|norms|statistics)_kernel"
 # Of the tests on a GPU, those that the kernels played on the host cannot take: graphs, streams, waits, memory.
 NEEDS_A_DEVICE = "graph or captur or stream or launches or waits or leaked or this_gpu or two_processes or triton"
 # Of the other tests, the files with tests that are given a backend and that are run with a GPU's.
-OPTIMIZER_TESTS = [f"tests/test_{name}.py" for name in ("optimizers", "gradients", "masters", "edges", "plan",
-                                                        "replaced_states", "forms", "chance", "int8")]  # fmt: skip
+OPTIMIZER_TESTS = [
+    f"tests/test_{name}.py"
+    for name in "optimizers gradients masters edges plan replaced_states forms chance int8 bias_correction".split()
+]
 
 
 def importable(name: str) -> bool:
