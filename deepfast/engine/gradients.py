@@ -159,7 +159,8 @@ class Gradients:
 
         Until then it lies in ``p.grad``, as in torch: a discriminator may drop what its generator's loss has left.
         """
-        if (self.sums is None and self.count) or not any(self._is_there(p) for p in self.params()):
+        known = self._by_whole if self.count else self.params()
+        if (self.sums is None and self.count) or not any(map(self._is_there, known)):
             return
         stray = self._stray
         if stray is None:

@@ -112,10 +112,14 @@ def _own(layer: nn.Module) -> list[Tensor]:
     return [p for holder in holders for p in holder.parameters(recurse=False) if p.is_floating_point()]
 
 
-def _fit(layer: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _fit(layer: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Before a layer's forward pass: its floating-point inputs, in the type that its weights have now."""
-    own = _own(layer)
-    return (_cast(inputs, own[0].dtype), _cast(kwargs, own[0].dtype)) if own else (inputs, kwargs)
+    dtype = next((p.dtype for p in layer._parameters.values() if p is not None and p.is_floating_point()), None)
+    if dtype is None:
+        dtype = next((p.dtype for p in _own(layer)), None)
+    if dtype is None or (not kwargs and len(inputs) == 1 and getattr(inputs[0], "dtype", None) == dtype):
+        return None  # they fit, as most do
+    return _cast(inputs, dtype), _cast(kwargs, dtype)
 
 
 def _widen(layer: nn.Module, _: Any) -> None:
