@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -70,7 +70,18 @@ def _set(data, path, value) -> None:
     data[path[-1]] = value
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@pytest.fixture(scope="module", autouse=True)
+def elsewhere(tmp_path_factory):
+    """A monitor may be enabled, and writes to the current folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("written"))
+        yield
+
+
+# A machine may be slow.
+@settings(
+    max_examples=400, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(configurations())
 def test_it_trains_or_is_refused_in_one_line(config):
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ from torch import nn
 
 import deepfast
 from deepfast.engine import config
+from deepfast.engine.config import named
 from deepfast.errors import ConfigError
 
 ADAMS = ("Adam", "AdamW")
@@ -144,7 +145,9 @@ def test_each_parameter_in_its_backward_pass():
 
 def test_a_configuration_says_so():
     def of(kind, **params):
-        return config.load({"train_batch_size": 1, "optimizer": {"type": kind, "params": params}}).optimizer.chosen()
+        return named.chosen(
+            config.load({"train_batch_size": 1, "optimizer": {"type": kind, "params": params}}).optimizer
+        )
 
     for kind in ADAMS:
         assert of(kind, bias_correction=False) == ("AdamW", {"weight_decay": 0.0, "bias_correction": False})
