@@ -39,7 +39,7 @@ def shared_out(e: deepfast.Engine, rank: int, ranks: int, uneven: float = 1.0) -
             run = torch.as_strided(p.detach(), (end - begin,), (1,), p.storage_offset() + begin)
             mine = nn.Parameter(run)
             group["params"][i] = mine
-            e._sharded[mine] = Part(p, mine, begin, end)
+            e._gradients._sharded[mine] = Part(p, mine, begin, end)
     return e
 
 
