@@ -163,6 +163,8 @@ def test_half_a_launch_is_refused(monkeypatch):
 
 
 def test_what_initialize_refuses():
+    with pytest.raises(ConfigError, match="no optimizer: pass optimizer="):
+        deepfast.initialize(model=model(), config={"train_batch_size": 1, "optimizer": "auto"})
     with pytest.raises(ConfigError, match="no configuration"):
         deepfast.initialize(model=model())
     with pytest.raises(ConfigError, match="= 24"):

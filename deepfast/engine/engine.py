@@ -75,7 +75,7 @@ class Engine(Asked):
         self._skips = Skips(config)
         self._progress = told = Progress(config, self.rank, device)
         self.monitor, self.timers, self.tput_timer = told.monitor, told.timers, told.throughput
-        if optimizer is None and config.optimizer is None:
+        if optimizer is None and config.optimizer is None and "optimizer" not in config._auto:
             self._forward.originals.clear()
             return
         self._own_optimizer, self._own_scheduler = optimizer is None, lr_scheduler is None
