@@ -41,7 +41,7 @@ def test_what_the_engine_lacks_is_the_modules():
     assert net.flag
     assert e.flag
     assert e.net is net.net
-    assert e.config["gradient_accumulation_steps"] == 4  # DeepSpeed's, too: its own configuration
+    assert e.config is CONFIG  # as in DeepSpeed its own, in the words it was given
     assert not hasattr(e, "nowhere")
     with pytest.raises(AttributeError, match="neither the engine nor its module has 'nowhere'"):
         e.nowhere  # noqa: B018

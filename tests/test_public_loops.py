@@ -5,7 +5,6 @@ What they are to give is plain torch's, or what DeepSpeed 0.19.8 has given (on a
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -17,7 +16,6 @@ from safetensors.torch import load_file
 
 LOOPS = TESTS / "loops"
 HALF = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}, "fp16": {"fp16": {"enabled": True, "initial_scale_power": 12}}}
-transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="of the extra train")
 
 
 def script(name, tmp_path, *options, ranks=1, config=None):
@@ -76,7 +74,6 @@ BERT = [
 BERT_LR = 0.0032142857142857147
 
 
-@transformers
 @pytest.mark.parametrize("options", [[], ["--offload", "--gradient_checkpointing"]])
 @pytest.mark.parametrize(("kind", "ranks"), [("fp32", 1), ("fp32", 2), ("bf16", 1), ("fp16", 2)])
 def test_bert_fine_tuning(tmp_path, kind, ranks, options):

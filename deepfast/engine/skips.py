@@ -15,7 +15,7 @@ from deepfast.errors import LossScaleError
 
 log = logging.getLogger("deepfast")
 
-HALF = torch.float16  # what is scaled; bf16's steps may be skipped, too
+SCALED = torch.float16  # bf16's steps may be skipped, too
 _ROOM = 36  # characters for names in an error that is to stay one line
 
 
@@ -67,7 +67,7 @@ class Skips:
         names = nonfinite.parameters(engine) if enough or self._name else []
         if engine.rank == 0:
             whose = nonfinite.first(names) if self._name else ""
-            moved = f"; loss scale {scale:.10g} -> {engine.scaler.get_scale():.10g}" if engine.dtype == HALF else ""
+            moved = f"; loss scale {scale:.10g} -> {engine.scaler.get_scale():.10g}" if engine.dtype == SCALED else ""
             log.warning("step %d skipped: inf or NaN in the gradients%s%s", engine.global_steps + 1, whose, moved)
         if enough:
             self._hopeless = _hopeless(self._in_a_row, scale, engine, names)
@@ -81,7 +81,7 @@ def _hopeless(skips: int, scale: float, engine: Resumable, names: list[str]) -> 
             shown.append(repr(name))
     more = ", ..." if len(names) > len(shown) else ""
     whose = f"{len(names)} of {len(engine._names())} gradients ({', '.join(shown)}{more})" if names else "gradients"
-    dynamic, scaled = engine.scaler.is_dynamic(), engine.dtype == HALF
+    dynamic, scaled = engine.scaler.is_dynamic(), engine.dtype == SCALED
     at = f" at loss scale {scale:.6g} ({'the minimum' if dynamic else 'static'})" if scaled else ""
     instead = "fp32" if not scaled else "bf16, fp32" if dynamic else "a dynamic one, bf16, fp32"
     return LossScaleError(

@@ -24,7 +24,7 @@ def load(data: dict[str, Any]) -> Config:
     if not isinstance(data, dict):
         raise ConfigError(f"configuration: an object was expected, got {kind(data)}")
     auto: list[str] = []
-    data = _written(data, "", auto)
+    source, data = data, _written(data, "", auto)
     spelled = spellings.unify(data)
     unused, offload = ignored.take_out(data)
     section: Any = data.get("optimizer")
@@ -39,7 +39,7 @@ def load(data: dict[str, Any]) -> Config:
     except ValidationError as error:
         raise ConfigError(one_line(error, data, spelled, at)) from None
     check(config, spelled)
-    config._auto = auto
+    config._auto, config._source = auto, source
     if unused:
         log.warning("configuration keys without effect here: %s", ", ".join(unused))
     if offload:

@@ -257,10 +257,11 @@ class Config(Section):
     sample_tokens: Int = Field(128, ge=0, description="length of the text generated at the end")
 
     _auto: list[str] = PrivateAttr(default_factory=list)  # keys that were "auto"
+    _source: dict[str, Any] | None = PrivateAttr(None)  # what it was made of
 
     def given(self) -> dict[str, Any]:
-        """What was set, as a dict."""
-        return self.model_dump(exclude_unset=True)
+        """What was set, as a dict: in the caller's own words, where there were any."""
+        return self.model_dump(exclude_unset=True) if self._source is None else self._source
 
     def batch_triple(self) -> tuple[int, int, int]:
         """(train batch, micro-batch, accumulation), after ``resolve_batch``."""
