@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepfast import reference
 from deepfast.engine.gradients import Gradients
 from deepfast.engine.loader import micro_batches
 from deepfast.engine.precision import Precision
 from deepfast.engine.progress import Progress
 from deepfast.engine.resume import Resumable
 from deepfast.engine.skips import Skips
+from deepfast.optim.shards import Shards, is_sharded
 
 log = logging.getLogger("deepfast")
 
@@ -226,14 +229,15 @@ class Asked(Resumable):
         return self.zero_optimization_stage() > 0
 
     def zero_optimization_stage(self) -> int:
-        """0: every rank keeps the whole state of the optimizer; 1 and 2: a part of it (and of the gradients' sums)."""
-        return min(self._config.zero_optimization.stage, 2)
+        """0: every rank keeps the whole state of the optimizer; 1 and 2: a part of it (and of the gradients' sums); 3:
+        of the weights, too."""
+        return self._config.zero_optimization.stage
 
     def zero_optimization_partition_gradients(self) -> bool:
         return self.zero_optimization_stage() > 1
 
     def zero_optimization_partition_weights(self) -> bool:
-        return False
+        return self.zero_optimization_stage() > 2
 
     def is_first_weights_partition_group(self) -> bool:
         return self.rank == 0
@@ -248,13 +252,36 @@ class Asked(Resumable):
     # The module.
 
     def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
-        """The module's weights and buffers; they are whole on every rank."""
-        state = self.module.state_dict()
-        frozen = {name for name, p in self.module.named_parameters() if not p.requires_grad}
-        return {name: t for name, t in state.items() if not (exclude_frozen_parameters and name in frozen)}
+        """The module's weights and buffers, whole, in the type that is computed with. At stage 3 all ranks call it."""
+        return self._state_on(range(self.world_size), exclude_frozen_parameters)
 
+    def _state_on(self, ranks: Iterable[int], exclude_frozen: bool = False) -> dict[str, Tensor]:
+        """The same; empty on other ranks. One weight after the other comes together."""
+        self._apart()
+        frozen = {name for name, p in self.module.named_parameters() if exclude_frozen and not p.requires_grad}
+        state = {}
+        for name, t in self.module.state_dict().items():
+            if name in frozen:
+                continue
+            if is_sharded(t):
+                whole = t.full_tensor().to(self.device)
+                narrow = whole.dtype == torch.float32 != self.dtype
+                t = reference.round_master(whole, self.dtype) if narrow else whole
+            if self.rank in ranks:
+                state[name] = t
+        return state
+
+    @torch.no_grad()
     def load_module_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True) -> None:
-        """Into the weights; masters follow at the next step."""
+        """Into the weights; masters follow at the next step. At stage 3 all ranks call it, with whole tensors."""
+        if self._units is not None:
+            self._apart()
+            own = self.module.state_dict()
+            places = {name: Shards.of(own[name]) for name in state_dict.keys() & own.keys()}
+            state_dict = {
+                name: t if (shards := places.get(name)) is None or is_sharded(t) else shards.distribute(t.to(own[name]))
+                for name, t in state_dict.items()
+            }
         self.module.load_state_dict(state_dict, strict=strict)
 
     def save_16bit_model(
@@ -263,14 +290,14 @@ class Asked(Resumable):
         save_filename: str = "pytorch_model.bin",
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """The module's weights, in the type that they have, as ``save_dir/save_filename``. All ranks call it.
+        """The module's weights, in the type that is computed with, as ``save_dir/save_filename``. All ranks call it.
 
         A name that ends with ``.safetensors`` gives such a file (tied weights once), any other a ``torch.save``.
         """
+        state = self._state_on([0], exclude_frozen_parameters)
         if self.rank == 0:
             path = Path(save_dir) / save_filename
             path.parent.mkdir(parents=True, exist_ok=True)
-            state = self.module_state_dict(exclude_frozen_parameters)
             if path.suffix == ".safetensors":
                 from safetensors.torch import save_file
 
@@ -285,15 +312,18 @@ class Asked(Resumable):
 
     save_fp16_model = save_16bit_model
 
-    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
-        return self.module_state_dict(exclude_frozen_parameters)
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor] | None:
+        """The module's weights on rank 0, None on others. All ranks call it."""
+        state = self._state_on([0], exclude_frozen_parameters)
+        return state if self.rank == 0 else None
 
     def compile(self, backend: Any = None, compile_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
         """torch.compile of the module, in place."""
         self.module.compile(**({} if backend is None else {"backend": backend}), **(compile_kwargs or {}))
 
     def empty_partition_cache(self) -> None:
-        """Nothing: weights are whole on every rank."""
+        """At stage 3 weights that have come together go apart."""
+        self._apart()
 
     def offload_states(self, *_: Any, **__: Any) -> None:
         """Nothing but a line: the state stays where it is."""

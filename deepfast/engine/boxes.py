@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -39,6 +39,16 @@ def cut(run: Tensor, like: Tensor, begin: int) -> Iterator[tuple[Box, Tensor]]:
 def run_of(t: Tensor, like: Tensor, begin: int, end: int) -> Tensor:
     """Elements [begin, end) of ``t``, counted as those of ``like``, which has its shape, lie in memory."""
     return t.permute(_order(like)).reshape(-1)[begin:end]
+
+
+def box_of(p: Any) -> tuple[Box, bool]:
+    """The elements of a DTensor that this rank has; and whether no rank before it has the same."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    replicated = (d for d, placement in enumerate(p.placements) if placement.is_replicate())
+    first = all(p.device_mesh.get_local_rank(d) == 0 for d in replicated)
+    return Box(tuple(offsets), tuple(sizes)), first
 
 
 def _order(t: Tensor) -> list[int]:

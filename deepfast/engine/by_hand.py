@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from deepfast.optim.shards import copy_into, is_sharded, local
+
 HOW = (
     'p.grad: the engine keeps this gradient (summed, scaled): clip with "gradient_clipping", read it with '
     "safe_get_full_grad(p), write it with safe_set_full_grad(p, value) of deepspeed.utils"
@@ -38,12 +40,23 @@ class StandIn(Tensor):
 def cover(p: Tensor, made: dict[Tensor, Tensor]) -> None:
     """Puts a stand-in into ``p.grad``; one for each parameter is kept in ``made``."""
     p.grad = None
-    if type(p) not in (Tensor, torch.nn.Parameter):  # DTensors and the like take only their own kind
+    if type(local(p)) not in (Tensor, torch.nn.Parameter):  # what has arithmetic of its own takes only its own kind
         return
     known = made.get(p)
     if known is None or (known.shape, known.dtype, known.device) != (p.shape, p.dtype, p.device):
-        known = made[p] = StandIn(p)
+        known = made[p] = StandIn(p) if not is_sharded(p) else _around(p)
     p.grad = known
+
+
+def _around(p: Any) -> Tensor:
+    """A DTensor that lies as ``p`` does, each rank's part a stand-in."""
+    known = p.detach()
+    known._local_tensor = StandIn(local(p))
+    return known
+
+
+def is_stand_in(grad: Tensor) -> bool:
+    return isinstance(local(grad), StandIn)
 
 
 _kept = WeakTensorKeyDictionary()  # parameter -> whose gradients it is among
@@ -79,7 +92,8 @@ def safe_get_full_grad(p: Tensor) -> Tensor | None:
         if grad is None:
             return None
         if not part.sharded:
-            return grad.float() / divisor
+            mean = grad.float() / divisor
+            return mean.full_tensor() if is_sharded(mean) else mean
         flat = torch.zeros_like(part.whole, dtype=torch.float32)
         flat.as_strided((flat.numel(),), (1,))[part.begin : part.end] = grad / divisor
         dist.all_reduce(flat)
@@ -109,5 +123,5 @@ def safe_set_full_grad(p: Tensor, value: Tensor) -> None:
     with keeper.whole(p) as (part, grad, divisor):
         if grad is None:
             raise RuntimeError("safe_set_full_grad(): the parameter has no gradient in this step")
-        grad.copy_(part.of(value.to(p.device)) * divisor)
+        copy_into(grad, part.of(value.to(p.device)) * divisor)
         keeper.rewritten()

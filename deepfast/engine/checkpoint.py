@@ -22,6 +22,7 @@ from torch import Tensor
 
 from deepfast.engine.plain import plain, restore
 from deepfast.errors import UserError
+from deepfast.optim.shards import is_sharded
 
 CHECKSUMS = "checksums.sha256"
 
@@ -237,8 +238,10 @@ def unique(state: dict[str, Any]) -> dict[str, Tensor]:
     for name, t in state.items():
         if not isinstance(t, Tensor):  # get_extra_state()
             raise CheckpointError(f"{name!r} of the module's state is no tensor but {type(t).__name__}")
-        place = (t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.stride())
-        if t.numel() == 0 or place not in seen:
+        # (Of a DTensor a rank may have nothing, and yet all ranks are to keep the same names.)
+        memory = id(t) if is_sharded(t) else t.untyped_storage().data_ptr()
+        place = (memory, t.storage_offset(), t.shape, t.stride())
+        if place not in seen or not (t.numel() or is_sharded(t)):
             kept[name] = t
         seen.add(place)
     return kept

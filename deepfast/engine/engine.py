@@ -19,8 +19,11 @@ from deepfast.engine.gradients import Gradients
 from deepfast.engine.optimizer import choose
 from deepfast.engine.precision import Precision, loss_scaler
 from deepfast.engine.progress import Progress
+from deepfast.engine.reduction import communicator
 from deepfast.engine.skips import Skips
+from deepfast.errors import ConfigError
 from deepfast.optim import Optimizer
+from deepfast.optim.shards import is_unit
 
 log = logging.getLogger("deepfast")
 
@@ -60,11 +63,15 @@ class Engine(Asked):
         self.module = module
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self._forward = Precision.of(config, module, device)
+        in_parts = self._in_parts(module)
+        self._forward = Precision.of(config, module, device, in_parts)
         self.dtype = self._forward.dtype
         if self.world_size > 1:
-            for t in (*module.parameters(), *module.buffers(), *self._forward.originals.values()):
+            weights = () if in_parts else (*module.parameters(), *self._forward.originals.values())
+            for t in (*module.buffers(), *weights):
                 dist.broadcast(t.data, 0)
+        if in_parts:
+            optimizer, parameters = self._take_apart(optimizer, parameters)
         self.scaler = loss_scaler(config, device)
         self._applied = False
         self._dropped = False  # micro-batches, and that was said
@@ -89,16 +96,27 @@ class Engine(Asked):
         elif isinstance(self.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise ValueError("initialize(): ReduceLROnPlateau needs a metric: keep it yourself and step it with one")
         accumulation = config.batch_triple()[2]
-        self._gradients = Gradients(self.optimizer, self.scaler, self.dtype, self._stage(), accumulation)
+        stage = config.zero_optimization.stage
+        self._gradients = Gradients(self.optimizer, self.scaler, self.dtype, stage, accumulation, self._units)
         self._start_masters()
 
-    def _stage(self) -> int:
-        stage = self._config.zero_optimization.stage
-        if stage > 2:
-            log.warning(
-                "zero_optimization.stage=3 is not built yet: stage 2 is taken, and weights are whole on every rank"
-            )
-        return min(stage, 2)
+    def _in_parts(self, module: nn.Module) -> bool:
+        """Whether each rank is to have a part of each weight: at stage 3, or because the caller has cut them."""
+        stage, by_caller = self._config.zero_optimization.stage, any(map(is_unit, module.modules()))
+        if by_caller and stage in (1, 2):
+            raise ConfigError(f"zero_optimization.stage={stage}: fully_shard has cut the module already: set it to 3")
+        return by_caller or (stage == 3 and self.world_size > 1)
+
+    def _take_apart(self, optimizer: Any, parameters: Any) -> tuple[Any, Any]:
+        """Cuts the module's weights; returns the optimizer and the parameters, which then have the parts."""
+        from deepfast.engine.units import Units  # FSDP takes its time
+
+        smallest = self._config.zero_optimization.stage3_param_persistence_threshold
+        parameters = None if parameters is None else list(parameters)
+        self._units = units = Units(self.module, self.dtype, self.device, smallest, communicator())
+        if isinstance(optimizer, torch.optim.Optimizer):
+            units.renew(optimizer)
+        return optimizer, None if parameters is None else units.renewed(parameters)
 
     def _start_masters(self) -> None:
         """From what the weights were before they were cast to 16 bits."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,9 @@ from deepfast.engine.sums import GradientSums
 from deepfast.optim import Optimizer
 from deepfast.optim.state import HALF
 from deepfast.scaler import LossScaler
+
+if TYPE_CHECKING:
+    from deepfast.engine.units import Units
 
 
 class Pass(NamedTuple):
@@ -44,6 +47,7 @@ class Gradients:
         scaler: with which losses are multiplied.
         stage: of ZeRO.
         accumulation: micro-batches a step.
+        units: of a module in parts (stage 3).
 
     Attributes:
         count: backward passes since the last step.
@@ -53,14 +57,20 @@ class Gradients:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, scaler: LossScaler, dtype: torch.dtype, stage: int, accumulation: int
+        self,
+        optimizer: torch.optim.Optimizer,
+        scaler: LossScaler,
+        dtype: torch.dtype,
+        stage: int,
+        accumulation: int,
+        units: Units | None = None,
     ) -> None:
         self.optimizer, self.scaler, self.dtype = optimizer, scaler, dtype
         self._scales = scaler.is_enabled() and dtype == torch.float16  # else it only looks for what is not finite
         self.accumulation = accumulation
         self._ranks = dist.get_world_size() if dist.is_initialized() else 1
         self._sharded: dict[Tensor, Part] = {}
-        self.reduction = Reduction(self.params(), optimizer, stage, accumulation)
+        self.reduction = Reduction(self.params(), optimizer, stage, accumulation, units)
         self._note_parts()
         self.count = self.position = 0
         self.boundary: bool | None = None
@@ -141,6 +151,8 @@ class Gradients:
             self._check_scaled()
             self._stray = Pass(None, 1.0, self.scaler._used if self._scales else None)
         self._uncover(back=self.sums is None)
+        if self.sums is not None:
+            self.sums.expect(self._stray.weight, self._stray.times)
 
     def _reached(self) -> bool:
         """Whether the pass that runs computes gradients of parameters. (``torch.autograd.grad`` may not.)"""
@@ -174,7 +186,7 @@ class Gradients:
 
     @staticmethod
     def _is_there(p: Tensor) -> bool:
-        return p.grad is not None and not isinstance(p.grad, by_hand.StandIn)
+        return p.grad is not None and not by_hand.is_stand_in(p.grad)
 
     def _adopt(self) -> None:
         """Gradients that another engine's loss has left here come under this engine's scale."""
@@ -286,7 +298,7 @@ class Gradients:
     def _uncover(self, back: bool = True) -> None:
         """Takes the stand-ins away. back: what they stood for comes to their place."""
         for p in self._covered:
-            if p.grad is not None and not isinstance(p.grad, by_hand.StandIn):
+            if self._is_there(p):
                 raise RuntimeError(by_hand.HOW)
             p.grad = self._held.get(p) if back else None
         self._covered, self._held = [], {}

@@ -26,7 +26,7 @@ def parameters(engine: Resumable) -> list[str]:
     held = {name: _values(grad) for name, grad in grads.items() if grad is not None and grad.numel()}
     bad = [~grad.isfinite().all() for grad in held.values()]
     found = {name for name, is_bad in zip(held, torch.stack(bad).tolist(), strict=True) if is_bad} if bad else set()
-    if any(part.sharded for part in engine._parts()):
+    if engine._units is not None or any(part.sharded for part in engine._parts()):
         of_all: list[Any] = [None] * engine.world_size
         dist.all_gather_object(of_all, found)
         found = set().union(*of_all)

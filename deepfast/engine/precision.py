@@ -32,6 +32,7 @@ class Precision:
         module: cast in place; its buffers stay as they are where the arithmetic is fp32.
         dtype: float32, float16 or bfloat16.
         device: where the module is moved.
+        in_parts: the weights, what is computed with them and where they are, is somebody else's to say (stage 3).
         cast_inputs: cast all floating-point inputs to the type that is computed in. Without it they are left as they
             are, labels and positions among them, and each layer with weights is given what fits these.
 
@@ -40,12 +41,19 @@ class Precision:
     """
 
     def __init__(
-        self, module: nn.Module, dtype: torch.dtype, device: torch.device, *, cast_inputs: bool = False
+        self,
+        module: nn.Module,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        in_parts: bool = False,
+        cast_inputs: bool = False,
     ) -> None:
         self.module = module
         self.dtype = dtype
         self.compute_dtype = torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
         self.cast_inputs = cast_inputs
+        self._in_parts = in_parts
         self.originals: dict[Tensor, Tensor] = {}
         for name, p in module.named_parameters():
             if p.is_complex():
@@ -53,6 +61,19 @@ class Precision:
                     f"the parameter {name!r} is {p.dtype}, and cast to {dtype} it would lose its imaginary part: keep "
                     "it as a real one (torch.view_as_real)"
                 )
+        if in_parts:
+            for b in module.buffers():
+                b.data = b.data.to(device, self.compute_dtype if b.is_floating_point() else None)
+        else:
+            self._cast_weights(device)
+        if dtype != torch.float32:
+            for layer in _layers(module):
+                self._prepare(layer)
+        if self.compute_dtype != dtype:
+            log.info("fp16 on a CPU: weights and gradients are fp16, forward and backward compute in fp32")
+
+    def _cast_weights(self, device: torch.device) -> None:
+        module, dtype = self.module, self.dtype
         module.to(device)
         for p in module.parameters():
             if p.dtype == torch.float32 != dtype:
@@ -60,33 +81,29 @@ class Precision:
                 p.data = torch.empty_like(p.data, dtype=dtype).copy_(reference.round_master(p.data, dtype))
             elif p.is_floating_point():
                 p.data = p.data.to(dtype)
-        if dtype != torch.float32:
-            for layer in _layers(module):
-                self._prepare(layer)
         if self.compute_dtype == dtype:
             module.to(dtype)
-            return
-        log.info("fp16 on a CPU: weights and gradients are fp16, forward and backward compute in fp32")
 
     def _prepare(self, layer: nn.Module) -> None:
         hooks = layer._forward_pre_hooks.values()  # of an engine before, perhaps
-        if self.compute_dtype != self.dtype and _widen not in hooks:
+        if self.compute_dtype != self.dtype and not self._in_parts and _widen not in hooks:
             layer.register_forward_pre_hook(_widen)
             layer.register_forward_hook(_narrow, always_call=True)
         if _fit not in hooks:
             layer.register_forward_pre_hook(_fit, with_kwargs=True)
 
     @classmethod
-    def of(cls, config: Config, module: nn.Module, device: torch.device) -> Precision:
+    def of(cls, config: Config, module: nn.Module, device: torch.device, in_parts: bool = False) -> Precision:
         """What the configuration says."""
         fp16, bf16 = config.fp16, config.bf16
         dtype = torch.float16 if fp16 and fp16.enabled else torch.bfloat16 if bf16 and bf16.enabled else torch.float32
-        return cls(module, dtype, device, cast_inputs=dtype == torch.float16 and fp16 is not None and fp16.auto_cast)
+        auto_cast = dtype == torch.float16 and fp16 is not None and fp16.auto_cast
+        return cls(module, dtype, device, in_parts=in_parts, cast_inputs=auto_cast)
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         if self.cast_inputs:
             inputs, kwargs = _cast(inputs, self.compute_dtype), _cast(kwargs, self.compute_dtype)
-        if self.compute_dtype == self.dtype:
+        if self.compute_dtype == self.dtype or self._in_parts:
             return self.module(*inputs, **kwargs)
         wide = {name: p.to(self.compute_dtype) for name, p in self.module.named_parameters() if p.dtype == self.dtype}
         return torch.func.functional_call(self.module, wide, inputs, kwargs)

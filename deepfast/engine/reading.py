@@ -22,9 +22,11 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from deepfast.engine.boxes import Box, cut, run_of
+from deepfast.engine.boxes import Box, box_of, cut, run_of
 from deepfast.engine.checkpoint import CheckpointError, read_tensors
 from deepfast.engine.parts import Part
+from deepfast.optim.shards import is_sharded, local
+from deepfast.optim.state import wrapped
 
 
 class Stored:
@@ -46,16 +48,21 @@ class Stored:
     def dtype(self, key: str) -> torch.dtype:
         return self._kept[key].properties.dtype
 
-    def ask(self, key: str, part: Part | None = None) -> Tensor:
-        """A tensor of the saved type that ``read`` will fill: all of it, or the run of ``part``, which is 1-D."""
+    def ask(self, key: str, like: Part | Tensor | None = None) -> Tensor:
+        """A tensor of the saved type that ``read`` will fill: all of it, the run of a part, which is 1-D, or a DTensor
+        that lies as ``like`` does."""
         if key not in self._kept:
             raise CheckpointError(f"{self.folder}: {key!r} is missing")
-        if part is None:
+        if isinstance(like, Part):
+            t = torch.empty(like.end - like.begin, dtype=self.dtype(key), device="cpu")
+            self._asked.append(_Asked(key, list(cut(t, like.whole, like.begin))))
+        elif like is not None and is_sharded(like):
+            t = torch.empty(local(like).shape, dtype=self.dtype(key), device=local(like).device)
+            self._asked.append(_Asked(key, [(box_of(like)[0], t)] if t.numel() else []))
+            return wrapped(t, like)
+        else:
             t = torch.empty(self.shapes[key], dtype=self.dtype(key), device="cpu")
             self._asked.append(_Asked(key, [(Box((0,) * t.ndim, tuple(t.shape)), t)]))
-        else:
-            t = torch.empty(part.end - part.begin, dtype=self.dtype(key), device="cpu")
-            self._asked.append(_Asked(key, list(cut(t, part.whole, part.begin))))
         return t
 
     def read(self) -> None:
@@ -142,9 +149,15 @@ class StoredBefore:
         self.folder, self._tensors = folder, tensors
         self.shapes = {key: t.shape for key, t in tensors.items()}
 
-    def ask(self, key: str, part: Part | None = None) -> Tensor:
+    def ask(self, key: str, like: Part | Tensor | None = None) -> Tensor:
         t = self._tensors[key]
-        return t if part is None else run_of(t, part.whole, part.begin, part.end)
+        if isinstance(like, Part):
+            return run_of(t, like.whole, like.begin, like.end)
+        if like is None or not is_sharded(like):
+            return t
+        for d, (offset, size) in enumerate(zip(*box_of(like)[0], strict=True)):
+            t = t.narrow(d, offset, size)
+        return wrapped(t.to(local(like).device), like)
 
     def read(self) -> None:
         """It has been."""

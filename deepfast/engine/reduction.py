@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,10 @@ from deepfast.engine.shards import Shards
 from deepfast.engine.sums import GradientSums
 from deepfast.errors import ConfigError
 from deepfast.optim import Optimizer
+from deepfast.optim.shards import is_sharded
+
+if TYPE_CHECKING:
+    from deepfast.engine.units import Units
 
 log = logging.getLogger("deepfast")
 
@@ -38,21 +42,35 @@ class Reduction:
 
     Args:
         params: of the optimizer's groups, whole.
-        stage: of ZeRO: 0, 1 or 2.
+        stage: of ZeRO: 0, 1 or 2; of no meaning with
+        units: of a module in parts.
 
     Attributes:
         sums: None where there is nothing to sum.
         shards: None where every rank keeps the whole state.
     """
 
-    def __init__(self, params: list[Tensor], optimizer: torch.optim.Optimizer, stage: int, accumulation: int) -> None:
+    def __init__(
+        self,
+        params: list[Tensor],
+        optimizer: torch.optim.Optimizer,
+        stage: int,
+        accumulation: int,
+        units: Units | None = None,
+    ) -> None:
         self._optimizer = optimizer
         self._known = set(params)
         self.shards: Shards | None = None
         self.sums: Any = None
         self._comm: Any = None
         self._ranks = dist.get_world_size() if dist.is_initialized() else 1
-        if self._ranks > 1:
+        self._units = units
+        if units is not None:
+            from deepfast.engine.fully_sharded import FullySharded
+
+            self._comm = units.comm
+            self.sums = FullySharded(params, units, self._comm, self._ranks)
+        elif self._ranks > 1:
             self._start(params, stage)
         elif accumulation > 1:
             self.sums = GradientSums(params)
@@ -95,13 +113,13 @@ class Reduction:
         if not new:
             return False
         self._known.update(new)
-        if self._ranks > 1:
-            for p in new:
+        for p in new if self._ranks > 1 else ():
+            if not is_sharded(p):
                 dist.broadcast(p.data, 0)
         if isinstance(self.sums, GradientSums):
             self.sums = GradientSums(params, self._comm)
         elif self.sums is not None:
-            first = len(self.sums.buckets.members)
+            first = 0 if self.shards is None else len(self.sums.buckets.members)
             self.sums.add_params(new)
             self._cut(first)
         return True
@@ -129,6 +147,8 @@ class Reduction:
         if self.shards is not None:
             self.shards.move_out()
         self.sums = None
+        if self._units is not None:
+            self._units.close()
         if self._comm is not None:
             self._comm.close()
 
@@ -148,7 +168,7 @@ def _count(numel: int) -> str:
 
 def _check(params: list[Tensor], optimizer: torch.optim.Optimizer, stage: int) -> None:
     for p in params:
-        if stage and hasattr(p, "_local_tensor"):
+        if stage and is_sharded(p):
             raise ConfigError("zero_optimization.stage: a parameter is a DTensor, and sharded already: set it to 0")
     if stage and not isinstance(optimizer, Optimizer):
         raise ConfigError(

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,12 @@ from deepfast.engine.parts import Part
 from deepfast.engine.saving import Save, lay_out
 from deepfast.engine.snapshot import Snapshot
 from deepfast.optim import Optimizer
+from deepfast.optim.shards import is_sharded
 from deepfast.optim.state import HALF
 from deepfast.scaler import LossScaler
+
+if TYPE_CHECKING:
+    from deepfast.engine.units import Units
 
 log = logging.getLogger("deepfast")
 
@@ -49,6 +53,7 @@ class Resumable(nn.Module):
     _own_optimizer: bool  # the configuration describes it
     _own_scheduler: bool
     _gradients: Gradients | None = None  # None: there is no optimizer
+    _units: Units | None = None  # of a module whose weights lie in parts over the ranks (stage 3)
     _saving: Save | None = None  # what is being written
 
     def _parts(self) -> list[Part]:
@@ -60,8 +65,14 @@ class Resumable(nn.Module):
 
     def _names(self) -> list[str]:
         """Those of the same parameters in the module; of one that is not in it, its number in the optimizer."""
+        self._apart()
         known: dict[Tensor, str] = {p: name for name, p in self.module.named_parameters()}
         return [known.get(p, f"#{index}") for index, p in enumerate(self._params())]
+
+    def _apart(self) -> None:
+        """Before the module's parameters are looked at: at stage 3 those that have come together go apart."""
+        if self._units is not None:
+            self._units.apart()
 
     def save_checkpoint(
         self,
@@ -128,7 +139,8 @@ class Resumable(nn.Module):
         checkpoint.check_tag(tag)
         snapshot = Snapshot(self.rank, self.world_size)
         frozen = {name for name, p in self.module.named_parameters() if exclude_frozen and not p.requires_grad}
-        model = checkpoint.unique(self.module.state_dict())
+        self._apart()
+        model = checkpoint.unique(self.module.state_dict(keep_vars=True))
         snapshot.add_model({name: t for name, t in model.items() if name not in frozen})
         optimizer = None
         if self.optimizer is not None:
@@ -249,6 +261,7 @@ class Resumable(nn.Module):
 
     def _asked_values(self, tensors: Any, strict: bool) -> dict[str, Tensor]:
         """What each parameter and buffer is to be."""
+        self._apart()
         wanted = checkpoint.unique(self.module.state_dict(keep_vars=True))
         given = {key.removeprefix("model."): shape for key, shape in tensors.shapes.items() if key.startswith("model.")}
         unmatched = sorted(wanted.keys() ^ given.keys())
@@ -262,7 +275,8 @@ class Resumable(nn.Module):
             # From a 16-bit run to an fp32 one: what was rounded is there in full, too.
             master = f"optim.state.{name}.master" if t.dtype == torch.float32 else ""
             if name in given:
-                values[name] = tensors.ask(master if master in tensors.shapes else f"model.{name}")
+                key = master if master in tensors.shapes else f"model.{name}"
+                values[name] = tensors.ask(key, t if is_sharded(t) else None)
         return values
 
     def _load_optimizer(self, given: dict[str, Any], folder: Path) -> None:
@@ -294,8 +308,10 @@ class Resumable(nn.Module):
             ):
                 p.copy_(t)
                 continue
-            p.copy_(reference.round_master(t, p.dtype))
-            self.optimizer.set_master(part.mine, run_of(t, p, part.begin, part.end) if part.sharded else t)
+            if part.sharded:
+                p.copy_(reference.round_master(t, p.dtype))
+                t = run_of(t, p, part.begin, part.end)
+            self.optimizer.set_master(part.mine, t)
 
     def _load_scaler(self, given: dict[str, Any]) -> None:
         own = self.scaler.state_dict()
@@ -337,8 +353,9 @@ def optimizer_state(tensors: Any, rest: dict[str, Any], parts: list[Part], names
         values = dict(rest["state"].get(name, {}))
         for entry in rest["tensors"].get(name, ()):
             key = f"optim.state.{name}.{entry}"
-            alike = part.sharded and entry != "step" and tensors.shapes.get(key) == part.whole.shape
-            values[entry] = tensors.ask(key, part if alike else None)
+            alike = entry != "step" and tensors.shapes.get(key) == part.whole.shape
+            cut = part if part.sharded else part.mine if is_sharded(part.mine) else None
+            values[entry] = tensors.ask(key, cut if alike else None)
         if values:
             state[index] = values
     return {"state": state, "param_groups": rest["param_groups"]}

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from deepfast.engine import checkpoint
-from deepfast.engine.boxes import cut
+from deepfast.engine.boxes import box_of, cut
 from deepfast.engine.parts import Part
 from deepfast.optim import Optimizer
+from deepfast.optim.shards import is_sharded, local
 
 
 class Snapshot:
@@ -40,7 +41,7 @@ class Snapshot:
 
     def add_model(self, tensors: dict[str, Tensor]) -> None:
         for name, t in tensors.items():
-            self._add_whole("model", f"model.{name}", t)
+            self._add_tensor("model", f"model.{name}", t)
 
     def add_optimizer(self, optimizer: torch.optim.Optimizer, parts: list[Part], names: list[str]) -> dict[str, Any]:
         """Adds the tensors; returns what is left: for JSON, with the names of what there is."""
@@ -61,7 +62,7 @@ class Snapshot:
 
     def _add_state(self, key: str, t: Tensor, part: Part) -> None:
         if not part.sharded or t.shape != part.mine.shape:
-            self._add_whole("optimizer", key, t)
+            self._add_tensor("optimizer", key, t)
         elif not part.whole.numel():
             self._add_whole("optimizer", key, t.view(part.whole.shape))
         else:
@@ -73,6 +74,15 @@ class Snapshot:
         self._add("random", f"rng.{self.rank}.cpu", torch.get_rng_state())
         if torch.cuda.is_available():
             self._add("random", f"rng.{self.rank}.cuda", torch.cuda.get_rng_state())
+
+    def _add_tensor(self, kind: str, key: str, t: Tensor) -> None:
+        if not is_sharded(t) or not t.numel():
+            self._add_whole(kind, key, local(t))
+            return
+        self._expect(key, t.numel())
+        box, first = box_of(t)
+        if first and local(t).numel():
+            self._add(kind, key, local(t), 0, box.offsets)
 
     def _add_whole(self, kind: str, key: str, t: Tensor) -> None:
         self._expect(key, t.numel())

@@ -29,6 +29,9 @@ class Sums:
         self.weight = 0.0
         self.weighted: bool | None = None  # whether this step's micro-batches came with a weight
 
+    def expect(self, weight: float | None, times: float) -> None:
+        """A pass begins that nobody has asked this engine for; what it leaves is added when the engine hears of it."""
+
     def _weigh(self, weight: float | None, times: float) -> float:
         """What the gradients of a micro-batch that begins are multiplied by."""
         if self.weighted is not None and self.weighted != (weight is not None):

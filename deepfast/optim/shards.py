@@ -23,6 +23,11 @@ def local(t: Any) -> Tensor:
     return shard.wait() if hasattr(shard, "wait") else shard  # gradients may still be on their way
 
 
+def is_unit(module: Any) -> bool:
+    """Whether ``fully_shard`` (FSDP2) has been called with this module."""
+    return hasattr(type(module), "_get_fsdp_state")
+
+
 def is_flat_shard(p: Any) -> bool:
     """Whether ``p`` is a part of what FSDP1 has flattened and cut: a plain tensor, whatever the other ranks hold."""
     return (

@@ -18,7 +18,7 @@ _ZERO = """allgather_bucket_size allgather_partitions allgather_sequential compu
     pipeline_loading_checkpoint prefetch_bucket_size reduce_bucket_size reduce_scatter round_robin_gradients
     save_muon_momentum_buffer_in_memory stage3_allgather_sequential stage3_gather_16bit_weights_on_model_save
     stage3_gather_fp16_weights_on_model_save stage3_max_live_parameters stage3_max_reuse_distance
-    stage3_model_persistence_threshold stage3_module_granularity_threshold stage3_param_persistence_threshold
+    stage3_model_persistence_threshold stage3_module_granularity_threshold
     stage3_prefetch_bucket_size stage3_use_all_reduce_for_fetch_params sub_group_size
     use_all_reduce_for_fetch_params use_multi_rank_bucket_allreduce zero_hpz_partition_size""".split()
 # DeepSpeed keys that tune speed, memory or logging. Accepted, unused.

@@ -164,8 +164,11 @@ class DataTypes(Section):
 class Zero(Lax):
     stage: Annotated[Int, Field(ge=0, le=3)] = Field(
         0,
-        description="1, 2: each rank keeps a part of the optimizer's state and of the gradients' sums; 3 runs as 2 "
-        "(`zero_optimization: true` is stage 1)",
+        description="1, 2: each rank keeps a part of the optimizer's state and of the gradients' sums; 3: of the "
+        "weights, too (`zero_optimization: true` is stage 1)",
+    )
+    stage3_param_persistence_threshold: Int = Field(
+        100_000, ge=0, description="of stage 3: a block of fewer parameters is gathered with what is around it"
     )
 
 
