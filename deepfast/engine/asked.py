@@ -312,10 +312,12 @@ class Asked(Resumable):
 
     save_fp16_model = save_16bit_model
 
-    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor] | None:
-        """The module's weights on rank 0, None on others. All ranks call it."""
+    def consolidated(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor] | None:
+        """As :meth:`module_state_dict`, on rank 0; None on others. All ranks call it."""
         state = self._state_on([0], exclude_frozen_parameters)
         return state if self.rank == 0 else None
+
+    _zero3_consolidated_16bit_state_dict = consolidated
 
     def compile(self, backend: Any = None, compile_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
         """torch.compile of the module, in place."""

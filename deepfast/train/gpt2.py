@@ -141,6 +141,17 @@ def model(config: GPT2Config, folder: Path | None) -> GPT2LMHeadModel:
     return model
 
 
+def with_weights(config: GPT2Config, weights: dict[str, torch.Tensor]) -> GPT2LMHeadModel:
+    """A model of these."""
+    from transformers import GPT2LMHeadModel
+
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(config)
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    return model
+
+
 def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on matrices, none on biases and normalization."""
     params = [p for p in module.parameters() if p.requires_grad]

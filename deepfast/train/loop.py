@@ -112,7 +112,9 @@ def _train(config: Config, run: Run, tag: str | None, rank: int, stop: Stop) -> 
             f"no step was ever applied: all {engine.global_steps} had inf or NaN in their gradients: look at the data, "
             "try bf16, fp32, a smaller loss scale or a lower lr"
         )
+    weights = engine.consolidated() if engine.zero_optimization_partition_weights() else None
     if rank == 0:
+        module = module if weights is None else gpt2.with_weights(module.config, weights)
         module.save_pretrained(run.model)
         _say_goodbye(config, run, module, tokenizer, sequences, engine.device)
     return 0
