@@ -114,6 +114,7 @@ class Engine(Asked):
         smallest = self._config.zero_optimization.stage3_param_persistence_threshold
         parameters = None if parameters is None else list(parameters)
         self._units = units = Units(self.module, self.dtype, self.device, smallest, communicator())
+        self._forward.originals.update(units.originals)
         if isinstance(optimizer, torch.optim.Optimizer):
             units.renew(optimizer)
         return optimizer, None if parameters is None else units.renewed(parameters)

@@ -49,7 +49,7 @@ class Units:
     """A module's units, and how they talk to the other ranks.
 
     Args:
-        module: sharded in place: its parameters become DTensors of fp32, each rank's rows; what has no dimension to be
+        module: sharded in place: its parameters become DTensors of fp32, each rank's rows. What has no dimension to be
             cut along, or is no floating-point number, stays whole. One that the caller has sharded is left as it is.
         dtype: of the weights that forward and backward see.
         smallest: of how many parameters a block is a unit of its own; what is left is the module's.
@@ -58,12 +58,14 @@ class Units:
     Attributes:
         by_caller: the caller has sharded it. torch then forms the mean over the ranks.
         renamed: the new parameters of those that were given.
+        originals: fp32 values of parameters that stay whole, and have become 16 bits wide.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, device: torch.device, smallest: int, comm: Any) -> None:
         self.module, self.comm = module, comm
         self.by_caller = any(map(is_unit, module.modules()))
         self.renamed: dict[Tensor, Tensor] = {}
+        self.originals: dict[Tensor, Tensor] = {}
         self._noticed: set[Tensor] = set()
         self.gather = Gather(comm, dtype if dtype == torch.float16 and device.type == "cpu" else None)
         self.scatter = Scatter(comm, self.gather.narrow)
@@ -99,6 +101,9 @@ class Units:
                 unit.set_reduce_scatter_unused_params(True)
         after = dict(module.named_parameters())
         self.renamed = {p: after[name] for name, p in before.items() if after[name] is not p}
+        for p in whole:
+            if p.is_floating_point() and dtype != torch.float32:
+                self.originals[p], p.data = p.data, reference.round_master(p.data, dtype)
 
     def units(self) -> list[Any]:
         return [m for m in self.module.modules() if is_unit(m)]
