@@ -47,7 +47,7 @@ def check_stages(precision, accumulation, clip):
     )
     compare(kept(b), kept(a), EXACT if exact else CLOSE[precision])
     assert others == losses if exact else others == pytest.approx(losses, rel=CLOSE[precision])
-    assert other == pytest.approx(norm, rel=1e-6 if precision == "fp32" and exact else CLOSE[precision])
+    assert other == pytest.approx(norm, rel=1e-6 if exact else CLOSE[precision])
 
 
 def check_each_rank_has_its_part():

@@ -191,3 +191,26 @@ def test_lazy_views_as_gradients(backend):
     z.grad = torch.full((5,), 1 + 1j, dtype=torch.complex64).conj()
     deepfast.AdamW([z], lr=0.1, weight_decay=0.0).step()
     torch.testing.assert_close(z.detach(), torch.full((5,), 0.9 + 0.1j))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_each_step_rounds_a_16_bit_gradient(accumulation):
+    """Also that of a weight without a dimension, whose product with fp32 is fp32, and after sums of fp32 were stepped."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, x):
+            return (x * self.scale).sum()
+
+    seen = []
+    net = Scaled()
+    config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": accumulation, "bf16": True}
+    e = deepfast.initialize(model=net, optimizer=torch.optim.SGD(net.parameters(), lr=0.0), config=config)[0]
+    net.scale.register_hook(lambda grad: seen.append(grad.dtype))
+    for _ in range(3 * accumulation):
+        e.backward(net(torch.rand(5)))
+        e.step()
+    assert seen == [torch.bfloat16] * 3 * accumulation

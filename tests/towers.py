@@ -138,5 +138,4 @@ def compare(found, expected, relative=0.0):
         a = found[name]
         assert (a.shape, a.dtype) == (b.shape, b.dtype), name
         off, norm = (float(torch.linalg.vector_norm(t.double())) for t in (a.double() - b.double(), b))
-        allowed = relative or (2**-10 if name.startswith("scale.") else 0)  # fp16 or not, it has no dimension to it
-        assert off <= allowed * norm if allowed else torch.equal(a, b), f"{name}: off by {off}, its norm is {norm}"
+        assert off <= relative * norm if relative else torch.equal(a, b), f"{name}: off by {off}, its norm is {norm}"
