@@ -11,7 +11,8 @@ from torch import Tensor
 
 from deepfast import ops
 from deepfast.optim.base import Optimizer
-from deepfast.optim.shards import is_flat_shard, refuse_flat_shards
+from deepfast.optim.reach import Reach
+from deepfast.optim.shards import is_flat_shard, local, refuse_flat_shards
 
 
 class LossScaler:
@@ -163,14 +164,13 @@ class LossScaler:
             )
         if any(is_flat_shard(p) for group in optimizer.param_groups for p in group["params"]):
             refuse_flat_shards("overflow")
-        self._unscaled[_key(optimizer)] = self._unscale(grads)
+        self._unscaled[_key(optimizer)] = Reach.of(optimizer).sum_(self._unscale(grads, _home(optimizer)))
 
-    def _unscale(self, grads: list[Tensor]) -> Tensor:
-        """Divides ``grads`` in place; returns found_inf."""
-        grads = [g._values() if g.is_sparse else g for g in grads]
-        home = grads[0].device if grads else torch.device("cpu")
+    def _unscale(self, grads: list[Tensor], home: torch.device) -> Tensor:
+        """Divides what this rank has of ``grads`` in place; returns whether it overflowed, on ``home``."""
+        grads = [g._values() if g.is_sparse else g for g in map(local, grads)]
         inverse = self._scale_used(home).double().reciprocal().float()
-        found = torch.zeros((), dtype=torch.float32, device=inverse.device)
+        found = torch.zeros((), dtype=torch.float32, device=home)
         by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for g in grads:
             by_kind.setdefault((g.device, g.dtype), []).append(g)
@@ -196,7 +196,7 @@ class LossScaler:
         released = getattr(optimizer, "_in_backward", None)
         if released is not None:
             released.refuse_scaler()
-        if not _grads_of(optimizer):
+        if not _grads_of(optimizer) and not Reach.of(optimizer).groups:
             raise RuntimeError("No inf checks were recorded for this optimizer: none of its parameters has a gradient.")
         if isinstance(optimizer, Optimizer):
             result, found = self._step_inside(optimizer, self._unscaled.get(_key(optimizer)), *args, **kwargs)
@@ -212,7 +212,7 @@ class LossScaler:
 
     def _step_inside(self, optimizer: Optimizer, unscaled: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         """The optimizer unscales, checks and skips in its own pass. Returns what it returned, and found_inf."""
-        home = _grads_of(optimizer)[0].device
+        home = _home(optimizer)
         scale = getattr(optimizer, "grad_scale", None)  # the engine's, or the user's as with GradScaler
         if unscaled is None:
             scale = self._scale_used(home) if scale is None else self._scale_used(home) * scale
@@ -346,6 +346,12 @@ class LossScaler:
 def _key(optimizer: torch.optim.Optimizer) -> int:
     """The same for a deepfast optimizer and for a wrapper that has its class."""
     return id(getattr(optimizer, "_shared", optimizer))
+
+
+def _home(optimizer: torch.optim.Optimizer) -> torch.device:
+    """Where its first gradient is, or without any its first parameter."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return next((p.grad.device for p in params if p.grad is not None), params[0].device)
 
 
 def _grads_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
