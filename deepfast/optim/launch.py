@@ -110,6 +110,8 @@ class Launch:
         self._plan.decide(record, grad_scale, found_inf, max_norm, check)
 
     def step(self, hyper: Tensor, lrs: list[Tensor | None], record: Tensor) -> None:
+        if self.gradients == 0:
+            return  # here for the decision of all ranks
         if self.overlaps:
             self._plan.refresh()
         norms = self._norms(hyper, lrs, record) if self._plan.needs_norms() else None
