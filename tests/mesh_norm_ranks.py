@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from cases import OURS, TYPICAL
 from checks import run_checks
+from conftest import HANGS
 from meshes import Meshes, World, same_bits
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -273,7 +274,7 @@ CHECKS = {
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=40))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=HANGS / 3))
     RANK = dist.get_rank()
     MESHES = Meshes()
     run_checks(CHECKS, Path(sys.argv[1], f"{RANK}.json"), dist.barrier)
