@@ -107,6 +107,7 @@ class LossScaler:
         self._used: Tensor | None = None  # the scale that the last backward used
         self._unscaled: dict[int, Tensor] = {}  # _key(optimizer) -> found_inf, since the last update
         self._stepped: dict[int, Tensor] = {}  # likewise, of optimizers that have stepped
+        self._reached: dict[int, Reach] = {}  # likewise, the ranks that know of it
         if enabled and device is not None:
             self._place(torch.device(device))
 
@@ -164,7 +165,8 @@ class LossScaler:
             )
         if any(is_flat_shard(p) for group in optimizer.param_groups for p in group["params"]):
             refuse_flat_shards("overflow")
-        self._unscaled[_key(optimizer)] = Reach.of(optimizer).sum_(self._unscale(grads, _home(optimizer)))
+        reach = self._reached[_key(optimizer)] = Reach.of(optimizer)
+        self._unscaled[_key(optimizer)] = reach.sum_(self._unscale(grads, _home(optimizer)))
 
     def _unscale(self, grads: list[Tensor], home: torch.device) -> Tensor:
         """Divides what this rank has of ``grads`` in place; returns whether it overflowed, on ``home``."""
@@ -208,6 +210,7 @@ class LossScaler:
         # Only now: after an exception in the optimizer's step, the same step can be tried again.
         self._unscaled.pop(_key(optimizer), None)
         self._stepped[_key(optimizer)] = found
+        self._reached[_key(optimizer)] = getattr(optimizer, "_reach", None) or Reach.of(optimizer)
         return result
 
     def _step_inside(self, optimizer: Optimizer, unscaled: Tensor | None, *args: Any, **kwargs: Any) -> Any:
@@ -246,6 +249,9 @@ class LossScaler:
             if not found:
                 raise RuntimeError("No inf checks were recorded prior to update().")
             state = self._place(found[0].device)
+            wider = Reach.of_all(list(self._reached.values()))
+            if wider.groups:  # optimizers that not all ranks share, and one scale
+                found = [wider.sum_(torch.stack([(f > 0).float().to(state.device) for f in found]).amax())]
             ops.select(ops.forced(), state.device).scaler_update_(
                 state,
                 [f.to(state.device) for f in found],
@@ -260,8 +266,8 @@ class LossScaler:
             )
         if new_scale is None or self._stepped:  # a backward that no step has followed keeps its scale
             self._used = None
-        self._unscaled.clear()
-        self._stepped.clear()
+        for kept in (self._unscaled, self._stepped, self._reached):
+            kept.clear()
 
     def _read(self) -> list[float]:
         return self._values if self._state is None else self._state.tolist()
@@ -340,7 +346,7 @@ class LossScaler:
     def __getstate__(self) -> dict[str, Any]:
         if self._unscaled or self._stepped:
             raise RuntimeError("A LossScaler can only be pickled at the beginning of an iteration or after update().")
-        return {**self.__dict__, "_values": self._read(), "_state": None, "_used": None}
+        return {**self.__dict__, "_values": self._read(), "_state": None, "_used": None, "_reached": {}}
 
 
 def _key(optimizer: torch.optim.Optimizer) -> int:

@@ -66,6 +66,7 @@ class Optimizer(Loadable, Planned):
     _found_inf: Any = Shared(None)  # what the last step decided
     _leaves_gradients: Any = Shared(False)  # grad_scale or not: they are not written
     _distinct: Any = Shared(Distinct())  # what distinct_over was told
+    _reach: Any = Shared(None)  # the ranks over which a plan's figures are added up, once they are asked for
     _compared: Any = Shared(False)  # whether ranks that are taken to hold the same do (reach.py)
     _has_stepped: Any = Shared(False)  # a step has seen what was handed over
     _sent = True  # the last step has written the weights of all ranks that step parts (parts.py)
@@ -104,7 +105,7 @@ class Optimizer(Loadable, Planned):
     def __getstate__(self) -> dict[str, Any]:
         """torch keeps only defaults, state and groups of an optimizer that is copied or pickled."""
         own = {"_measure_norm": self._measure_norm, "_launches": [], "_planned": None, "_parts": None, "_given": {}}
-        return {**super().__getstate__(), **own, "_reach": None, "_distinct": self._distinct}
+        return {**super().__getstate__(), **own, "_distinct": self._distinct}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._shared = {}

@@ -50,7 +50,7 @@ def decide(optimizer: Any, launches: Sequence[Launch]) -> dict[torch.device, Ten
 
 
 def _reach(optimizer: Any) -> Reach | None:
-    """That of a plan, as long as it is kept; None where it is this rank alone.
+    """That of the plan, as long as it is kept; None where it is this rank alone.
 
     Raises:
         RuntimeError: where an engine adds its parts up over groups of its own.

@@ -40,7 +40,7 @@ class Planned(Stateful):
     _launches: list[Launch]
     _parts: Parts | None = None  # set by an engine whose ranks step a part of each parameter
     _planned: tuple[Any, list[Tensor], list[Tensor]] | None  # what the launches were made from
-    _reach: Any  # the ranks over which their figures are added up, once that has been asked
+    _reach: Any  # the ranks over which their figures are added up
     _distinct: Distinct
 
     @torch._disable_dynamo

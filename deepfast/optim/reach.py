@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -87,18 +87,11 @@ class Reach:
 
     def __init__(self, kinds: Collection[Kind], said: Iterable[Any] = ()) -> None:
         """kinds: how the parameters lie. said: all groups that some of them may be distinct over."""
-        candidates: dict[Any, frozenset[int]] = {}
         meshes = dict.fromkeys(shards.mesh for shards, _ in kinds if shards is not None)
         roots = dict.fromkeys(mesh._get_root_mesh() for mesh in meshes if mesh.get_coordinate() is not None)
         with _disable_current_modes():  # a mesh keeps its ranks in a tensor
             found = [group for root in roots for group in groups_over(root, range(root.ndim))]
-            candidates = {group: _ranks(group) for group in (*found, *said)}
-            kept: dict[frozenset[int], Any] = {}
-            for group, ranks in candidates.items():
-                if len(ranks) > 1 and not any(other > ranks for other in candidates.values()):
-                    kept.setdefault(ranks, group)
-            self.groups = tuple(kept.values())
-            self._sets = list(kept)
+            self.groups, self._sets = _widest((*found, *said))
             # Where groups overlap by more than this rank, what both hold is added more than once.
             self._again = math.prod(_most_in(ranks, self._sets[:i]) for i, ranks in enumerate(self._sets))
             self._weights = {kind: self._weigh(*kind) for kind in kinds}
@@ -106,10 +99,23 @@ class Reach:
     @classmethod
     def of(cls, optimizer: Any) -> Reach:
         """That of any optimizer's parameters."""
+        if not dist.is_initialized():
+            return cls(())
         distinct: Distinct = getattr(optimizer, "_distinct", Distinct())
         params = (p for group in optimizer.param_groups for p in group["params"])
+        if not distinct:
+            return cls([(shards, ()) for shards in dict.fromkeys(map(Shards.of, params))])
         kinds = dict.fromkeys((Shards.of(p), distinct.over(i)) for i, p in enumerate(params))
         return cls(kinds, [said.group for said in distinct])
+
+    @classmethod
+    def of_all(cls, reaches: Sequence[Reach]) -> Reach:
+        """Over the ranks of all; over none where each of them has these already."""
+        if len(reaches) > 1:
+            reach = cls((), [group for own in reaches for group in own.groups])
+            if any(set(own._sets) != set(reach._sets) for own in reaches):
+                return reach
+        return cls(())
 
     def sum_(self, t: Tensor) -> Tensor:
         """Adds up what the ranks have, in place, a tensor of any shape."""
@@ -157,6 +163,16 @@ class Reach:
         compared = around if around is not None else self._sets[0] if len(self._sets) == 1 else held
         sign = 0 if distinct else (min(compared) in held) - (max(compared) in held)
         return 1.0 / (max(copies, kept_by) * self._again), sign
+
+
+def _widest(groups: Iterable[Any]) -> tuple[tuple[Any, ...], list[frozenset[int]]]:
+    """Those that no other one holds, and their ranks."""
+    candidates = {group: _ranks(group) for group in groups}
+    kept: dict[frozenset[int], Any] = {}
+    for group, ranks in candidates.items():
+        if len(ranks) > 1 and not any(other > ranks for other in candidates.values()):
+            kept.setdefault(ranks, group)
+    return tuple(kept.values()), list(kept)
 
 
 def _ranks(group: Any) -> frozenset[int]:
