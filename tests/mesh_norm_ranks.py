@@ -19,7 +19,10 @@ from checks import run_checks
 from conftest import HANGS
 from meshes import Meshes, World, same_bits
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.profiler import ProfilerActivity, profile
 
 ALL = ["rows", "hsdp", "fsdp and tp", "plain", "columns", "expert", "beside tp", "tp", "expert alone", "replicas",
@@ -123,29 +126,24 @@ def check_torch_agrees_on_one_mesh():
 
 
 def check_a_rank_without_gradients_takes_part():
-    """An expert that has seen no token, on some ranks or on all; and from the first step on."""
+    """An expert that has seen no token, from the first step on or later."""
     for first in (0, 1):
-        world, a, b = make(["plain parts", "expert", "expert alone"], max_grad_norm=0.5)
+        world, a, b = make(["plain parts", "expert alone"], max_grad_norm=0.5)
         for step in range(4):
             world.give(step)
             if step % 2 == first:
-                for p in world.params if RANK in (1, 3) else ():
-                    p.grad = None
-                # rank 0 and 2: parts 0, 2 of four; ep 0 and 1; the experts alone of rank 0 and 2
-                held = [torch.tensor([p.grad is not None for p in world.params]) for _ in range(4)]
-                dist.all_gather(held, held[0].clone())
-                mine = [torch.tensor(world.mine) for _ in range(4)]
-                dist.all_gather(mine, mine[0].clone())
-                have = {int(i) for h, m in zip(held, mine, strict=True) for x, i in zip(h, m, strict=True) if x}
-                for i, q in enumerate(world.whole):
-                    q.grad = q.grad if i in have else None
+                if RANK in (1, 3):
+                    for p in world.params:
+                        p.grad = None
+                for missing in (1, 3, 4 + 1):  # their parts, and the expert that they share
+                    world.whole[missing].grad = None
             with counted() as sizes:
                 a.step()
             b.step()
             assert sizes == [3]
             assert same_bits(a.grad_norm)
-            if step % 2 != first:
-                torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-6, atol=0)
+            torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-6, atol=0)
+        world.differ(1e-5)
     world, a, _ = make(["plain parts"], max_grad_norm=0.5)
     a.step()
     assert a.grad_norm == 0
@@ -222,6 +220,58 @@ def check_a_mesh_of_its_own_needs_no_word():
     world.differ(1e-5)
 
 
+def check_a_mesh_that_not_all_ranks_are_in():
+    """The others have empty tensors, and take part where a larger mesh does."""
+    few = DeviceMesh("cpu", [0, 2])
+    shapes = [(5, 3), (3, 4)]
+    for step in range(3):
+        values = [torch.randn(shape, generator=torch.Generator().manual_seed(step)) for shape in shapes]
+        if step == 0:
+            whole = [nn.Parameter(value.clone()) for value in values]
+            params = [nn.Parameter(distribute_tensor(value, mesh, (Shard(0),)))
+                      for value, mesh in zip(values, (few, MESHES.flat), strict=True)]  # fmt: skip
+            a, b = (OURS["AdamW"](some, lr=0.01, max_grad_norm=0.5) for some in (params, whole))
+        for p, q, value in zip(params, whole, values, strict=True):
+            q.grad, p.grad = value, distribute_tensor(value, p.device_mesh, (Shard(0),))
+        with counted() as sizes:
+            a.step()
+        b.step()
+        assert sizes == [3]
+        torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-6, atol=0)
+        assert same_bits(a.grad_norm)
+    torch.testing.assert_close(params[1].full_tensor(), whole[1].detach(), rtol=1e-5, atol=1e-6)
+
+
+def check_fully_shard_over_tensor_parallel_layers():
+    """As torch composes them: strided shards, and a layer of plain replicas over "tp"."""
+
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 10), nn.LayerNorm(10), nn.Linear(10, 6))
+
+    model, one = net(), net()
+    parallelize_module(model, MESHES.tp["tp"], {"0": ColwiseParallel(output_layouts=Replicate()),
+                                                "2": RowwiseParallel(input_layouts=Replicate())})  # fmt: skip
+    for layer in (*model, model):
+        fully_shard(layer, mesh=MESHES.tp["dp"])
+    assert {p.device_mesh.ndim for p in model.parameters()} == {1, 2}
+    a, b = (OURS["AdamW"](m.parameters(), lr=0.01, max_grad_norm=0.05) for m in (model, one))
+    for step in range(4):
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        mine = x.chunk(2)[MESHES.tp.get_local_rank("dp")]
+        for m, batch in ((model, mine), (one, x)):
+            m.zero_grad()
+            (m(batch) - batch).square().mean().backward()
+        with counted() as sizes:
+            assert not warned(a.step)
+        b.step()
+        assert sizes == [3]
+        torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-5, atol=0)
+        assert same_bits(a.grad_norm)
+    for p, q in zip(model.parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(p.full_tensor(), q.detach(), rtol=1e-4, atol=1e-5)
+
+
 def check_what_is_said():
     world, a, b = make(["plain part", "plain"], said=False, max_grad_norm=0.5)
     group = MESHES.tp["tp"]
@@ -269,6 +319,8 @@ CHECKS = {
     "no copy of a gradient": check_no_copy_of_a_gradient,
     "what is not said": check_what_is_not_said,
     "a mesh of its own needs no word": check_a_mesh_of_its_own_needs_no_word,
+    "a mesh that not all ranks are in": check_a_mesh_that_not_all_ranks_are_in,
+    "fully_shard over tensor parallel layers": check_fully_shard_over_tensor_parallel_layers,
     "what is said": check_what_is_said,
 }
 

@@ -171,6 +171,27 @@ def check_several_optimizers():
         assert same_bits(state(scaler))
 
 
+def check_one_scale_for_optimizers_that_not_all_ranks_share():
+    """Each is skipped where its own gradients are bad; the scale is one."""
+    for cls in (OURS["AdamW"], torch.optim.AdamW):
+        for unscale in (False, True):
+            world = World(MESHES, ["rows", "expert alone"])
+            dense, experts = cls(world.params[:1], lr=0.01), cls(world.params[1:], lr=0.01)
+            scaler = deepfast.LossScaler(init_scale=64.0)
+            for rank in range(4):
+                world.give(rank, scaler.get_scale())
+                assert poison(world, 1, rank, float("inf"))
+                before = local(world.params[1]).clone()
+                for optimizer in (dense, experts):
+                    if unscale:
+                        scaler.unscale_(optimizer)
+                    scaler.step(optimizer)
+                scaler.update()
+                assert torch.equal(local(world.params[1]), before) == (RANK % 2 == rank % 2)
+                assert scaler.get_scale() == 64.0 / 2 ** (rank + 1)
+                assert same_bits(state(scaler))
+
+
 def check_16_bits():
     """fp16 shards: unscaled within the step, and clipped there."""
     world = World(MESHES, ALL, torch.float16)
@@ -203,6 +224,7 @@ CHECKS = {
     "agreed without being distinct": check_agreed_without_being_distinct,
     "a rank without gradients": check_a_rank_without_gradients,
     "several optimizers": check_several_optimizers,
+    "one scale for optimizers that not all ranks share": check_one_scale_for_optimizers_that_not_all_ranks_share,
     "16 bits": check_16_bits,
 }
 
