@@ -121,7 +121,13 @@ def test_groups_that_no_mesh_has(as_ranks):
         said = halves[rank // 4], across[rank % 4 // 2]
         return None, said, said, rank
 
+    def cut_beside_overlapping(rank):
+        meshes = [dist.DeviceMesh("cpu", list(range(4 * i, 4 * i + 4))) for i in range(2)]
+        across = [dist.new_group(ranks) for ranks in ([0, 1, 4, 5], [2, 3, 6, 7])]
+        return Shards(meshes[rank // 4], (Shard(0),)), (), (across[rank % 4 // 2],), rank
+
     total(as_ranks, 8, overlapping)
+    total(as_ranks, 8, cut_beside_overlapping)
 
     def of_uneven_stages(rank):
         meshes = [dist.DeviceMesh("cpu", ranks) for ranks in ([0, 1, 2], [3])]
