@@ -126,6 +126,14 @@ def test_groups_that_no_mesh_has(as_ranks):
         across = [dist.new_group(ranks) for ranks in ([0, 1, 4, 5], [2, 3, 6, 7])]
         return Shards(meshes[rank // 4], (Shard(0),)), (), (across[rank % 4 // 2],), rank
 
+    def said_more_than_once(rank):
+        """What follows from two of the groups does not count again by the third."""
+        ways = [[[0, 1], [2, 3]], [[0, 2], [1, 3]], [[0, 3], [1, 2]]]
+        made = [[(ranks, dist.new_group(ranks)) for ranks in way] for way in ways]
+        said = tuple(group for way in made for ranks, group in way if rank in ranks)
+        return None, said, (*said, dist.group.WORLD), rank
+
+    total(as_ranks, 4, said_more_than_once)
     total(as_ranks, 8, overlapping)
     total(as_ranks, 8, cut_beside_overlapping)
 
