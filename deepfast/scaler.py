@@ -11,7 +11,8 @@ from torch import Tensor
 
 from deepfast import ops
 from deepfast.optim.base import Optimizer
-from deepfast.optim.shards import is_flat_shard, refuse_flat_shards
+from deepfast.optim.reach import Reach
+from deepfast.optim.shards import is_flat_shard, local, refuse_flat_shards
 
 
 class LossScaler:
@@ -106,6 +107,7 @@ class LossScaler:
         self._used: Tensor | None = None  # the scale that the last backward used
         self._unscaled: dict[int, Tensor] = {}  # _key(optimizer) -> found_inf, since the last update
         self._stepped: dict[int, Tensor] = {}  # likewise, of optimizers that have stepped
+        self._reached: dict[int, Reach] = {}  # likewise, the ranks that know of it
         if enabled and device is not None:
             self._place(torch.device(device))
 
@@ -163,14 +165,14 @@ class LossScaler:
             )
         if any(is_flat_shard(p) for group in optimizer.param_groups for p in group["params"]):
             refuse_flat_shards("overflow")
-        self._unscaled[_key(optimizer)] = self._unscale(grads)
+        reach = self._reached[_key(optimizer)] = Reach.of(optimizer)
+        self._unscaled[_key(optimizer)] = reach.sum_(self._unscale(grads, _home(optimizer)))
 
-    def _unscale(self, grads: list[Tensor]) -> Tensor:
-        """Divides ``grads`` in place; returns found_inf."""
-        grads = [g._values() if g.is_sparse else g for g in grads]
-        home = grads[0].device if grads else torch.device("cpu")
+    def _unscale(self, grads: list[Tensor], home: torch.device) -> Tensor:
+        """Divides what this rank has of ``grads`` in place; returns whether it overflowed, on ``home``."""
+        grads = [g._values() if g.is_sparse else g for g in map(local, grads)]
         inverse = self._scale_used(home).double().reciprocal().float()
-        found = torch.zeros((), dtype=torch.float32, device=inverse.device)
+        found = torch.zeros((), dtype=torch.float32, device=home)
         by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for g in grads:
             by_kind.setdefault((g.device, g.dtype), []).append(g)
@@ -196,7 +198,7 @@ class LossScaler:
         released = getattr(optimizer, "_in_backward", None)
         if released is not None:
             released.refuse_scaler()
-        if not _grads_of(optimizer):
+        if not _grads_of(optimizer) and not Reach.of(optimizer).groups:
             raise RuntimeError("No inf checks were recorded for this optimizer: none of its parameters has a gradient.")
         if isinstance(optimizer, Optimizer):
             result, found = self._step_inside(optimizer, self._unscaled.get(_key(optimizer)), *args, **kwargs)
@@ -208,11 +210,12 @@ class LossScaler:
         # Only now: after an exception in the optimizer's step, the same step can be tried again.
         self._unscaled.pop(_key(optimizer), None)
         self._stepped[_key(optimizer)] = found
+        self._reached[_key(optimizer)] = getattr(optimizer, "_reach", None) or Reach.of(optimizer)
         return result
 
     def _step_inside(self, optimizer: Optimizer, unscaled: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         """The optimizer unscales, checks and skips in its own pass. Returns what it returned, and found_inf."""
-        home = _grads_of(optimizer)[0].device
+        home = _home(optimizer)
         scale = getattr(optimizer, "grad_scale", None)  # the engine's, or the user's as with GradScaler
         if unscaled is None:
             scale = self._scale_used(home) if scale is None else self._scale_used(home) * scale
@@ -246,6 +249,9 @@ class LossScaler:
             if not found:
                 raise RuntimeError("No inf checks were recorded prior to update().")
             state = self._place(found[0].device)
+            wider = Reach.of_all(list(self._reached.values()))
+            if wider.groups:  # optimizers that not all ranks share, and one scale
+                found = [wider.sum_(torch.stack([(f > 0).float().to(state.device) for f in found]).amax())]
             ops.select(ops.forced(), state.device).scaler_update_(
                 state,
                 [f.to(state.device) for f in found],
@@ -260,8 +266,8 @@ class LossScaler:
             )
         if new_scale is None or self._stepped:  # a backward that no step has followed keeps its scale
             self._used = None
-        self._unscaled.clear()
-        self._stepped.clear()
+        for kept in (self._unscaled, self._stepped, self._reached):
+            kept.clear()
 
     def _read(self) -> list[float]:
         return self._values if self._state is None else self._state.tolist()
@@ -340,12 +346,18 @@ class LossScaler:
     def __getstate__(self) -> dict[str, Any]:
         if self._unscaled or self._stepped:
             raise RuntimeError("A LossScaler can only be pickled at the beginning of an iteration or after update().")
-        return {**self.__dict__, "_values": self._read(), "_state": None, "_used": None}
+        return {**self.__dict__, "_values": self._read(), "_state": None, "_used": None, "_reached": {}}
 
 
 def _key(optimizer: torch.optim.Optimizer) -> int:
     """The same for a deepfast optimizer and for a wrapper that has its class."""
     return id(getattr(optimizer, "_shared", optimizer))
+
+
+def _home(optimizer: torch.optim.Optimizer) -> torch.device:
+    """Where its first gradient is, or without any its first parameter."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return next((p.grad.device for p in params if p.grad is not None), params[0].device)
 
 
 def _grads_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from deepfast.optim.decide import decide
 from deepfast.optim.loading import Loadable
 from deepfast.optim.options import ALIVE, asked_for
 from deepfast.optim.plan import Planned
+from deepfast.optim.reach import Distinct, say_distinct
 from deepfast.optim.shards import is_flat_shard
 from deepfast.optim.state import HALF
 from deepfast.optim.watched import States
@@ -64,6 +65,9 @@ class Optimizer(Loadable, Planned):
     _statistics: Any = Shared(None)  # of this step's gradients, all of them, where the engine knows them already
     _found_inf: Any = Shared(None)  # what the last step decided
     _leaves_gradients: Any = Shared(False)  # grad_scale or not: they are not written
+    _distinct: Any = Shared(Distinct())  # what distinct_over was told
+    _reach: Any = Shared(None)  # the ranks over which a plan's figures are added up, once they are asked for
+    _compared: Any = Shared(False)  # whether ranks that are taken to hold the same do (reach.py)
     _has_stepped: Any = Shared(False)  # a step has seen what was handed over
     _sent = True  # the last step has written the weights of all ranks that step parts (parts.py)
     _in_backward: Any = None  # whoever steps the parameters one by one (in_backward.py)
@@ -101,13 +105,32 @@ class Optimizer(Loadable, Planned):
     def __getstate__(self) -> dict[str, Any]:
         """torch keeps only defaults, state and groups of an optimizer that is copied or pickled."""
         own = {"_measure_norm": self._measure_norm, "_launches": [], "_planned": None, "_parts": None, "_given": {}}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), **own, "_distinct": self._distinct}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
         self._shared = {}
+        super().__setstate__(state)
+        self._distinct = self.__dict__.pop("_distinct", Distinct())
         self.state = States(self.state)
         ALIVE.add(self)
+
+    def distinct_over(self, group: Any, params: Iterable[Tensor] | None = None) -> None:
+        """Says that the ranks of ``group`` hold different parameters here, which no DTensor tells of.
+
+        That is so for experts of one's own, stages of a pipeline, plain tensors that are parts of one. From then on
+        gradient norms and overflows are those of all of them. Every rank of the group says it, and takes part in each
+        step that asks for a norm or looks for overflows, also one that has no gradient. It stands in no state_dict;
+        copies of the optimizer keep it, pickled ones do not.
+
+        Args:
+            group: a ``ProcessGroup`` that this rank is in, or a ``DeviceMesh`` of one dimension.
+            params: those parameters; None: all, also those that are added later. None of them, ``()``: the ranks only
+                agree about overflows.
+
+        Raises:
+            ValueError: for another group, and for parameters that are not this optimizer's.
+        """
+        say_distinct(self, group, params)
 
     @contextlib.contextmanager
     def _scaled(

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from deepfast import graphs, reference
 from deepfast.optim.launch import Launch
+from deepfast.optim.reach import Reach
 from deepfast.optim.shards import is_sharded, refuse_flat_shards
 
 
@@ -28,10 +29,14 @@ def decide(optimizer: Any, launches: Sequence[Launch]) -> dict[torch.device, Ten
         refuse_flat_shards("overflow" if check else "norm")
     record = torch.empty(3, dtype=torch.float32, device=home)
     question = _on(grad_scale, home), _on(found_inf, home), max_norm or 0.0, check
-    if asked and optimizer._statistics is None and len(launches) == 1 and launches[0].shards is None:
+    reach = _reach(optimizer) if asked else None
+    alone = len(launches) == 1 and launches[0].gradients > 0 and not reach
+    if asked and alone and optimizer._statistics is None:
         launches[0].decide(record, *question)
     else:
-        if asked and optimizer._statistics is not None:
+        if reach:
+            statistics = reach.statistics(optimizer, launches, home)
+        elif asked and optimizer._statistics is not None:
             statistics = optimizer._statistics.to(home)
         elif asked:
             parts = [launch.statistics().to(home) for launch in launches]
@@ -42,6 +47,23 @@ def decide(optimizer: Any, launches: Sequence[Launch]) -> dict[torch.device, Ten
         optimizer.grad_norm = record[2]
     optimizer._found_inf = record[1]
     return {launch.device: record.to(launch.device) for launch in launches}
+
+
+def _reach(optimizer: Any) -> Reach | None:
+    """That of the plan, as long as it is kept; None where it is this rank alone.
+
+    Raises:
+        RuntimeError: where an engine adds its parts up over groups of its own.
+    """
+    if optimizer._reach is None:
+        optimizer._reach = Reach.of(optimizer)
+    if not optimizer._reach.groups:
+        return None
+    if optimizer._parts is not None:
+        raise RuntimeError(
+            "deepfast: an engine that shards its optimizer knows no distinct_over(): choose zero_optimization stage 0"
+        )
+    return optimizer._reach
 
 
 _RECORDS: dict[tuple[torch.device, int], Tensor] = {}

@@ -28,6 +28,7 @@ class Launch:
     moments: tuple[str, ...]
     counts_steps: bool
     shards: Shards | None
+    distinct: tuple[Any, ...] = ()  # groups whose ranks hold different parameters here
     parts: Parts | None = None  # whoever has cut the parameters, of which these are this rank's parts
     params: list[Tensor] = dataclasses.field(default_factory=list)
     groups: list[int] = dataclasses.field(default_factory=list)
@@ -97,9 +98,10 @@ class Launch:
         return found
 
     def statistics(self) -> Tensor:
-        """fp64 [2]: sum of squares and number of non-finite elements, over all ranks."""
-        found = self._plan.statistics()
-        return found if self.shards is None else self.shards.sum_(found)
+        """fp64 [2]: sum of squares and number of non-finite elements, of this rank's gradients."""
+        if self.gradients == 0:
+            return torch.zeros(2, dtype=torch.float64, device=self.device)
+        return self._plan.statistics()
 
     def decide(
         self, record: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None, max_norm: float, check: bool
@@ -108,6 +110,8 @@ class Launch:
         self._plan.decide(record, grad_scale, found_inf, max_norm, check)
 
     def step(self, hyper: Tensor, lrs: list[Tensor | None], record: Tensor) -> None:
+        if self.gradients == 0:
+            return  # here for the decision of all ranks
         if self.overlaps:
             self._plan.refresh()
         norms = self._norms(hyper, lrs, record) if self._plan.needs_norms() else None

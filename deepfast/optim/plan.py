@@ -14,6 +14,7 @@ from deepfast import ops, reference
 from deepfast.optim import memory
 from deepfast.optim.launch import Launch, seed_of
 from deepfast.optim.parts import Parts
+from deepfast.optim.reach import Distinct, Kind
 from deepfast.optim.shards import Shards, local
 from deepfast.optim.state import Stateful, is_wrapper
 from deepfast.optim.watched import look, unwatched
@@ -39,6 +40,8 @@ class Planned(Stateful):
     _launches: list[Launch]
     _parts: Parts | None = None  # set by an engine whose ranks step a part of each parameter
     _planned: tuple[Any, list[Tensor], list[Tensor]] | None  # what the launches were made from
+    _reach: Any  # the ranks over which their figures are added up
+    _distinct: Distinct
 
     @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -74,16 +77,16 @@ class Planned(Stateful):
                 loose = unwatched(self.state, params)
                 self._planned = self._seen(loose), params, loose
         # A rank without gradients of its own still takes part in the sums over the ranks.
-        return [launch for launch in self._launches if launch.gradients or launch.shards]
+        return [launch for launch in self._launches if launch.gradients or launch.shards or self._distinct]
 
     def _seen(self, loose: list[Tensor]) -> Any:
         """All that a plan depends on, but for the parameters. loose: those with state that nobody watches."""
         groups = [(self._rule(group), self._moments(group), len(group["params"])) for group in self.param_groups]
         options = [self.defaults.get(name) for name in ("master", "state_dtype", "rounding", "seed", "backend")]
-        return groups, options, id(self.state), look(self.state, loose)
+        return groups, options, self._distinct, id(self.state), look(self.state, loose)
 
     def _forget_plan(self) -> None:
-        self._launches, self._planned = [], None
+        self._launches, self._planned, self._reach = [], None, None
 
     def _found_gradients(self) -> bool:
         """False: some launch's plan is stale. All are asked: another rank may be waiting for this one."""
@@ -114,7 +117,8 @@ class Planned(Stateful):
         fresh, backend, by_chance = [], self.backend, self._by_chance()
         for p, number, group, row in members:
             layer = layers.get(id(local(p)))
-            launch = self._launch_of(launches, p, p.grad, self._rule(group), backend, Shards.of(p), group, layer)
+            place = Shards.of(p), self._distinct.over(number)
+            launch = self._launch_of(launches, p, p.grad, self._rule(group), backend, place, group, layer)
             if not self._has_state(p, group):
                 if p.grad is None:
                     launch.waiting.append(p)
@@ -136,7 +140,7 @@ class Planned(Stateful):
         grad: Tensor | None,
         rule: str,
         backend_name: str,
-        shards: Shards | None,
+        place: Kind,
         group: dict[str, Any],
         layer: int | None,
     ) -> Launch:
@@ -164,13 +168,13 @@ class Planned(Stateful):
             id(backend),
             p.device,
             rule,
-            shards,
+            place,
             layer,
             sinks,
         )  # what lies in one place is stepped one after the other
         if key not in launches:
             moments, counts = self._moments(group), self._counts_steps(group)
-            launches[key] = Launch(backend, p.device, rule, moments, counts, shards, parts)
+            launches[key] = Launch(backend, p.device, rule, moments, counts, *place, parts)
             launches[key].overlaps = layer is not None
             launches[key].rounds_weights = self.rounding == "stochastic"
         launches[key].passing |= backend is reference and ops.select(usual, p.device, p.dtype) is not reference

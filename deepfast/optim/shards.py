@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -97,10 +99,28 @@ class Shards(NamedTuple):
 
     def sum_(self, t: Tensor) -> Tensor:
         """Adds up a local figure over the ranks that hold different shards; replicas count once."""
-        for dimension, placement in enumerate(self.placements):
-            if not placement.is_replicate() and self.mesh.size(dimension) > 1:
-                dist.all_reduce(t, group=self.mesh.get_group(dimension))
+        cut = (dimension for dimension, placement in enumerate(self.placements) if not placement.is_replicate())
+        for group in groups_over(self.mesh, cut):
+            dist.all_reduce(t, group=group)
         return t
+
+
+def groups_over(mesh: Any, dimensions: Iterable[int]) -> list[Any]:
+    """Groups to sum over one after the other, to have summed over these dimensions: one, where there is one of all.
+
+    Making one would need all ranks of the world, which need not be here.
+    """
+    wide = [d for d in dimensions if mesh.size(d) > 1]
+    if len(wide) > 1:
+        size = math.prod(map(mesh.size, wide))
+        if size == dist.get_world_size():
+            return [dist.group.WORLD]
+        at = mesh.get_coordinate()
+        ranks = mesh.mesh[tuple(slice(None) if d in wide else at[d] for d in range(mesh.ndim))].flatten().sort().values
+        for flat in mesh._get_root_mesh()._flatten_mapping.values():
+            if flat.size() == size and flat.mesh.flatten().sort().values.equal(ranks):
+                return [flat.get_group()]
+    return [mesh.get_group(d) for d in wide]
 
 
 def copy_into(kept: Tensor, value: Any) -> None:
