@@ -98,7 +98,8 @@ class Launch:
 
     def statistics(self) -> Tensor:
         """fp64 [2]: sum of squares and number of non-finite elements, over all ranks."""
-        found = self._plan.statistics()
+        # (A plan of nothing does not know on which of the devices it is.)
+        found = self._plan.statistics() if self.params else torch.zeros(2, dtype=torch.float64, device=self.device)
         return found if self.shards is None else self.shards.sum_(found)
 
     def decide(
@@ -108,6 +109,8 @@ class Launch:
         self._plan.decide(record, grad_scale, found_inf, max_norm, check)
 
     def step(self, hyper: Tensor, lrs: list[Tensor | None], record: Tensor) -> None:
+        if not self.params:  # all of them wait for their first gradient
+            return
         if self.overlaps:
             self._plan.refresh()
         norms = self._norms(hyper, lrs, record) if self._plan.needs_norms() else None
