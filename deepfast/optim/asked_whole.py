@@ -1,4 +1,4 @@
-"""What torch.distributed.checkpoint wants of an optimizer: the state of all its parameters, at any time.
+"""torch.distributed.checkpoint wants the state of all of an optimizer's parameters, at any time.
 
 What it loads into is the state that is there already, and its keys have to be those of what was saved, on all ranks.
 An optimizer that has none is made to step, with gradients of zero and a learning rate of zero. That step counts, though:

@@ -78,7 +78,7 @@ class Shards(NamedTuple):
 
         meta = TensorMeta(like.shape, like.stride(), shard.dtype)
         spec = DTensorSpec(self.mesh, self.placements, tensor_meta=meta)
-        return DTensor(shard, spec, requires_grad=False)  # type: ignore[call-arg]
+        return DTensor(shard, spec, requires_grad=False)
 
     def first(self, p: Any) -> int:
         """Where in the whole tensor the first element of this rank's shard is, row after row."""
