@@ -97,10 +97,10 @@ POISONED = 2  # the step in which one gradient of one rank is infinite, under a 
 def tolerance(bits: int) -> float:
     """How far apart weights may come where gradients are added up in numbers of ``bits`` bits.
 
-    Three additions, each off by half a unit: 3 * 2^-bits of the ranks' gradients, which are clipped to CLIP. AdamW's
-    step moves with its gradient by at most 2 / EPS of that (once through the first moment, once through the root of the
-    second), so in STEPS steps by STEPS * LR * 2 / EPS; as much again for what the weights then do to the gradients (LR /
-    EPS is 0.1). And each step rounds a weight below 1 to fp32.
+    Three additions, each off by half a unit: 3 * 2^-bits of the ranks' gradients, clipped to CLIP. AdamW's step moves
+    with its gradient by at most 2 / EPS of that (once through the first moment, once through the root of the second),
+    so in STEPS steps by STEPS * LR * 2 / EPS; as much again for what the weights then do to the gradients (LR / EPS is
+    0.1). And each step rounds a weight below 1 to fp32.
 
     Numbers of 8 or 11 bits that are added up in fp32 (24) lose none, unless they lie further apart than 2^10: there
     nothing differs at all.
