@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deepfast import graphs
-from deepfast.optim import lost
+from deepfast.optim import asked_whole, lost
 from deepfast.optim.decide import decide
 from deepfast.optim.loading import Loadable
 from deepfast.optim.options import ALIVE, asked_for
@@ -190,6 +190,9 @@ class Optimizer(Loadable, Planned):
             RuntimeError: for sparse gradients, and for a backend that was asked for and is not to be had.
         """
         self._has_stepped = True
+        if not self.state and asked_whole.asks():
+            self.init_state()
+            return None
         if self._in_backward is not None:
             return self._in_backward.end(closure)
         loss = None

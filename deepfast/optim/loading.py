@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deepfast import reference
+from deepfast.optim import asked_whole
 from deepfast.optim.hyper import check_flags
 from deepfast.optim.shards import Shards, copy_into, local
 from deepfast.optim.state import Stateful, fill_grouped, is_grouped, stands_alone, value_of, wrapped
@@ -25,6 +26,8 @@ class Loadable(Stateful):
                 beside its parameter: load that first. Else what is split or in 8 bits is a new fp32 tensor. (In 8 bits,
                 that of a DTensor, or of a parameter that does not lie row after row, always is.)
         """
+        if asked_whole.asks():
+            self.init_state()
         params = dict(enumerate(self._params()))
 
         def unwatch(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

@@ -75,12 +75,17 @@ class Shards(NamedTuple):
         return local(grad if self.fit(grad) else placed.redistribute(self.mesh, self.placements))
 
     def wrap(self, shard: Tensor, like: Tensor) -> Tensor:
-        """A DTensor of ``like``'s global shape around this rank's ``shard``."""
-        from torch.distributed.tensor import DTensor
+        """A DTensor of ``like``'s global shape around this rank's ``shard``, wherever that lies.
 
-        return DTensor.from_local(
-            shard, self.mesh, self.placements, run_check=False, shape=like.shape, stride=like.stride()
-        )
+        Not by ``from_local``, which would move it to the mesh's device: away from parameters that fully_shard has
+        offloaded to the CPU.
+        """
+        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+        meta = TensorMeta(like.shape, like.stride(), shard.dtype)
+        spec = DTensorSpec(self.mesh, self.placements, tensor_meta=meta)
+        return DTensor(shard, spec, requires_grad=False)
 
     def first(self, p: Any) -> int:
         """Where in the whole tensor the first element of this rank's shard is, row after row."""
