@@ -193,24 +193,15 @@ def test_lazy_views_as_gradients(backend):
     torch.testing.assert_close(z.detach(), torch.full((5,), 0.9 + 0.1j))
 
 
+@pytest.mark.parametrize("foreign", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_each_step_rounds_a_16_bit_gradient(accumulation):
-    """Also that of a weight without a dimension, whose product with fp32 is fp32, and after sums of fp32 were stepped."""
-
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.tensor(1.0))
-
-        def forward(self, x):
-            return (x * self.scale).sum()
-
-    seen = []
-    net = Scaled()
+def test_the_next_step_rounds_16_bit_gradients_too(accumulation, foreign):
+    """What is stepped are sums of fp32; what backward computes next is of the weight's type again."""
+    net = nn.Linear(3, 2)
+    optimizer = (torch.optim.RMSprop if foreign else deepfast.SGD)(net.parameters(), lr=0.1)
     config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": accumulation, "bf16": True}
-    e = deepfast.initialize(model=net, optimizer=torch.optim.SGD(net.parameters(), lr=0.0), config=config)[0]
-    net.scale.register_hook(lambda grad: seen.append(grad.dtype))
-    for _ in range(3 * accumulation):
-        e.backward(net(torch.rand(5)))
+    e = deepfast.initialize(model=net, optimizer=optimizer, config=config)[0]
+    for _ in range(2 * accumulation):
+        e.backward(e(torch.rand(5, 3)).sum())
         e.step()
-    assert seen == [torch.bfloat16] * 3 * accumulation
+    assert {p.grad_dtype for p in net.parameters()} == {torch.bfloat16}
