@@ -240,40 +240,52 @@ class Building(Watch):
 
     now: Building | None = None  # the one that is open
 
-    @staticmethod
-    def real(t: Tensor, whole: Tensor) -> Tensor:
-        """What ``t`` is a view of, in memory."""
-        alike = torch.empty(0, dtype=t.dtype, device=whole.device)
-        return alike.set_(whole.untyped_storage(), t.storage_offset(), t.shape, t.stride())
-
     def held(self, func: Any, name: str, held: list[Tensor], args: Any, kwargs: Any) -> Any:
         if name in ("set_", "resize_"):
             raise RuntimeError(f"zero.Init: {name} on a weight of shape {tuple(held[0].shape)}, which lies in parts")
-        pieces: list[Any] = [piece_of(t) for t in held]
-        wholes: dict[Piece, Tensor] = {}
-        for t, piece in zip(held, pieces, strict=True):
-            if piece not in wholes:
-                filled = name in FILLS and t is args[0] and piece.is_all(t) and pieces.count(piece) == 1
-                wholes[piece] = piece.empty() if filled or name in UNREAD else piece.gather()
-        made: dict[int, tuple[Tensor, Tensor]] = {}
+        first = args[0] if args else None
+        unread = name in UNREAD or (name in FILLS and len(held) == 1 and held[0] is first and _is_all(first))
+        return on_memory(func, held, args, kwargs, written(func, args, kwargs), unread)
 
-        def real(t: Tensor) -> Tensor:
-            piece = piece_of(t)
-            if piece is None:
-                return t
-            there = self.real(t, wholes[piece])
-            made[id(there)] = (there, t)
-            return there
 
-        result = func(*tree_map_only(Tensor, real, args), **tree_map_only(Tensor, real, kwargs))
-        changed = {piece: None for t in written(func, args, kwargs) if (piece := piece_of(t)) is not None}
-        for piece in changed:
+def _is_all(t: Tensor) -> bool:
+    piece = piece_of(t)
+    return piece is not None and piece.is_all(t)
+
+
+def on_memory(
+    func: Any, held: list[Tensor], args: Any, kwargs: Any, changed: list[Tensor], unread: bool = False
+) -> Any:
+    """``func`` with the whole weights in the place of ``held``, those of them that lie in parts; all ranks call it.
+
+    Args:
+        changed: what func writes to: rank 0's result is cut.
+        unread: the values are not needed.
+    """
+    wholes: dict[Any, Tensor] = {}
+    for piece in map(piece_of, held):
+        if piece is not None and piece not in wholes:
+            wholes[piece] = piece.empty() if unread else piece.gather()
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def real(t: Tensor) -> Tensor:
+        piece = piece_of(t)
+        if piece is None:
+            return t
+        alike = torch.empty(0, dtype=t.dtype, device=wholes[piece].device)
+        there = alike.set_(wholes[piece].untyped_storage(), t.storage_offset(), t.shape, t.stride())
+        made[id(there)] = (there, t)
+        return there
+
+    result = func(*tree_map_only(Tensor, real, args), **tree_map_only(Tensor, real, kwargs))
+    for piece in dict.fromkeys(map(piece_of, changed)):
+        if piece is not None:
             piece.set(wholes[piece], 0)
-        return tree_map_only(Tensor, lambda t: made.get(id(t), (t, t))[1], result)
+    return tree_map_only(Tensor, lambda t: made.get(id(t), (t, t))[1], result)
 
 
-# They reach memory without an operation
-_PAST = ("__reduce_ex__", "numpy", "tolist", "__array__", "__dlpack__")
+# They reach memory without an operation, or make tensors where they believe that the weight is
+_PAST = ("__setitem__", "__reduce_ex__", "numpy", "tolist", "__array__", "__dlpack__")
 _PLACE = (Tensor.device, Tensor.is_meta, Tensor.is_cpu, Tensor.is_cuda)
 
 
@@ -292,10 +304,13 @@ class Held(Tensor):
         # Constructors put other tensors where their weights are; fully_shard is to see what they really are
         if piece is not None and any(about is place for place in _PLACE) and (building or about is Tensor.is_meta):
             return func(piece.padded)
-        if piece is not None and name in _PAST:
+        if about is Tensor.data and name == "__set__" and not args[1].is_meta:
+            return let_go(args[0], args[1])  # another tensor in its place, whole
+        if piece is not None and (name in _PAST or (name == "__getitem__" and _gathers(args[1]))):
             if not building:
                 raise refusal(name, args[0])
-            return func(Building.real(args[0], piece.gather()), *args[1:], **kwargs)
+            held = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            return on_memory(func, held, args, kwargs, args[:1] if name == "__setitem__" else [])
         if building:
             result = func(*args, **kwargs)
         else:
@@ -317,6 +332,14 @@ class Held(Tensor):
         vars(known).update({k: v for k, v in copy.deepcopy(vars(self), memo).items() if k != "ds_id"})
         mark(known)
         return known
+
+
+def _gathers(index: Any) -> bool:
+    """Whether it takes elements by their numbers, into a tensor of its own."""
+    return any(
+        not isinstance(i, (int, slice, type(None), type(...)))
+        for i in (index if isinstance(index, tuple) else (index,))
+    )
 
 
 def _covered(t: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from deepfast import reference
 from deepfast.comm.by_torch import gather_tensor, scatter_tensor
+from deepfast.engine import born
 from deepfast.errors import ConfigError
 from deepfast.optim.shards import Shards, is_sharded, is_unit
 
@@ -86,7 +87,9 @@ class Units:
         mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
         for unit in (*blocks(module, smallest), module):
             for p in unit.parameters():
-                if not is_sharded(p):
+                if born.is_born(p):  # cut already
+                    p.data = p.data.to(torch.float32)
+                elif not is_sharded(p):
                     p.data = p.data.to(device, torch.float32 if p.is_floating_point() else None).contiguous()
                     dist.broadcast(p.data, 0)
             fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=whole & set(unit.parameters()))
@@ -99,6 +102,7 @@ class Units:
                 unit.set_reduce_scatter_unused_params(True)
         after = dict(module.named_parameters())
         self.renamed = {p: after[name] for name, p in before.items() if after[name] is not p}
+        born.settle(module, self.renamed, device)
 
     def units(self) -> list[Any]:
         return [m for m in self.module.modules() if is_unit(m)]
