@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deepfast.engine.pieces import Building, Piece, hold, let_go, mark, piece_of
+from deepfast.engine.pieces import Building, Piece, hold, let_go, mark, piece_of, unmark
 from deepfast.optim.shards import Shards
 
 __all__ = ["Births", "any_in", "cut", "is_born", "make_whole", "mark", "settle", "shard_of"]
@@ -173,5 +173,4 @@ def make_whole(module: nn.Module, device: torch.device) -> None:
         piece = piece_of(p)
         if piece is not None:
             let_go(p, piece.gather().to(device).clone())
-            for name in ("ds_id", "ds_shape", "ds_numel", "ds_status"):
-                vars(p).pop(name, None)
+            unmark(p)

@@ -40,6 +40,11 @@ def mark(p: Tensor, status: ZeroParamStatus = ZeroParamStatus.NOT_AVAILABLE) -> 
     known.ds_status = status
 
 
+def unmark(p: Tensor) -> None:
+    for name in ("ds_id", "ds_shape", "ds_numel", "ds_status"):
+        vars(p).pop(name, None)
+
+
 def _as_bytes(t: Tensor) -> Tensor:
     return t.reshape(-1).view(torch.uint8)
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from deepfast.engine.born import opened
-from deepfast.engine.pieces import Piece, ZeroParamStatus, hold, let_go, mark, piece_of
+from deepfast.engine.pieces import Piece, ZeroParamStatus, hold, let_go, mark, piece_of, unmark
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -167,6 +167,9 @@ class Whole:
             source: the rank whose values are taken; None: what all ranks have made of them in the same way.
             keep: False: nothing is taken.
 
+        Raises:
+            RuntimeError: where a graph needs a parameter as it is; it stays whole.
+
         Returns:
             False if there were changes that are dropped: without a source, ranks have made different ones.
         """
@@ -178,13 +181,24 @@ class Whole:
                 for item in self._items:
                     item.write(source)
         finally:
-            for item in self._items:
-                if not isinstance(item, _Ordinary):
-                    del opened[item.p]
-                    item.close()
-                    mark(item.p)
+            failures = [error for item in self._items if (error := self._cut(item)) is not None]
             self._items = []
+        if failures:
+            raise failures[0]
         return agreed
+
+    @staticmethod
+    def _cut(item: _Part | _Piece | _Ordinary) -> RuntimeError | None:
+        if isinstance(item, _Ordinary):
+            return None
+        del opened[item.p]
+        try:
+            item.close()
+        except RuntimeError as error:  # it stays whole
+            unmark(item.p)
+            return error
+        mark(item.p)
+        return None
 
     def _changed(self) -> tuple[bool, bool]:
         """Whether there is something to be taken, and whether all have made the same changes, if any."""
