@@ -145,19 +145,15 @@ class Whole:
     @torch.no_grad()
     def open(self) -> None:
         for p in self._params:
-            if p in opened:
-                self._items.append(_Ordinary(p))
-            elif piece_of(p) is not None:
-                self._items.append(_Piece(p))
-                opened[p] = self._items[-1]
+            if piece_of(p) is not None:
+                opened[p] = _Piece(p)
             elif type(p) is DTensor:
                 opened[p] = _Part(p)
-                self._items.append(opened[p])
-                mark(p, ZeroParamStatus.AVAILABLE)
-            else:
+            else:  # within another context, too
                 self._items.append(_Ordinary(p))
-            if p in opened:
-                mark(p, ZeroParamStatus.AVAILABLE)
+                continue
+            self._items.append(opened[p])
+            mark(p, ZeroParamStatus.AVAILABLE)
 
     @torch.no_grad()
     def close(self, source: int | None, keep: bool) -> bool:
