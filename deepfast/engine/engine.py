@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deepfast.engine import schedule
+from deepfast.engine import born, schedule
 from deepfast.engine.asked import Asked
 from deepfast.engine.boxes import run_of
 from deepfast.engine.config import Config
@@ -64,6 +64,8 @@ class Engine(Asked):
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         in_parts = self._in_parts(module)
+        if not in_parts and born.any_in(module):
+            born.make_whole(module, device)
         self._forward = Precision.of(config, module, device, in_parts)
         self.dtype = self._forward.dtype
         if self.world_size > 1:

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from deepfast import reference
 from deepfast.comm.by_torch import gather_tensor, scatter_tensor
+from deepfast.engine import born
 from deepfast.errors import ConfigError
 from deepfast.optim.shards import Shards, is_sharded, is_unit
 
@@ -88,7 +89,9 @@ class Units:
         mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
         for unit in (*blocks(module, smallest), module):
             for p in unit.parameters():
-                if not is_sharded(p):
+                if born.is_born(p):  # cut already
+                    p.data = p.data.to(torch.float32)
+                elif not is_sharded(p):
                     p.data = p.data.to(device, torch.float32 if p.is_floating_point() else None).contiguous()
                     dist.broadcast(p.data, 0)
             fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=whole & set(unit.parameters()))
@@ -104,6 +107,7 @@ class Units:
         for p in whole:
             if p.is_floating_point() and dtype != torch.float32:
                 self.originals[p], p.data = p.data, reference.round_master(p.data, dtype)
+        born.settle(module, self.renamed, device)
 
     def units(self) -> list[Any]:
         return [m for m in self.module.modules() if is_unit(m)]
