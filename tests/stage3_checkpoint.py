@@ -1,6 +1,6 @@
 """Run by test_stage3.py: what ranks save at one stage others read at another, on any number of ranks, and go on.
 
-    torchrun ... stage3_checkpoint.py PLACE save|load|load_exactly STAGE
+torchrun ... stage3_checkpoint.py PLACE save|load|load_exactly STAGE
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from towers import RANK, SIZE, compare, engine, kept, step_of
 import deepfast
 
 ACCUMULATION = 12 // SIZE
-OPTIMIZERS = {"AdamW": {"amsgrad": True}, "LAMB": {}, "SGD": {"momentum": 0.9, "lr": 0.1}, "Adam": {"state_dtype": "int8"}}
+OPTIMIZERS = {
+    "AdamW": {"amsgrad": True},
+    "LAMB": {},
+    "SGD": {"momentum": 0.9, "lr": 0.1},
+    "Adam": {"state_dtype": "int8"},
+}
 
 
 def engine_of(name, stage, precision):
-    return engine(
-        stage, precision, ACCUMULATION, optimizer=name, config={"gradient_clipping": 0.5}, **OPTIMIZERS[name]
-    )
+    return engine(stage, precision, ACCUMULATION, optimizer=name, config={"gradient_clipping": 0.5}, **OPTIMIZERS[name])
 
 
 def save(name, stage, precision):

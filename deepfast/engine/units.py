@@ -6,6 +6,7 @@ where its part lies. Between ranks both go by our collectives: in fp32 and in ra
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -19,7 +20,9 @@ from deepfast import reference
 from deepfast.comm.by_torch import gather_tensor, scatter_tensor
 from deepfast.engine import born
 from deepfast.errors import ConfigError
-from deepfast.optim.shards import Shards, is_sharded, is_unit
+from deepfast.optim.shards import Shards, is_sharded, is_unit, local
+
+log = logging.getLogger("deepfast")
 
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -108,6 +111,14 @@ class Units:
             if p.is_floating_point() and dtype != torch.float32:
                 self.originals[p], p.data = p.data, reference.round_master(p.data, dtype)
         born.settle(module, self.renamed, device)
+        self._say()
+
+    def _say(self) -> None:
+        params = list(self.module.parameters())
+        here, all_of_it = (sum(p.numel() for p in some) / 1e6 for some in (map(local, params), params))
+        if dist.get_rank() == 0:
+            log.info("ZeRO stage 3 over %d ranks: %.3fM of %.3fM parameters on each, in %d unit(s)",
+                     dist.get_world_size(), here, all_of_it, len(self.units()))  # fmt: skip
 
     def units(self) -> list[Any]:
         return [m for m in self.module.modules() if is_unit(m)]
