@@ -96,9 +96,12 @@ class Launch:
         others = [grad for grad in own if grad is not None and not shards.fit(grad)]
         if after != reference.KEPT:
             self._copied = others
-        if hasattr(self._plan, "expect"):  # each next one is mostly laid out by the same object
-            self._layouts = [] if others else [None if grad is None else grad._spec for grad in own]
-            whole: Any = self.params[0] if self.params else None
+        self._layouts = []
+        if (
+            own and not others and hasattr(self._plan, "expect")
+        ):  # the next ones are mostly laid out by the same objects
+            self._layouts = [None if grad is None else grad._spec for grad in own]
+            whole: Any = self.params[0]
             self._plan.expect(list(map(id, self._layouts)), id(type(whole)), type(whole).__basicsize__, id(whole._spec))
         return self._plan.gather(grads, after) if grads else 0
 
