@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 from checks import failures, heard_of_ranks
 from dtensor_host_ranks import CHECKS
+from wholes import check_a_plan_of_shards
+
+from deepfast import ops, reference
 
 pytestmark = pytest.mark.xdist_group("dtensors")
 
@@ -17,3 +20,8 @@ def results(tmp_path_factory) -> list[dict[str, str]]:
 @pytest.mark.parametrize("check", CHECKS)
 def test_two_ranks(results, check):
     assert failures(results, check) == ""
+
+
+@pytest.mark.parametrize("backend", [ops.native, reference], ids=["cpu", "reference"])
+def test_plans_of_shards(backend):
+    check_a_plan_of_shards(backend.Plan)
