@@ -42,7 +42,7 @@ class Launch:
     sends: bool = False  # other ranks' weights are written, too
     passing: bool = False  # in the reference because of a gradient: the next one may be the kernels' again
     _copied: list[Tensor] = dataclasses.field(default_factory=list)  # gradients that lie differently
-    _layouts: list[Any] = dataclasses.field(default_factory=list)  # of gradients, whose plan finds them by these
+    _layouts: list[Any] = dataclasses.field(default_factory=list)  # of gradients: the plan finds them by these
 
     def build(self, state: Any) -> None:
         empty = torch.empty(0, dtype=torch.float32, device="cpu")
@@ -97,13 +97,15 @@ class Launch:
         if after != reference.KEPT:
             self._copied = others
         self._layouts = []
-        if (
-            own and not others and hasattr(self._plan, "expect")
-        ):  # the next ones are mostly laid out by the same objects
-            self._layouts = [None if grad is None else grad._spec for grad in own]
-            whole: Any = self.params[0]
-            self._plan.expect(list(map(id, self._layouts)), id(type(whole)), type(whole).__basicsize__, id(whole._spec))
+        if own and not others and hasattr(self._plan, "expect"):
+            self._expect([None if grad is None else grad._spec for grad in own])
         return self._plan.gather(grads, after) if grads else 0
+
+    def _expect(self, layouts: list[Any]) -> None:
+        """Says how the gradients lie. FSDP2 makes new ones for each step, mostly laid out by the same objects."""
+        whole: Any = self.params[0]
+        self._layouts = layouts  # which must live as long as the plan knows their addresses
+        self._plan.expect(list(map(id, layouts)), id(type(whole)), type(whole).__basicsize__, id(whole._spec))
 
     def statistics(self) -> Tensor:
         """fp64 [2]: sum of squares and number of non-finite elements, over all ranks."""
