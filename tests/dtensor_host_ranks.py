@@ -117,8 +117,12 @@ def check_what_lies_otherwise_is_looked_at(**options):
         if options:
             assert not any(bool(p.grad.full_tensor().any()) for p in sharded if p.grad is not None)
 
+    sums = []  # one layout for all partial sums: known or not, it is not the parameter's
+
     def partial(p, q):
-        p.grad = DTensor.from_local(q.grad / 2, mesh, (Partial(),))
+        if not sums:
+            sums.append(DTensor.from_local(q.grad / 2, mesh, (Partial(),))._spec)
+        p.grad = DTensor(q.grad / 2, sums[0], requires_grad=False)
 
     def other_object(p, q):
         p.grad = distribute_tensor(q.grad.clone(), mesh, placements)
