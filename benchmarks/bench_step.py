@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import functools
 import gc
-import tempfile
 
 import measure
 import peers
 import pytest
 import torch
-import torch.distributed as dist
 from measure import BLOCK, Case, Contender
 from peers import DECAY, EPS, LR, NORM, NORMS, SCALE, Params, deepspeeds, of, recipe, stepping, torchs
-from torch import Tensor
 
 import deepfast
 from deepfast.reference import RULES
@@ -59,20 +56,6 @@ def whole_oracle(params: Params, repeats: int) -> measure.Step:
     return step
 
 
-def sharded(local: Tensor) -> Tensor:
-    """As a DTensor, in a process group of one."""
-    from torch.distributed.tensor import DTensor, Shard
-
-    return DTensor.from_local(local, one_rank(), [Shard(0)], run_check=False)
-
-
-@functools.cache
-def one_rank() -> dist.DeviceMesh:
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        return dist.init_device_mesh("cpu", (1,))
-
-
 WHOLE = {
     "deepfast": Contender(whole),
     "deepfast_fp32_master": Contender(functools.partial(whole, master="fp32")),
@@ -93,9 +76,6 @@ GPT2 = ((50257, 768), (1024, 768), *LAYER * 12, (768,), (768,))
 ADAMW = {**ours("AdamW", weight_decay=DECAY), **torchs("AdamW", weight_decay=DECAY)}
 ADAMW_ORACLE = oracle(torch.optim.AdamW, weight_decay=DECAY)
 AMSGRAD = {"amsgrad": True, "weight_decay": DECAY}
-# torch's first fused or foreach step over DTensors takes a time that grows with their number's square: 7 and 25 s at
-# 1000, a quarter of an hour at 10,000.
-LOOP = {name: ADAMW[name] for name in ("deepfast", "torch_loop")}
 HOST = {"each": RULES["adam"].moved, "oracle": ADAMW_ORACLE, "rounds": 51, "small": 1 << 20, "empty": measure.ordinary}
 
 CASES = {
@@ -182,24 +162,7 @@ CASES = {
     ),
     "2000_of_256": Case("AdamW, fp32, 2000 tensors of 256", contenders=ADAMW, shapes=((256,),) * 2000, **HOST),
     "10000_of_4": Case("AdamW, fp32, 10,000 parameters of 4", contenders=ADAMW, shapes=((4,),) * 10_000, **HOST),
-    "1000_dtensors": Case(
-        "AdamW, fp32, 1000 DTensors of 4",
-        contenders={name: ADAMW[name] for name in ("deepfast", "torch_loop", "torch_fused")},
-        shapes=((4,),) * 1000,
-        wrapped=sharded,
-        **HOST,
-    ),
-    "10000_dtensors": Case(
-        "AdamW, fp32, 10,000 DTensors of 4", contenders=LOOP, shapes=((4,),) * 10_000, wrapped=sharded, **HOST
-    ),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_rank():
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ class Case:
             block is there.
         shapes: of the tensors; none: one tensor, of the size that was asked for.
         empty: gives parameters and gradients their memory.
-        wrapped: makes a parameter or a gradient of a tensor.
+        wrapped: makes a parameter or a gradient of the nth tensor.
         tolerance: of the updates, as a relative L2 error.
         rounds: at most.
         small: the yardstick has no more elements than this.
@@ -133,7 +133,7 @@ class Case:
     shapes: tuple[tuple[int, ...], ...] = ()
     dtype: torch.dtype = torch.float32
     empty: Callable[[int, torch.dtype], Tensor] = huge
-    wrapped: Callable[[Tensor], Tensor] = lambda t: t
+    wrapped: Callable[[Tensor, int], Tensor] = lambda t, nth: t
     tolerance: float = 1e-4
     rounds: int = 15
     small: int = 0
@@ -190,12 +190,7 @@ def error(params: Iterable[Tensor], before: Tensor, after: Tensor) -> float:
 def contest(benchmark, case: Case, name: str, elements: int) -> None:
     """The contender's two steps that are checked, and its rounds."""
     contender, shapes = case.contenders[name], case.shapes or ((elements,),)
-    weights, grads = ([case.empty(math.prod(s), case.dtype).view(s) for s in shapes] for _ in range(2))
-    fill(weights, P)
-    fill(grads, G1)
-    params: list[Tensor] = [nn.Parameter(case.wrapped(t)) for t in weights]
-    for p, g in zip(params, grads, strict=True):
-        p.grad = case.wrapped(g)
+    params, grads = begin(case, shapes)
     numel = sum(map(math.prod, shapes))
     before, once, twice = expected(case, numel // BLOCK)
     step = begun(contender, params)
@@ -211,6 +206,29 @@ def contest(benchmark, case: Case, name: str, elements: int) -> None:
     yardstick = streaming(min(case.small or elements, elements))
     rounds = min(case.rounds, max(5, int(PATIENCE / seconds)))
     timed(benchmark, step, yardstick, case.each * numel, rounds, error=max(errors))
+
+
+def contest_once(benchmark, case: Case, name: str) -> None:
+    """The contender's first step, of which there is one."""
+    params, _ = begin(case, case.shapes)
+    step = case.contenders[name].make(params)
+    numel = sum(map(math.prod, case.shapes))
+    benchmark.group = case.title
+    timed(benchmark, step, streaming(BLOCK), 0, 1)
+    before, once, _ = expected(case, max(1, numel // BLOCK))
+    off = error(params, before, once)
+    assert off <= case.tolerance, f"{name} computes something else: its updates are off by {off}"
+
+
+def begin(case: Case, shapes: Sequence[tuple[int, ...]]) -> tuple[list[Tensor], list[Tensor]]:
+    """The case's parameters, which have gradients, and the memory of those."""
+    weights, grads = ([case.empty(math.prod(s), case.dtype).view(s) for s in shapes] for _ in range(2))
+    fill(weights, P)
+    fill(grads, G1)
+    params: list[Tensor] = [nn.Parameter(case.wrapped(t, nth)) for nth, t in enumerate(weights)]
+    for nth, (p, g) in enumerate(zip(params, grads, strict=True)):
+        p.grad = case.wrapped(g, nth)
+    return params, grads
 
 
 def begun(contender: Contender, params: list[Tensor]) -> Step:

@@ -39,15 +39,19 @@ class Entry:
     param: Tensor
     dtype: torch.dtype
     group: int
-    version: int | None  # of the parameter when its master was last right
+    known: int | None  # writes to the parameter when its master was last right
     address: int
     master: weakref.ref[Tensor] | None
     step: weakref.ref[Tensor] | None
     moments: list[weakref.ref[Tensor]]
+    whole: Tensor | None = None  # the DTensor that the parameter is this rank's shard of
     chance: tuple[int, int] = (0, 0)  # seed and first element
     stochastic: bool = False  # how the weight is rounded
     seen: list[Any] | None = None  # where all of it lay, gradient included, when `span` was made of it
     span: Span | None = None
+
+    def writes(self) -> int:
+        return mark(self.param)[0] + (0 if self.whole is None else self.whole._version)
 
     def state(self) -> list[Tensor]:
         """Step count and master, where there are any, and moments."""
@@ -145,7 +149,7 @@ class Plan:
                 if grad is not None:
                     self._active.append((entry, grad))
                     self._spans.append(self._span(entry, grad))
-                    if entry.master is not None and mark(entry.param)[0] != entry.version:
+                    if entry.master is not None and entry.writes() != entry.known:
                         written.append(self._spans[-1])
             if after != KEPT:
                 check_distinct(self._ranges())
@@ -223,6 +227,12 @@ class Plan:
             require(entry.step is not None, "rounding by chance needs step counts")
             entry.chance, entry.stochastic, entry.span = (seed, place), weights, None
 
+    def shards_of(self, wholes: Sequence[Tensor]) -> None:
+        """The parameters are this rank's shards of these DTensors, to which all writes count, too."""
+        check_count(wholes, len(self._entries), "DTensors")
+        for entry, whole in zip(self._entries, wholes, strict=True):
+            entry.whole = whole
+
     def send_to(self, displacements: list[int]) -> None:
         """From now on steps write each new weight so many bytes further on, too: where other ranks have theirs."""
         self._sinks = upload(displacements, self._device)
@@ -237,7 +247,7 @@ class Plan:
     def trust(self) -> None:
         """The masters are as they are to be, whatever their weights are now."""
         for entry in self._entries:
-            entry.version = mark(entry.param)[0]
+            entry.known = entry.writes()
 
     def refresh(self) -> None:
         """Masters take over what has been written to their weights, by whoever."""
@@ -247,7 +257,7 @@ class Plan:
     def settle(self) -> None:
         """What has been written to the parameters so far is known to their masters."""
         for entry in self._stepped:
-            entry.version = mark(entry.param)[0]
+            entry.known = entry.writes()
 
     def _release(self) -> None:
         self._active, self._spans = [], []
@@ -308,6 +318,7 @@ class Plan:
         step.step(self._rule, self._on_device(), groups, record, norms, self._after, self._sinks)
         self._order.write_back()
         written([entry.param for entry, _ in self._active])
+        written([entry.whole for entry, _ in self._active if entry.whole is not None])
         if self._after != KEPT:
             written([grad for _, grad in self._active])
         if self._after == RESET:

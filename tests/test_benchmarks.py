@@ -19,6 +19,7 @@ sys.path.insert(0, str(BENCHMARKS))
 sys.path.insert(0, str(ROOT / "tools"))
 
 import bench_step  # noqa: E402
+import bench_step_dtensors  # noqa: E402
 import bench_zero  # noqa: E402
 import figures  # noqa: E402
 import measure  # noqa: E402
@@ -158,11 +159,12 @@ def test_drift_is_not_in_a_share(speeds):
 
 
 def test_every_case_is_a_contest():
-    for name, case in bench_step.CASES.items():
+    cases = [*bench_step.CASES.items(), *bench_step_dtensors.CASES.items(), *bench_step_dtensors.FIRST.items()]
+    for name, case in cases:
         ours, *peers = case.contenders
         assert ours == figures.OURS, name
         assert peers, name
-    assert len({case.title for case in bench_step.CASES.values()}) == len(bench_step.CASES)
+    assert len({case.title for _, case in cases}) == len(cases)
 
 
 def test_the_inputs_let_nothing_pass_that_does_nothing():

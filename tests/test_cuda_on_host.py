@@ -16,6 +16,7 @@ import torch
 from cases import EVERY, OURS, TYPICAL, VARIANTS, give_gradients, kept, parameters
 from conftest import ROOT, run
 from torch import nn
+from wholes import check_a_plan_of_shards
 
 import deepfast
 from deepfast import ops
@@ -224,6 +225,10 @@ def test_what_goes_into_a_graph_takes_no_memory_from_outside(cuda_on_host, count
         cuda_on_host.capture(False)
     assert step() == 1
     assert all((p == -1.0).all() for p in made)
+
+
+def test_plans_of_shards(cuda_on_host):
+    check_a_plan_of_shards(cuda_on_host.Plan)
 
 
 def test_learning_rates_are_read_when_the_kernel_runs(cuda_on_host):

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from played import exact_fma
 from test_kernels import step_arguments, wrong
 from torch import Tensor, nn
+from wholes import check_a_plan_of_shards
 
 import deepfast
 from deepfast import kernels, ops, reference
@@ -52,6 +53,10 @@ def backend():
     assert os.environ.get("TRITON_INTERPRET") == "1"
     assert kernels.available() is None
     return ops.triton()
+
+
+def test_plans_of_shards(backend):
+    check_a_plan_of_shards(backend.Plan)
 
 
 def test_it_is_chosen_by_name():

@@ -1,6 +1,8 @@
 // A parameter of a plan and its state: held without being kept alive, looked at once, and glanced at from then on.
 #pragma once
 
+#include <optional>
+
 #include "tensors.h"
 
 namespace deepfast::bindings {
@@ -19,6 +21,39 @@ inline bool same_order(const at::TensorImpl& t, const at::TensorImpl& param) {
   return t.sizes() == param.sizes() && t.strides() == param.strides();
 }
 
+// A tensor whose Python object somebody else keeps.
+class Seen {
+ public:
+  explicit Seen(const Tensor& t) : impl(t.unsafeGetTensorImpl()) {
+    const auto* words = static_cast<const void* const*>(object());
+    for (int word = 2; words && word < 5 && !holder_; ++word) {
+      if (words[word] == impl) holder_ = words + word;
+    }
+    if (!holder_) kept_ = t;
+  }
+
+  bool held() const { return holder_; }
+
+  // Whether its object is still this one, and has not been exchanged for another.
+  bool there() const { return !holder_ || *holder_ == impl; }
+
+  const void* object() const { return impl->pyobj_slot()->load_pyobj(); }
+
+  // The tensor that another object holds. (That, not one more reference to it, which may have to wait for Python.)
+  const Tensor* tensor_of(const void* other) const {
+    const auto word = holder_ - static_cast<const void* const*>(object());
+    return reinterpret_cast<const Tensor*>(static_cast<const void* const*>(other) + word);
+  }
+
+  at::TensorImpl* impl;
+
+ private:
+  // The word of its Python object that points to it: behind the object's head (two words), where exactly differs from
+  // torch to torch. (Even a weak reference would keep torch from exchanging what it points to.)
+  const void* const* holder_ = nullptr;
+  Tensor kept_;  // if it has none
+};
+
 // Who moves state away wants its memory back, and torch exchanges no parameter that somebody else refers to, too
 // (torch.utils.swap_tensors). Who makes a plan holds the parameters' Python objects.
 class Entry {
@@ -30,10 +65,8 @@ class Entry {
       : param(param.unsafeGetTensorImpl()),
         dtype(dtype_of(param, "a parameter")),
         group(group),
-        holder_(holder(*this->param)),
-        place_(bindings::place(*this->param)) {
-    if (!holder_) kept_ = param;
-  }
+        own_(param),
+        place_(bindings::place(*this->param)) {}
 
   void keep(int slot, const Tensor& t) { state_[slot] = t.getIntrusivePtr(); }
 
@@ -47,7 +80,16 @@ class Entry {
   }
 
   // The parameter, unless it has been exchanged for another.
-  at::TensorImpl* there() const { return !holder_ || *holder_ == param ? param : nullptr; }
+  at::TensorImpl* there() const { return own_.there() && (!whole || whole->there()) ? param : nullptr; }
+
+  // Autograd's counts of writes to it, and to the DTensor that it is a shard of.
+  int64_t writes() const { return bindings::version(*param) + (whole ? bindings::version(*whole->impl) : 0); }
+
+  // What a step has written to it, both.
+  void count_write() const {
+    written(*param);
+    if (whole) written(*whole->impl);
+  }
 
   // The parameter as a tensor; not where it has been exchanged.
   Tensor tensor() const {
@@ -56,7 +98,7 @@ class Entry {
 
   // What a glance at the parameter and its gradient tells. Mostly kReady: all as in the last step but the gradient's
   // place.
-  enum class Found : uint8_t { kNothing, kReady, kOther, kStale };
+  enum class Found : uint8_t { kNothing, kReady, kOther, kStale, kUnseen };
 
   // span: filled where all is ready.
   Found glance(const Tensor& grad, at::Device device, Span& span) {
@@ -101,23 +143,15 @@ class Entry {
   uint64_t seed = 0;
   int64_t first = 0;
   Rounding rounding = Rounding::kNearest;
-  int64_t version = kUnknown;  // of the parameter when its master was last right
-  bool stepped = false;        // since the last `gather`
+  std::optional<Seen> whole;       // the DTensor that the parameter is this rank's shard of
+  const void* expected = nullptr;  // how that one's gradient lies if it lies as it does (dtensor.h)
+  int64_t known = kUnknown;        // writes when the master was last right
+  bool stepped = false;            // since the last `gather`
 
  private:
   using Weak = c10::weak_intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl>;
 
   static Weak none() { return Weak(Tensor().getIntrusivePtr()); }
-
-  // The word of its Python object that points to `t`: behind the object's head (two words), where exactly differs from
-  // torch to torch. (Even a weak reference would keep torch from exchanging what it points to.)
-  static const void* const* holder(const at::TensorImpl& t) {
-    const auto* words = reinterpret_cast<const void* const*>(t.pyobj_slot()->load_pyobj());
-    for (int word = 2; words && word < 5; ++word) {
-      if (words[word] == &t) return words + word;
-    }
-    return nullptr;
-  }
 
   static bool plain(const Tensor& t, at::Device device) {
     return t.layout() == at::kStrided && t.device() == device && kernel_dtype(t.scalar_type()) && !t.is_neg() &&
@@ -136,8 +170,7 @@ class Entry {
     return true;
   }
 
-  const void* const* holder_;  // where the parameter's Python object says that it is this one
-  Tensor kept_;                // the parameter, if it has none
+  Seen own_;
   const void* place_;
   Weak state_[kSlots] = {none(), none(), none(), none(), none()};
   static_assert(kSlots == 5);

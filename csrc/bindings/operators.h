@@ -117,6 +117,8 @@ struct Operators {
         .def("needs_norms", &P::needs_norms)
         .def("send_to", &P::send_to)
         .def("by_chance", &P::by_chance)
+        .def("shards_of", [](const c10::intrusive_ptr<P>& self, const Tensors& wholes) { self->shards_of(wholes); })
+        .def("expect", &P::expect)
         .def("gather", &P::gather)
         .def("statistics", &P::statistics)
         .def("decide", &P::decide)

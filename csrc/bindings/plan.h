@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../math/rules.h"
+#include "dtensor.h"
 #include "element_order.h"
 #include "entry.h"
 #include "tensors.h"
@@ -70,16 +71,39 @@ class Plan : public torch::CustomClassHolder {
     }
   }
 
+  // The parameters are this rank's shards of these DTensors: a step writes to those, too, and who writes to them has
+  // written to the parameters.
+  void shards_of(TensorList wholes) {
+    check_count(wholes.size(), entries_.size(), "DTensors");
+    for (size_t i = 0; i < wholes.size(); ++i) entries_[i].whole.emplace(wholes[i]);
+  }
+
+  // From now on `gather` finds gradients of DTensors by itself that lie as is expected. All are addresses of Python
+  // objects, which the caller keeps. layouts: of each DTensor's gradient what says how it lies, if it lies as the
+  // DTensor. type, bytes, layout: of the first DTensor its class, how large that one's objects are, and its layout.
+  void expect(const std::vector<int64_t>& layouts, int64_t type, int64_t bytes, int64_t layout) {
+    check_count(layouts.size(), entries_.size(), "layouts");
+    const auto at = [](int64_t address) { return reinterpret_cast<const void*>(address); };
+    for (size_t i = 0; i < layouts.size(); ++i) entries_[i].expected = at(layouts[i]);
+    if (entries_.empty() || !entries_[0].whole) return;
+    const void* shard = entries_[0].param->pyobj_slot()->load_pyobj();
+    slots_ = Slots(entries_[0].whole->object(), at(type), bytes, shard, at(layout));
+  }
+
   // Finds the gradients (each parameter's own, unless they are given) and says how many there are; kStale where the
   // plan does not fit any more: a parameter has changed its type or has been exchanged, or a gradient is none that the
-  // kernels take. Masters of weights that somebody else has written to take over what was written.
+  // kernels take; kUnseen where a DTensor or its gradient is not as expected, and the gradients are to be given.
+  // Masters of weights that somebody else has written to take over what was written.
   // after: an Afterwards, what becomes of the gradients.
-  static constexpr int64_t kStale = -1;
+  static constexpr int64_t kStale = -1, kUnseen = -2;
   int64_t gather(const OptionalTensors& given, int64_t after) {
     TORCH_CHECK(after >= 0 && after <= static_cast<int64_t>(Afterwards::kWritten), "deepfast: no way ", after,
                 " to leave a gradient");
     release();
     after_ = static_cast<Afterwards>(after);
+    if (given.empty() && !entries_.empty() && entries_[0].whole) {
+      return gather_each([&](size_t i) { return slots_.find(entries_[i]); });
+    }
     if (given.empty()) {
       const Tensor none;
       return gather_each([&](size_t i) {
@@ -104,7 +128,7 @@ class Plan : public torch::CustomClassHolder {
 
   // Masters that are as their weights' are to be, whatever those are now.
   void trust() {
-    for (Entry& entry : entries_) entry.version = version(*entry.param);
+    for (Entry& entry : entries_) entry.known = entry.writes();
   }
 
   // Takes over what has been written to any weight, by whoever: another step of the same memory, say.
@@ -156,7 +180,7 @@ class Plan : public torch::CustomClassHolder {
 #pragma omp parallel for if (count > kManyTensors)
     for (int64_t nth = 0; nth < count; ++nth) {
       const auto& [entry, grad] = active_[nth];
-      written(*entry->param);
+      entry->count_write();
       if (after_ != Afterwards::kKept) written(*grad->unsafeGetTensorImpl());
       entry->stepped = true;
     }
@@ -175,7 +199,7 @@ class Plan : public torch::CustomClassHolder {
 #pragma omp parallel for if (count > kManyTensors)
     for (int64_t i = 0; i < count; ++i) {
       Entry& entry = entries_[i];
-      if (entry.stepped && entry.has(Entry::kMaster)) entry.version = version(*entry.param);
+      if (entry.stepped && entry.has(Entry::kMaster)) entry.known = entry.writes();
     }
   }
 
@@ -192,8 +216,13 @@ class Plan : public torch::CustomClassHolder {
     spans_.resize(count);
     active_.resize(count);
     std::vector<Found> found(count);
+    std::vector<const Tensor*> grads(count);
 #pragma omp parallel for if (count > kManyTensors)
-    for (int64_t i = 0; i < count; ++i) found[i] = entries_[i].glance(*gradient_of(i), device_, spans_[i]);
+    for (int64_t i = 0; i < count; ++i) {
+      const Tensor* grad = grads[i] = gradient_of(i);
+      found[i] = grad ? entries_[i].glance(*grad, device_, spans_[i]) : Found::kUnseen;
+    }
+    if (std::find(found.begin(), found.end(), Found::kUnseen) != found.end()) return release(), kUnseen;
     try {
       Spans written;  // past their masters
       int64_t kept = 0;
@@ -201,10 +230,9 @@ class Plan : public torch::CustomClassHolder {
         Entry& entry = entries_[i];
         if (found[i] == Found::kNothing) continue;
         if (found[i] == Found::kStale) return release(), kStale;
-        const Tensor& grad = *gradient_of(i);
-        spans_[kept] = found[i] == Found::kReady ? spans_[i] : look(entry, grad);
-        if (entry.has(Entry::kMaster) && version(*entry.param) != entry.version) written.push_back(spans_[kept]);
-        active_[kept++] = {&entry, &grad};
+        spans_[kept] = found[i] == Found::kReady ? spans_[i] : look(entry, *grads[i]);
+        if (entry.has(Entry::kMaster) && entry.writes() != entry.known) written.push_back(spans_[kept]);
+        active_[kept++] = {&entry, grads[i]};
       }
       spans_.resize(kept);
       active_.resize(kept);
@@ -310,6 +338,8 @@ class Plan : public torch::CustomClassHolder {
   std::vector<Entry> entries_;
   at::Device device_;
   Backend backend_;
+
+  Slots slots_;
 
   // From `gather` to the end of `step`.
   Afterwards after_ = Afterwards::kKept;

@@ -13,6 +13,7 @@ from deepfast.optim.parts import Parts
 from deepfast.optim.shards import Shards, is_flat_shard, local, refuse_flat_shards
 
 STALE = reference.Plan.STALE
+UNSEEN = -2  # of a plan that is to find DTensors' gradients, and does not
 
 
 @dataclasses.dataclass
@@ -42,11 +43,11 @@ class Launch:
     sends: bool = False  # other ranks' weights are written, too
     passing: bool = False  # in the reference because of a gradient: the next one may be the kernels' again
     _copied: list[Tensor] = dataclasses.field(default_factory=list)  # gradients that lie differently
+    _layouts: list[Any] = dataclasses.field(default_factory=list)  # of gradients: the plan finds them by these
 
     def build(self, state: Any) -> None:
         empty = torch.empty(0, dtype=torch.float32, device="cpu")
         states = [state.get(p, {}) for p in self.params]  # plain SGD keeps nothing
-        self._versions = [p._version for p in self.params] if self.shards else []
         self._locals = [local(p) for p in self.params]
         self._plan = self.backend.Plan(
             self.rule,
@@ -57,6 +58,8 @@ class Launch:
             # (Of a fake tensor the reference could not read them.)
             self.groups if self.backend is reference else torch.tensor(self.groups, dtype=torch.int32, device="cpu"),
         )
+        if self.shards is not None:
+            self._plan.shards_of(self.params)
         sinks = self.parts.sinks(self.params[0]) if self.parts and self.params else ()
         self.sends = bool(sinks) and hasattr(self._plan, "send_to")
         if self.sends:
@@ -84,18 +87,26 @@ class Launch:
         return self.gradients != STALE
 
     def _gather_shards(self, shards: Shards, after: int) -> int:
+        self._copied, self._after = [], after
+        if self._layouts and (found := self._plan.gather([], after)) != UNSEEN:
+            return int(found)
         if any(now is not then for now, then in zip(map(local, self.params), self._locals, strict=True)):
             return STALE
-        own = [p.grad for p in self.params]
+        own: list[Any] = [p.grad for p in self.params]
         grads = [None if grad is None else shards.local_grad(grad) for grad in own]
-        written = after != reference.KEPT
-        self._copied = [g for g in own if g is not None and not shards.fit(g)] if written else []
-        self._after, self._stepped = after, [g is not None for g in own]
-        found = self._plan.gather(grads, after) if grads else 0
-        seen = zip(self._stepped, self._versions, self.params, strict=True)
-        if found > 0 and any(stepped and version != p._version for stepped, version, p in seen):
-            self._plan.refresh()  # a DTensor counts for itself: what is written through it is not its shard's count
-        return found
+        others = [grad for grad in own if grad is not None and not shards.fit(grad)]
+        if after != reference.KEPT:
+            self._copied = others
+        self._layouts = []
+        if own and not others and hasattr(self._plan, "expect"):
+            self._expect([None if grad is None else grad._spec for grad in own])
+        return self._plan.gather(grads, after) if grads else 0
+
+    def _expect(self, layouts: list[Any]) -> None:
+        """Says how the gradients lie. FSDP2 makes new ones for each step, mostly laid out by the same objects."""
+        whole: Any = self.params[0]
+        self._layouts = layouts  # which must live as long as the plan knows their addresses
+        self._plan.expect(list(map(id, layouts)), id(type(whole)), type(whole).__basicsize__, id(whole._spec))
 
     def statistics(self) -> Tensor:
         """fp64 [2]: sum of squares and number of non-finite elements, of this rank's gradients."""
@@ -117,10 +128,8 @@ class Launch:
         norms = self._norms(hyper, lrs, record) if self._plan.needs_norms() else None
         self._plan.step(hyper, lrs, record, norms)
         if self.shards is not None:
-            torch.autograd.graph.increment_version([p for p in self.params if p.grad is not None])
             for grad in self._copied:
                 reference.leave(grad, record, self._after)
-            self.settle()
 
     def _norms(self, *how: Any) -> Tensor:
         """fp64 [gradients, 2], of the whole parameters."""
@@ -132,9 +141,6 @@ class Launch:
     def settle(self) -> None:
         """What has been written so far is known; see the plans."""
         self._plan.settle()
-        if self.shards is not None:
-            seen = zip(self._stepped, self._versions, self.params, strict=True)
-            self._versions = [p._version if stepped else version for stepped, version, p in seen]
 
     def gradient_memory(self) -> list[reference.Range]:
         """Where each gradient of this step begins and ends."""

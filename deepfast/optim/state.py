@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -55,7 +55,10 @@ class Stateful(Declared):
             like = [_model(p, name, dtype) for p in params]
             beside = None if name == "step" else functools.partial(self._streams, params)
             if alone:
-                views = [_zeros_like(t, dtype, device, self._streams(params, nth)) for nth, t in enumerate(like)]
+                views = [
+                    _zeros_like(t, dtype, device, functools.partial(self._streams, params, nth))
+                    for nth, t in enumerate(like)
+                ]
             else:
                 views = memory.zeros_like_each(like, dtype, device, beside)
             for p, t in zip(params, views, strict=True):
@@ -221,7 +224,7 @@ def _is_count(step: Any, p: Tensor) -> bool:
 def _model(p: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     """A tensor of the shape, and in the order, that a value of the state of ``p`` has on this rank."""
     if name == "step":
-        return p.new_empty((), device="meta")
+        return torch.empty((), device="meta")
     if dtype in reference.GROUPED:
         return local(p).new_empty(reference.packed_size(local(p).numel()), device="meta")
     return local(p).detach()
@@ -285,7 +288,7 @@ def _count_dtype(p: Tensor) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def _zeros_like(t: Tensor, dtype: torch.dtype, device: torch.device, beside: list[Tensor]) -> Tensor:
+def _zeros_like(t: Tensor, dtype: torch.dtype, device: torch.device, beside: Callable[[], list[Tensor]]) -> Tensor:
     if is_wrapper(t):
         return torch.zeros_like(t, dtype=dtype)
-    return memory.zeros_like_each([t], dtype, device, lambda _: beside)[0]
+    return memory.zeros_like_each([t], dtype, device, lambda _: beside())[0]

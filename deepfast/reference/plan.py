@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from deepfast.reference.codec import master_of, master_value, real, refresh, round_master, wide
 from deepfast.reference.formulas import RULES
@@ -98,7 +99,8 @@ class Plan:
         self._groups = [int(group) for group in groups]
         self._kinds = [(p.device, p.dtype) for p in params]
         self._addresses = [mark(p)[1] for p in params]
-        self._versions: list[int | None] = [None] * len(params)  # of parameters when their masters were last right
+        self._wholes: list[Tensor] = []
+        self._known: list[int | None] = [None] * len(params)  # writes to parameters when their masters were last right
         self._grads: list[Tensor | None] = []
         self._stepped: list[int] = []
         self._after = KEPT
@@ -113,6 +115,13 @@ class Plan:
         master are rounded so, too.
         """
         self._chance, self._rounds_weights = list(zip(seeds, first, strict=True)), weights
+
+    def shards_of(self, wholes: Sequence[Tensor]) -> None:
+        """The parameters are this rank's shards of these DTensors, to which all writes count, too."""
+        self._wholes = list(wholes)
+
+    def _writes(self, i: int) -> int:
+        return mark(self._params[i])[0] + (self._wholes[i]._version if self._wholes else 0)
 
     def needs_norms(self) -> bool:
         return self._rule.adapt is not None
@@ -134,7 +143,7 @@ class Plan:
         if after != KEPT:
             flat = iter(self.gradient_memory())
             check_distinct(list(zip(flat, flat, strict=True)))
-        self._refresh(i for i, _ in self._active() if mark(self._params[i])[0] != self._versions[i])
+        self._refresh(i for i, _ in self._active() if self._writes(i) != self._known[i])
         return sum(g is not None for g in found)
 
     def gradient_memory(self) -> list[int]:
@@ -148,7 +157,7 @@ class Plan:
 
     def trust(self) -> None:
         """The masters are as they are to be, whatever their weights are now."""
-        self._versions = [mark(p)[0] for p in self._params]
+        self._known = [self._writes(i) for i in range(len(self._params))]
 
     def refresh(self) -> None:
         """Masters take over what has been written to their weights, by whoever."""
@@ -162,7 +171,7 @@ class Plan:
     def settle(self) -> None:
         """What has been written to the parameters so far is known to their masters."""
         for i in self._stepped:
-            self._versions[i] = mark(self._params[i])[0]
+            self._known[i] = self._writes(i)
 
     def _active(self) -> Iterator[tuple[int, Tensor]]:
         return ((i, g) for i, g in enumerate(self._grads) if g is not None)
@@ -261,6 +270,8 @@ class Plan:
         if self._after == RESET:
             detach([grad for _, grad in self._active()])
         self._stepped = [i for i, _ in self._active()]
+        if self._wholes:
+            increment_version([self._wholes[i] for i in self._stepped])
         self.settle()
         self._grads, self._directions = [], []
 
