@@ -7,6 +7,8 @@ import pytest
 import zero_init_ranks
 from checks import failures, heard_of_ranks
 
+pytestmark = pytest.mark.xdist_group("zero_init")
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> list[dict[str, str]]:

@@ -127,7 +127,7 @@ def kept(e):
                 found[name] = put_together(part, optimizer.get_master(part.mine))
             else:
                 found[f"{name}.{key}"] = put_together(part, optimizer.unpacked(part.mine, key, value))
-    found["scale"], found["skipped"] = torch.tensor(float(e.loss_scale)), torch.tensor(e.skipped_steps)
+    found["loss scale"], found["skipped"] = torch.tensor(float(e.loss_scale)), torch.tensor(e.skipped_steps)
     return found
 
 
