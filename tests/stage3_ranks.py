@@ -57,7 +57,8 @@ def check_each_rank_has_its_part():
     step_of(e, 0)
     e.eval()
     with torch.no_grad():
-        e(*towers.micro_batch(0, 0))  # the outermost unit stays whole after this
+        e.module(*towers.micro_batch(0, 0))
+    assert is_sharded(e.module.few), "FSDP would leave the outermost unit whole"
     own = dict(zip(e._names(), e._params(), strict=True))
     assert own.keys() == numel.keys()
     for name, p in own.items():
@@ -279,6 +280,21 @@ def check_module_state_dicts():
         assert all((t == 0.5).all() for t in b.module_state_dict().values())
         with pytest.raises(RuntimeError, match="Missing key"):
             b.load_module_state_dict({})
+
+
+def check_compiled():
+    found = []
+    for compiled in (False, True):
+        e = engine(3, "fp16")
+        if compiled:
+            e.compile(backend="eager")
+        found.append([step_of(e, step) for step in range(2)])
+        e.eval()
+        with torch.no_grad():
+            found[-1].append(float(loss_of(e, 2, 0)))
+        found[-1].append(kept(e))
+    assert found[0][:3] == found[1][:3]
+    compare(found[1][3], found[0][3], EXACT)
 
 
 def check_destroy():

@@ -111,7 +111,15 @@ class Units:
             if p.is_floating_point() and dtype != torch.float32:
                 self.originals[p], p.data = p.data, reference.round_master(p.data, dtype)
         born.settle(module, self.renamed, device)
+        module.register_forward_hook(self._after_forward)
         self._say()
+
+    @torch._disable_dynamo
+    def _after_forward(self, *_: Any) -> None:
+        """FSDP leaves the outermost unit whole for a backward pass. Where none follows, it goes apart, too: what is
+        written to its parameters would be lost when it does."""
+        if not torch.is_grad_enabled():
+            self.apart()
 
     def _say(self) -> None:
         params = list(self.module.parameters())
@@ -135,7 +143,7 @@ class Units:
                         t.register_post_accumulate_grad_hook(lambda _, p=known.sharded_param: used(p))
 
     def apart(self) -> None:
-        """Everything in parts again: after a forward pass without a backward pass, the outermost unit is whole."""
+        """Everything in parts again, what a forward pass has left whole, too."""
         for unit in self.units():
             unit.reshard()
 
