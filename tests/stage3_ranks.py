@@ -15,10 +15,8 @@ import torch.distributed as dist
 import towers
 from checks import run_checks
 from conftest import HANGS
-from torch import nn
 from towers import RANK, SIZE, compare, engine, kept, loss_of, step_of
 
-import deepfast
 from deepfast.engine.by_hand import safe_get_full_grad, safe_set_full_grad
 from deepfast.optim.shards import is_sharded, is_unit, local
 
@@ -74,6 +72,19 @@ def check_each_rank_has_its_part():
     assert held == sum(numel.values()) + (SIZE - 1) * numel["scale"]
     assert e.zero_optimization_stage() == 3
     assert e.zero_optimization_partition_weights()
+
+
+def check_rank_0s_weights_are_everybodys():
+    def net():
+        tower = towers.Tower()
+        with torch.no_grad():
+            for t in (*tower.parameters(), tower.shift):
+                t += RANK
+        return tower
+
+    e, expected = engine(3, net=net), towers.Tower()
+    for name, t in e.module_state_dict().items():
+        assert torch.equal(t, expected.state_dict()[name]), name
 
 
 def check_small_blocks_go_with_what_is_around_them():
@@ -197,73 +208,6 @@ def check_zero_grad_and_half_a_step():
     compare(kept(e), kept(twin), EXACT)
 
 
-def check_whoever_made_the_optimizer():
-    def trained(stage, make):
-        net = towers.Tower()
-        config = {
-            "train_micro_batch_size_per_gpu": 2,
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-            "gradient_clipping": 0.5,
-            "fp16": {"enabled": True, "initial_scale_power": 8},
-        }
-        optimizer, options = make(net)
-        e, optimizer, *_ = deepfast.initialize(model=net, optimizer=optimizer, config=config, **options)
-        assert e.optimizer is optimizer
-        for step in range(3):
-            step_of(e, step, lambda step, nth: float("nan") if step == 1 and nth == 0 else 1.0)
-        assert e.skipped_steps == 1
-        return e
-
-    def groups(net):
-        matrices = [p for p in net.parameters() if p.ndim > 1]
-        rest = [p for p in net.parameters() if p.ndim < 2]
-        return [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-
-    def stepped(net):
-        optimizer = deepfast.AdamW(groups(net), lr=0.01)
-        g = torch.Generator().manual_seed(3)
-        for p in net.parameters():
-            p.grad = torch.randn(p.shape, generator=g)
-        optimizer.step()
-        optimizer.zero_grad()
-        return optimizer, {}
-
-    makers = {
-        "ours": lambda net: (deepfast.AdamW(groups(net), lr=0.01), {}),
-        "torch's": lambda net: (torch.optim.AdamW(groups(net), lr=0.01), {}),
-        "a function": lambda net: (lambda params: deepfast.Lion(params, lr=0.01), {"model_parameters": groups(net)}),
-        "a generator": lambda net: (
-            lambda params: deepfast.SGD(params, lr=0.1),
-            {"model_parameters": net.parameters()},
-        ),
-        "has stepped": stepped,
-    }
-    for name, make in makers.items():
-        a, b = trained(0, make), trained(3, make)
-        assert [len(g["params"]) for g in a.optimizer.param_groups] == [
-            len(g["params"]) for g in b.optimizer.param_groups
-        ]
-        found, expected = kept(b), kept(a)
-        if name == "a function":  # the sign of what is nearly zero
-            found, expected = ({k: v for k, v in one.items() if "exp_avg" in k} for one in (found, expected))
-        compare(found, expected, CLOSE["fp16"])
-    # One that nothing here has an equal of, in fp32 on DTensors.
-    e = trained(3, lambda net: (torch.optim.RMSprop(net.parameters(), lr=1e-3), {}))
-    assert isinstance(e.optimizer, torch.optim.RMSprop)
-    assert not torch.equal(towers.whole(e._params()[0]), towers.Tower().embedding.weight)
-
-
-def check_states_and_optimizers():
-    for optimizer, options in (
-        ("LAMB", {}),
-        ("AdamW", {"state_dtype": "bf16"}),
-        ("Adam", {"state_dtype": "int8"}),
-        ("Adagrad", {}),
-    ):
-        (a, *_), (b, *_) = both(precision="fp16", optimizer=optimizer, config={"gradient_clipping": 0.5}, **options)
-        compare(kept(b), kept(a), 0.1 if "int8" in options.values() else CLOSE["fp16"])  # groups of its own
-
-
 def check_module_state_dicts():
     for precision in ("bf16", "fp16"):
         a, b = engine(0, precision), engine(3, precision)
@@ -304,65 +248,6 @@ def check_destroy():
     e(*towers.micro_batch(0, 0)).sum().backward()
 
 
-class Sharded(nn.Module):
-    """What the caller has sharded already."""
-
-    def __init__(self, mesh, **policy):
-        super().__init__()
-        tower = towers.Tower()
-        tower.scale = nn.Parameter(tower.scale.detach()[None])
-        tower.empty = None
-        for block in tower.blocks:
-            torch.distributed.fsdp.fully_shard(block, mesh=mesh, **policy)
-        tower.transposed = nn.Parameter(tower.transposed.detach().contiguous())
-        self.tower = torch.distributed.fsdp.fully_shard(tower, mesh=mesh, **policy)
-
-    def forward(self, ids, both=True):
-        return self.tower(ids, True)
-
-
-def check_sharded_by_the_caller():
-    policy = torch.distributed.fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    hsdp = dist.init_device_mesh("cpu", (2, SIZE // 2), mesh_dim_names=("replicate", "shard"))
-    for mesh, stage in ((dist.init_device_mesh("cpu", (SIZE,)), 3), (hsdp, 0)):
-
-        class Alone(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.tower = towers.Tower()
-                self.tower.scale = nn.Parameter(self.tower.scale.detach()[None])
-                self.tower.empty = None
-
-            def forward(self, ids, both=True):
-                return self.tower(ids, True)
-
-        for precision, options in (("fp32", {}), ("bf16", {"mp_policy": policy})):
-            one = functools.partial(Sharded, mesh, **options)
-            a = engine(0, precision, 2, net=Alone, config={"gradient_clipping": 0.5})
-            b = engine(stage, precision, 2, net=one, config={"gradient_clipping": 0.5})
-            for step in range(3):
-                step_of(a, step), step_of(b, step)
-            compare(kept(b), kept(a), CLOSE[precision])
-    b.backward(loss_of(b, 0, RANK))
-    with pytest.raises(RuntimeError, match="fully_shard averages"):
-        b.backward(loss_of(b, 0, RANK), weight=2.0)
-    with pytest.raises(deepfast.errors.ConfigError, match="stage=2: fully_shard has cut"):
-        engine(2, net=one)
-
-
-def check_dtensors_of_others_are_refused():
-    def net():
-        module = nn.Sequential(nn.Linear(4, 4))
-        mesh = dist.init_device_mesh("cpu", (SIZE,))
-        torch.distributed.tensor.parallel.parallelize_module(
-            module, mesh, {"0": torch.distributed.tensor.parallel.ColwiseParallel()}
-        )
-        return module
-
-    with pytest.raises(deepfast.errors.ConfigError, match=r"'0\.weight' is a DTensor already: call fully_shard"):
-        engine(3, net=net)
-
-
 CHECKS = {
     **{
         f"stages {d} {a} {c}": functools.partial(check_stages, d, a, c)
@@ -372,9 +257,14 @@ CHECKS = {
 }
 CHECKS.pop("stages")
 
-if __name__ == "__main__":
+
+def main(checks):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=HANGS))
-    chosen = {name: check for name, check in CHECKS.items() if name.startswith(tuple(sys.argv[2:]) or "")}
+    chosen = {name: check for name, check in checks.items() if name.startswith(tuple(sys.argv[2:]) or "")}
     run_checks(chosen, Path(sys.argv[1], f"{RANK}.json"), dist.barrier)
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(CHECKS)

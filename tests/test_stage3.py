@@ -1,4 +1,4 @@
-"""ZeRO's stage 3: the checks of stage3_ranks.py and stage3_checkpoint.py, in one start of ranks each."""
+"""ZeRO's stage 3: the checks of stage3_ranks.py, stage3_given.py and stage3_checkpoint.py, in one start of ranks each."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from checks import failures, heard_of_ranks
 from safetensors.torch import load_file
 from stage3_checkpoint import OPTIMIZERS
+from stage3_given import CHECKS as GIVEN
 from stage3_ranks import CHECKS
 from torch import nn
 from towers import Block, Tower
@@ -21,9 +22,10 @@ def wrong(said: list[dict[str, str]]) -> list[str]:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_stage_3_is_stage_0_in_parts(tmp_path, ranks):
-    said = heard_of_ranks(ranks, tmp_path, "stage3_ranks.py")
-    assert said[0].keys() == CHECKS.keys()
+@pytest.mark.parametrize(("script", "checks"), [("stage3_ranks.py", CHECKS), ("stage3_given.py", GIVEN)])
+def test_stage_3_is_stage_0_in_parts(tmp_path, ranks, script, checks):
+    said = heard_of_ranks(ranks, tmp_path, script)
+    assert said[0].keys() == checks.keys()
     assert wrong(said) == []
 
 
