@@ -1,4 +1,4 @@
-"""ZeRO's stage 3: the checks of stage3_ranks.py, stage3_given.py and stage3_checkpoint.py, in one start of ranks each."""
+"""ZeRO's stage 3: the checks of stage3_ranks.py, stage3_given.py, stage3_checkpoint.py, each in one start of ranks."""
 
 from __future__ import annotations
 
