@@ -5,8 +5,8 @@
 # make gpu     on a machine with a GPU, in the Python it is given (PYTHON=): all that needs one; installs nothing
 #              (GPU="--budget 480 --out DIR"; tools/gpu.py --help)
 # make gpu-carry   builds what that takes along to a machine without compiler or network, for CARRY_TORCH and sm_90
-# make bench   the benchmarks beside their peers (pytest-benchmark), into benchmarks/results: bench-step, bench-forms,
-#              bench-comm, bench-zero and bench-quality (what storage forms do to training) (ATEN_CPU_CAPABILITY=avx2 make bench-step; make bench-step BENCH="-k adamw" RESULTS=/tmp)
+# make bench   the benchmarks beside their peers (pytest-benchmark), into benchmarks/results: bench-step,
+#              bench-dtensors, bench-forms, bench-comm, bench-zero and bench-quality (what storage forms do to training) (ATEN_CPU_CAPABILITY=avx2 make bench-step; make bench-step BENCH="-k adamw" RESULTS=/tmp)
 # make readme  the README's generated tables and its chart, from those
 
 PYTHON ?= python3
@@ -16,7 +16,7 @@ BIN    := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CXX_FILES := $(shell git ls-files "*.h" "*.cpp" "*.cu" "*.cuh")
 
-.PHONY: help train test wheel lint format gpu gpu-carry bench bench-step bench-forms bench-quality bench-comm bench-zero readme clean
+.PHONY: help train test wheel lint format gpu gpu-carry bench bench-step bench-dtensors bench-forms bench-quality bench-comm bench-zero readme clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -85,12 +85,16 @@ gpu-carry: .venv-gpu/.torch
 RESULTS ?= benchmarks/results
 TIMING  := pytest -v -p no:xdist --disable-warnings --benchmark-columns=median,iqr,rounds --benchmark-sort=mean
 bench:
-	@$(MAKE) --no-print-directory --keep-going --jobs=1 bench-step bench-forms bench-comm bench-zero bench-quality
+	@$(MAKE) --no-print-directory --keep-going --jobs=1 bench-step bench-dtensors bench-forms bench-comm bench-zero bench-quality
 
 bench-step: $(VENV)/.bench
 	set=$$($(BIN)/python -c 'import torch; print(torch.backends.cpu.get_cpu_capability().lower())') && \
 	$(BIN)/python -m $(TIMING) benchmarks --ignore benchmarks/bench_comm.py --ignore benchmarks/bench_zero.py \
-	  --ignore benchmarks/bench_forms.py --benchmark-json $(RESULTS)/cpu-$$set.json $(BENCH)
+	  --ignore benchmarks/bench_forms.py --ignore benchmarks/bench_step_dtensors.py \
+	  --benchmark-json $(RESULTS)/cpu-$$set.json $(BENCH)
+
+bench-dtensors: $(VENV)/.bench
+	$(BIN)/python -m $(TIMING) benchmarks/bench_step_dtensors.py --benchmark-json $(RESULTS)/dtensors.json $(BENCH)
 
 bench-forms: $(VENV)/.bench
 	$(BIN)/python -m $(TIMING) benchmarks/bench_forms.py --benchmark-json $(RESULTS)/forms.json $(BENCH)

@@ -186,6 +186,15 @@ def test_the_floor_of_two_ranks(dtype, stage, both):
     assert bench_zero.floor(dtype, stage, ranks=2) * 2 == both
 
 
+def test_the_table_of_dtensors():
+    times = {"deepfast": 0.01, "torch_loop": 0.4, "torch_fused": 0.025}
+    cases = {"many": {n: figures.Figure("many", n, s, 0, 0, 0) for n, s in times.items() if n != "torch_fused"}}
+    cases |= {"few": {n: figures.Figure("few", n, s, 0, 0, 0) for n, s in times.items()}}
+    text = readme.dtensors(figures.Results({"cpu": "a CPU", "cores": 2, "torch": "2.13.0"}, "2026-11-26", cases))
+    assert "| many | 10.0 ms | 40.0× | – |" in text
+    assert "| few | 10.0 ms | 40.0× | 2.5× |" in text
+
+
 def test_the_table_of_sharded_training():
     """Who has more bytes to move is not excused: of the same share with twice the bytes the ratio is 2."""
     assert set(readme.SHARDED) < set(sharded.TRAINERS)

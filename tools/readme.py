@@ -23,7 +23,7 @@ def benchmarks(folder: Path = RESULTS) -> str:
     measured is left out."""
     files = sorted(folder.glob("cpu-*.json"), key=lambda path: (path.stem != "cpu-avx512", path.name))
     text = steps([read(path) for path in files], [path.name for path in files]) if files else ""
-    for name, made in (("comm", sums), ("zero", sharded)):
+    for name, made in (("dtensors", dtensors), ("comm", sums), ("zero", sharded)):
         file = folder / f"{name}.json"
         text += f"\n{made(read(file))}" if file.exists() else ""
     return text
@@ -52,6 +52,17 @@ def steps(results: list[Results], names: list[str]) -> str:
         row.append(best(found[0], lambda name: not name.startswith(("torch_", OURS))))
         rows.append(row)
     return f"{'; '.join(links)}.\n\n{table(rows)}"
+
+
+def dtensors(results: Results) -> str:
+    """How long the host is busy with steps on many small DTensors, and how many times as long others are."""
+    peers = list(dict.fromkeys(n for contenders in results.cases.values() for n in contenders if n != OURS))
+    rows = [["", label(OURS), *map(label, peers)], ["---"] * (2 + len(peers))]
+    for case, contenders in results.cases.items():
+        ours = contenders[OURS].seconds
+        ratios = (f"{contenders[n].seconds / ours:.1f}×" if n in contenders else "–" for n in peers)
+        rows.append([case, duration(ours), *ratios])
+    return f"\nDTensors ([figures](benchmarks/results/dtensors.json)): {results.described}.\n\n{table(rows)}"
 
 
 def best(contenders: dict[str, Figure], among) -> str:
