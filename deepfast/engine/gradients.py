@@ -269,8 +269,6 @@ class Gradients:
         self._covered, self._held = [], {}
         for part in self.parts():
             part.whole.grad = part.mine.grad = None
-            if self.dtype in HALF and part.whole.grad_dtype is None:  # the sums were of fp32
-                part.whole.grad_dtype = part.whole.dtype
         if self.sums is not None:
             self.sums.clear()
         self.count, self._finished, self._rewritten = 0, None, False

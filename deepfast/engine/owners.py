@@ -11,7 +11,7 @@ from torch import Tensor
 from deepfast import ops
 from deepfast.engine.buckets import Buckets
 from deepfast.engine.layout import Layout
-from deepfast.engine.sums import Sums, late
+from deepfast.engine.sums import Sums, gradient_of, late
 from deepfast.optim import memory
 
 BUCKET = 4 << 20  # bytes, in fp32
@@ -110,7 +110,7 @@ class OwnedSums(Sums):
 
     def _gradient(self, i: int) -> Tensor | None:
         """A parameter's, as it is to lie in its bucket."""
-        grad = self.params[i].grad
+        grad = gradient_of(self.params[i])
         if grad is None:
             return None
         if grad.layout != torch.strided:

@@ -12,7 +12,7 @@ from deepfast import ops
 from deepfast.comm.by_torch import scatter_tensor
 from deepfast.engine.buckets import Buckets
 from deepfast.engine.layout import BLOCK, Layout
-from deepfast.engine.sums import Sums, late
+from deepfast.engine.sums import Sums, gradient_of, late
 from deepfast.optim import memory
 from deepfast.optim.state import HALF
 
@@ -100,7 +100,7 @@ class ScatteredSums(Sums):
             unused = [place for place, p in zip(places, params, strict=True) if p.grad is None]
             for place in (*unused, *(whole[begin:end] for begin, end in layout.gaps(params, numel))):
                 place.zero_()
-        given = [(memory.view_like(place, p), p.grad) for place, p in zip(places, params, strict=True)]
+        given = [(memory.view_like(place, p), gradient_of(p)) for place, p in zip(places, params, strict=True)]
         views, grads = [v for v, g in given if g is not None], [g for _, g in given if g is not None]
         if grads and whole.dtype != torch.float32:
             torch._foreach_copy_(views, grads)
@@ -121,7 +121,7 @@ class ScatteredSums(Sums):
         if not self._each or self.comm is None or self.weighted or self._adding != 1.0:
             return False
         dtype = self.params[members[0]].dtype
-        grads = [self.params[i].grad for i in members]
+        grads = [gradient_of(self.params[i]) for i in members]
         return dtype in HALF and all(grad is None or grad.dtype == dtype for grad in grads)
 
     def _scatter(self, bucket: int, whole: Tensor, add: bool) -> None:

@@ -62,6 +62,12 @@ class Sums:
         return self.weight
 
 
+def gradient_of(p: Tensor) -> Tensor | None:
+    """A parameter's gradient, rounded to its type, as autograd does until the parameter has taken a sum of fp32."""
+    grad, dtype = p.grad, p.grad_dtype or p.dtype
+    return grad if grad is None or grad.dtype == dtype else grad.to(dtype)
+
+
 def late(p: Tensor) -> RuntimeError:
     return RuntimeError(
         f"backward(): the gradient of a parameter of shape {tuple(p.shape)} came twice, the second time after it was "
@@ -146,7 +152,7 @@ class GradientSums(Sums):
     def _accumulate(self, chosen: list[int], overwrite: bool) -> None:
         if not chosen:
             return
-        grads = [grad for i in chosen if (grad := self.params[i].grad) is not None]
+        grads = [grad for i in chosen if (grad := gradient_of(self.params[i])) is not None]
         backend = ops.select(ops.forced(), self.flat.device, *(g.dtype for g in grads))
         backend.accumulate_([self.sums[i] for i in chosen], grads, self._adding, overwrite)
 
