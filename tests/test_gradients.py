@@ -196,7 +196,7 @@ def test_lazy_views_as_gradients(backend):
 
 @pytest.mark.parametrize(("dtype", "taken"), [(None, 1.0), (torch.float32, 1.001)])
 def test_sums_take_gradients_of_the_weights_type(dtype, taken):
-    """As in a first step. (Autograd gives any to a parameter that has taken a sum of fp32.) Who asks for fp32 gets it."""
+    """As in a first step. (A parameter that has taken a sum of fp32 is given any.) Who asks for fp32 gets it."""
     p = nn.Parameter(torch.zeros((), dtype=torch.bfloat16))
     p.grad_dtype = dtype
     p.grad = torch.tensor(1.001)
