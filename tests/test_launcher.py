@@ -209,7 +209,8 @@ def with_fake_ssh(tmp_path: Path) -> dict[str, str]:
 
 def test_two_hosts_train_together(tmp_path):
     """With torchrun itself; what it starts has no need of torch."""
-    text = "import deepspeed, os, sys; print(os.environ['LOCAL_RANK'], os.environ['WORLD_SIZE'], sys.argv[1:])\n"
+    said = "f\"{os.environ['LOCAL_RANK']} {os.environ['WORLD_SIZE']} {sys.argv[1:]}\\n\""
+    text = f"import deepspeed, os, sys; sys.stdout.write({said})\n"  # in one piece: two write to one pipe
     put(tmp_path, "it's a script.py", text)
     put(tmp_path, "hosts", "no-such-host-a.invalid slots=1\nno-such-host-b.invalid slots=1\n")
     with socket.socket() as free:

@@ -6,6 +6,7 @@ import copy
 import datetime
 import io
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -122,6 +123,10 @@ def check_no_rank_holds_more_than_a_few_weights():
         net = made(Wide)
     held = sum(born.shard_of(p).untyped_storage().nbytes() for p in net.parameters())
     assert held < 4.1 * 2**20
+    for _ in range(20 * HANGS):  # gloo's threads let go of a tensor some time after its sum
+        if memory.now <= held + 4096:
+            break
+        time.sleep(0.05)
     assert memory.now <= held + 4096
     assert memory.peak < held + 5 * 2**20, f"{memory.peak / 2**20} MiB"
     same(net, plain)
