@@ -6,8 +6,9 @@
 #              (GPU="--budget 480 --out DIR"; tools/gpu.py --help)
 # make gpu-carry   builds what that takes along to a machine without compiler or network, for CARRY_TORCH and sm_90
 # make bench   the benchmarks beside their peers (pytest-benchmark), into benchmarks/results: bench-step,
-#              bench-dtensors, bench-forms, bench-comm, bench-zero and bench-quality (what storage forms do to training) (ATEN_CPU_CAPABILITY=avx2 make bench-step; make bench-step BENCH="-k adamw" RESULTS=/tmp)
-# make readme  the README's generated tables and its chart, from those
+#              bench-dtensors, bench-forms, bench-comm, bench-zero, bench-scaling (1M to 1024M parameters, 1 to 10,000 tensors,
+#              1 to 4 ranks) and bench-quality (what storage forms do to training) (ATEN_CPU_CAPABILITY=avx2 make bench-step; make bench-step BENCH="-k adamw" RESULTS=/tmp)
+# make readme  the generated tables and charts of README.md and docs/, from those
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -16,7 +17,7 @@ BIN    := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CXX_FILES := $(shell git ls-files "*.h" "*.cpp" "*.cu" "*.cuh")
 
-.PHONY: help train test wheel lint format gpu gpu-carry bench bench-step bench-dtensors bench-forms bench-quality bench-comm bench-zero readme clean
+.PHONY: help train test wheel lint format gpu gpu-carry bench bench-step bench-dtensors bench-forms bench-quality bench-comm bench-zero bench-scaling readme clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -85,12 +86,12 @@ gpu-carry: .venv-gpu/.torch
 RESULTS ?= benchmarks/results
 TIMING  := pytest -v -p no:xdist --disable-warnings --benchmark-columns=median,iqr,rounds --benchmark-sort=mean
 bench:
-	@$(MAKE) --no-print-directory --keep-going --jobs=1 bench-step bench-dtensors bench-forms bench-comm bench-zero bench-quality
+	@$(MAKE) --no-print-directory --keep-going --jobs=1 bench-step bench-dtensors bench-forms bench-comm bench-zero bench-scaling bench-quality
 
 bench-step: $(VENV)/.bench
 	set=$$($(BIN)/python -c 'import torch; print(torch.backends.cpu.get_cpu_capability().lower())') && \
 	$(BIN)/python -m $(TIMING) benchmarks --ignore benchmarks/bench_comm.py --ignore benchmarks/bench_zero.py \
-	  --ignore benchmarks/bench_forms.py --ignore benchmarks/bench_step_dtensors.py \
+	  --ignore benchmarks/bench_forms.py --ignore benchmarks/bench_step_dtensors.py --ignore benchmarks/bench_scaling.py \
 	  --benchmark-json $(RESULTS)/cpu-$$set.json $(BENCH)
 
 bench-dtensors: $(VENV)/.bench
@@ -106,10 +107,19 @@ bench-comm bench-zero: bench-%: $(VENV)/.bench
 	$(BIN)/torchrun --nproc-per-node 2 --local-ranks-filter 0 -m $(TIMING) benchmarks/bench_$*.py \
 	  --benchmark-json $(RESULTS)/$*.json $(BENCH)
 
+bench-scaling: $(VENV)/.bench
+	$(BIN)/python -m $(TIMING) benchmarks/bench_scaling.py --benchmark-json $(RESULTS)/scaling.json $(BENCH)
+	for ranks in 1 2 4; do \
+	  $(BIN)/torchrun --nproc-per-node $$ranks --local-ranks-filter 0 -m $(TIMING) benchmarks/bench_zero.py \
+	    -k "test_backward and bf16" --elements 16777216 --benchmark-json $(RESULTS)/scaling-$$ranks-ranks.json || exit; \
+	done
+
 readme: $(VENV)/.dev
 	PYTHONPATH=. $(BIN)/python tools/readme.py
 	PYTHONPATH=. $(BIN)/python benchmarks/plot.py $(wildcard $(RESULTS)/cpu-avx512.json $(RESULTS)/cpu-avx2.json) \
 	  -o $(RESULTS)/cpu.png
+	PYTHONPATH=. $(BIN)/python benchmarks/plot_summary.py $(RESULTS) -o $(RESULTS)/summary.png
+	PYTHONPATH=. $(BIN)/python benchmarks/plot_scaling.py $(RESULTS) -o $(RESULTS)/scaling.png
 
 clean:
 	rm -rf $(VENV) .venv-gpu .gpu deepfast/prebuilt* build output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -70,8 +70,8 @@ class Ranks:
 
 
 def joined(kind: str, file: str) -> Iterator[Ranks]:
-    """This process among those of ``kind``, cpu or cuda; without others a skip that says how to start them."""
-    if RANKS < 2:
+    """This process among those of ``kind``, cpu or cuda; without torchrun a skip that says how to start them."""
+    if "WORLD_SIZE" not in os.environ:
         pytest.skip(f"needs ranks: {COMMAND.format(2, file)}")
     torch.set_num_threads(1)
     device = torch.device("cpu")

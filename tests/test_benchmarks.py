@@ -18,11 +18,14 @@ sys.path.insert(0, str(BENCHMARKS))
 
 sys.path.insert(0, str(ROOT / "tools"))
 
+import bench_scaling  # noqa: E402
 import bench_step  # noqa: E402
 import bench_step_dtensors  # noqa: E402
 import bench_zero  # noqa: E402
 import figures  # noqa: E402
 import measure  # noqa: E402
+import plot_scaling  # noqa: E402
+import plot_summary  # noqa: E402
 import readme  # noqa: E402
 import sharded  # noqa: E402
 
@@ -239,6 +242,40 @@ def test_the_chart(tmp_path):
     done = plotted(tmp_path, json.dumps(result()))
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_readmes_chart_compares_what_was_measured():
+    """In each case somebody else, too; a ratio is the table's."""
+    cases = plot_summary.compared(readme.RESULTS)
+    assert len(cases) == len(plot_summary.CASES)
+    assert all(others for *_, others in cases)
+    shown = {ours.case: others for _, ours, others in cases}
+    full = shown["full fp16 AdamW step, 64M parameters"]["torch_fused"]
+    assert f"{full:.2f}× (fused)" in readme.benchmarks()
+    assert f"{shown['AdamW, fp32, 1000 DTensors of 4']['torch_fused']:.1f}×" in readme.benchmarks()
+
+
+def test_the_chart_of_scaling():
+    """A curve's places are what the cases' names say; who is missing somewhere has a shorter one."""
+    cases = {
+        f"AdamW, fp32, {size}M parameters": {
+            name: figures.Figure("", name, size * 1e-3, 0.5, size << 20, 1e9)
+            for name in ("deepfast", "torch_fused")
+            if (name, size) != ("torch_fused", 1024)
+        }
+        for size in (1, 1024)
+    }
+    results = figures.Results({}, "2026-11-27", cases)
+    found = plot_scaling.curves(results, r"AdamW, fp32, (\d+)M parameters", lambda match: int(match[1]))
+    assert {name: sorted(curve) for name, curve in found.items()} == {"deepfast": [1, 1024], "torch_fused": [1]}
+    assert found["deepfast"][1024].seconds == 1.024
+    plot_scaling.chart(readme.RESULTS).clear()
+
+
+def test_what_does_not_fit_into_memory_is_skipped(monkeypatch):
+    monkeypatch.setattr(bench_scaling, "free", lambda: 19 << 30)
+    with pytest.raises(pytest.skip.Exception, match="needs 28 GiB of memory, 19 are free"):
+        bench_scaling.test_parameters(None, "fp16", "torch_fused", 1 << 30)
 
 
 @pytest.mark.parametrize(

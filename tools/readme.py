@@ -1,9 +1,10 @@
-"""Puts between its markers in README.md what is generated: the configuration table, the benchmarks' tables."""
+"""Puts between markers in README.md and docs/ what is generated: the configuration's table, the benchmarks' tables."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from deepfast.engine import config
@@ -12,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from figures import OURS, Figure, Results, duration, label, read  # noqa: E402
+from plot_summary import CASES  # noqa: E402
 
-README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 DTYPES = ("fp32", "fp16", "bf16")
 
@@ -23,7 +24,7 @@ def benchmarks(folder: Path = RESULTS) -> str:
     measured is left out."""
     files = sorted(folder.glob("cpu-*.json"), key=lambda path: (path.stem != "cpu-avx512", path.name))
     text = steps([read(path) for path in files], [path.name for path in files]) if files else ""
-    for name, made in (("dtensors", dtensors), ("comm", sums), ("zero", sharded)):
+    for name, made in (("scaling", scaling), ("dtensors", dtensors), ("comm", sums), ("zero", sharded)):
         file = folder / f"{name}.json"
         text += f"\n{made(read(file))}" if file.exists() else ""
     return text
@@ -31,7 +32,7 @@ def benchmarks(folder: Path = RESULTS) -> str:
 
 def steps(results: list[Results], names: list[str]) -> str:
     links = (
-        f"[{r.capability}](benchmarks/results/{name}): {r.described}" for r, name in zip(results, names, strict=True)
+        f"[{r.capability}](../benchmarks/results/{name}): {r.described}" for r, name in zip(results, names, strict=True)
     )
     head = [
         "",
@@ -62,7 +63,54 @@ def dtensors(results: Results) -> str:
         ours = contenders[OURS].seconds
         ratios = (f"{contenders[n].seconds / ours:.1f}×" if n in contenders else "–" for n in peers)
         rows.append([case, duration(ours), *ratios])
-    return f"\nDTensors ([figures](benchmarks/results/dtensors.json)): {results.described}.\n\n{table(rows)}"
+    return f"\nDTensors ([figures](../benchmarks/results/dtensors.json)): {results.described}.\n\n{table(rows)}"
+
+
+def scaling(results: Results) -> str:
+    """How long steps of more and more take, and how many times as long others'; the chart shows the same."""
+    peers = list(dict.fromkeys(n for contenders in results.cases.values() for n in contenders if n != OURS))
+    rows = [["", label(OURS), *map(label, peers)], ["---"] * (2 + len(peers))]
+    for case, contenders in results.cases.items():
+        if OURS in contenders:
+            ours = contenders[OURS]
+            ratios = (f"{contenders[n].times(ours):.2f}×" if n in contenders else "–" for n in peers)
+            rows.append([case, duration(ours.seconds), *ratios])
+    return (
+        f"Scaling ([figures](../benchmarks/results/scaling.json)): {results.described}.\n\n"
+        f"![Time over parameters, tensors and ranks](../benchmarks/results/scaling.png)\n\n{table(rows)}"
+    )
+
+
+def machines(folder: Path = RESULTS) -> str:
+    """What the README's chart was drawn from, and on what."""
+    on: dict[str, list[str]] = {}
+    for file in dict.fromkeys(file for file, *_ in CASES):
+        results = read(folder / file)
+        about = f"{results.machine['cpu']}, {results.machine['cores']} cores, {results.capability}"
+        about += f", torch {results.machine['torch']}, {results.date}"
+        on.setdefault(about, []).append(f"[{file}](benchmarks/results/{file})")
+    said = "; ".join(f"{about} ({', '.join(links)})" for about, links in on.items())
+    return f"{said}. Made by `make bench readme`.\n"
+
+
+def gpu(folder: Path = RESULTS) -> str:
+    """What a GPU has shown, of the CUDA kernels."""
+    known = json.loads((folder / "gpu.json").read_text(encoding="utf-8"))
+    machine, ratios = known["machine"], {}
+    for figure in known["figures"]:
+        ours = next((figure[name]["ms"] for name in ("step", "full step", "deepfast") if name in figure), 0)
+        torchs = next((figure[name]["ms"] for name in ("torch fused", "torch's parts") if name in figure), 0)
+        if torchs and figure["title"].endswith(", cuda"):
+            ratios[figure["title"].removesuffix(", cuda")] = torchs / ours
+    plain = [ratio for title, ratio in ratios.items() if ", fp32, " in title]
+    many = ratios["AdamW, 2000 tensors of 256"]
+    return (
+        f"On one {machine['gpu']['name']} ({known['date']}, torch {machine['torch']}, "
+        f"[gpu.json](benchmarks/results/gpu.json)) the full fp16 AdamW step of 64M parameters took "
+        f"{ratios['full fp16 AdamW step, 64M']:.2f} times less than torch's parts, fp32 steps of 64M to 1024M "
+        f"{min(plain):.2f} to {max(plain):.2f} times less than torch's fused ones, AdamW on 2000 small tensors "
+        f"{many:.1f} times less: [what ran](docs/gpu.md#what-ran-on-a-gpu).\n"
+    )
 
 
 def best(contenders: dict[str, Figure], among) -> str:
@@ -109,9 +157,9 @@ def forms(folder: Path = RESULTS) -> str:
     return (
         f"{table(rows)}\nGPT-2 tiny on the standard library's source, {about['steps']} steps of {about['batch']} "
         f"sequences of {about['length']}, learning rate {about['lr']} with warm-up and cosine "
-        f"([figures](benchmarks/results/quality.json), the same seeds and data for all). Memory of one process, "
-        f"beyond what it had before the model ([figures](benchmarks/results/forms.json): {memory.described}); "
-        f"others: {others}.\n\n![Validation loss against fp32's](benchmarks/results/quality.png)\n"
+        f"([figures](../benchmarks/results/quality.json), the same seeds and data for all). Memory of one process, "
+        f"beyond what it had before the model ([figures](../benchmarks/results/forms.json): {memory.described}); "
+        f"others: {others}.\n\n![Validation loss against fp32's](../benchmarks/results/quality.png)\n"
     )
 
 
@@ -128,7 +176,7 @@ def sums(results: Results) -> str:
         types = [dtype for dtype in DTYPES if any(dtype in figures for figures in of.values())]
         cells = ("; ".join(_duration(of.get(name, {}).get(dtype)) for dtype in types) for name in columns)
         rows.append([size, *cells])
-    return f"Two ranks ([figures](benchmarks/results/comm.json)): {results.described}.\n\n{table(rows)}"
+    return f"Two ranks ([figures](../benchmarks/results/comm.json)): {results.described}.\n\n{table(rows)}"
 
 
 def _duration(figure: Figure | None) -> str:
@@ -151,7 +199,7 @@ def sharded(results: Results) -> str:
         cells = [_needed(ours) + (f", {ours.share:.2f} of streaming" if ours and ours.streams else "")]
         cells += [_needed(other) + (f" ({other.times(ours):.2f}×)" if other and ours else "") for other in others]
         rows.append([case, *cells])
-    return f"Sharded, two ranks ([figures](benchmarks/results/zero.json)): {results.described}.\n\n{table(rows)}"
+    return f"Sharded, two ranks ([figures](../benchmarks/results/zero.json)): {results.described}.\n\n{table(rows)}"
 
 
 def _needed(figure: Figure | None) -> str:
@@ -166,14 +214,23 @@ def between(text: str, name: str, generated: str) -> str:
     """``text`` with this between the markers of that name."""
     begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     if begin not in text or end not in text:
-        raise SystemExit(f"README.md has no markers for {name}: {begin.strip()}, {end}")
+        raise SystemExit(f"there are no markers for {name}: {begin.strip()}, {end}")
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
     return f"{before}{begin}{generated}{end}{after}"
 
 
+# Page, marker, and what stands there.
+PAGES: tuple[tuple[str, str, Callable[[], str]], ...] = (
+    ("README.md", "machines", machines),
+    ("README.md", "gpu", gpu),
+    ("docs/configuration.md", "configuration", lambda: config.table() + "\n"),
+    ("docs/storage-forms.md", "forms", forms),
+    ("docs/benchmarks.md", "benchmarks", benchmarks),
+)
+
+
 if __name__ == "__main__":
-    text = README.read_text(encoding="utf-8")
-    text = between(text, "configuration", config.table() + "\n")
-    text = between(text, "forms", forms())
-    README.write_text(between(text, "benchmarks", benchmarks()), encoding="utf-8")
+    for page, name, generated in PAGES:
+        file = ROOT / page
+        file.write_text(between(file.read_text(encoding="utf-8"), name, generated()), encoding="utf-8")

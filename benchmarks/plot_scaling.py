@@ -1,0 +1,99 @@
+"""The chart of scaling: a step's time over the parameters, over the tensors that they are in, and over the ranks.
+
+    python benchmarks/plot_scaling.py benchmarks/results -o benchmarks/results/scaling.png
+
+Reads ``scaling.json`` and ``scaling-<ranks>-ranks.json`` of that folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib as mpl
+from figures import OURS, BrokenError, Figure, Results, label, read
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+FLOOR = "#b5372a"
+COLOURS = {"deepfast": "#0072b2", "torch": "#6b7780", "ddp": "#6b7780", "deepspeed": "#e69f00"}
+MARKS = {"torch_foreach": "s", "deepfast_0": "s"}
+Curve = dict[float, Figure]
+
+
+def curves(results: Results, title: str, x: Callable[[re.Match[str]], float]) -> dict[str, Curve]:
+    """Of the cases that are called so (a pattern): each contender's figures, by what its name says of the place."""
+    found: dict[str, Curve] = {}
+    for case, contenders in results.cases.items():
+        if match := re.fullmatch(title, case):
+            for name, figure in contenders.items():
+                found.setdefault(name, {})[x(match)] = figure
+    return found
+
+
+def draw(ax: Axes, found: dict[str, Curve], y: Callable[[float, Figure], float]) -> None:
+    for name, curve in found.items():
+        colour = next(colour for kind, colour in COLOURS.items() if name.startswith(kind))
+        ours = name.startswith(OURS)
+        points = sorted((x, y(x, figure)) for x, figure in curve.items())
+        ax.plot(*zip(*points, strict=True), MARKS.get(name, "o") + "-", color=colour, label=label(name),
+                linewidth=2 if ours else 1.2, markersize=4, zorder=3 if ours else 2)  # fmt: skip
+
+
+def chart(folder: Path) -> plt.Figure:
+    results = read(folder / "scaling.json")
+    ranks = {int(path.stem.split("-")[1]): read(path) for path in sorted(folder.glob("scaling-*-ranks.json"))}
+    fig, ((fp32, fp16), (tensors, several)) = plt.subplots(2, 2, figsize=(9, 6.6), layout="constrained")
+
+    def nanoseconds(x: float, figure: Figure) -> float:
+        return figure.seconds / (x * 2**20) * 1e9
+
+    for ax, title in ((fp32, "AdamW, fp32"), (fp16, "full fp16 AdamW step")):
+        found = curves(results, rf"{title}, (\d+)M parameters", lambda match: int(match[1]))
+        draw(ax, found, nanoseconds)
+        floor = sorted((x, figure.bytes / figure.speed / (x * 2**20) * 1e9) for x, figure in found[OURS].items())
+        ax.plot(*zip(*floor, strict=True), "--", color=FLOOR, linewidth=1, label="its bytes at streaming speed")
+        ax.set(title=title, xlabel="million parameters, one tensor", ylabel="ns a parameter")
+        ax.set_xticks([x for x, _ in floor], [f"{x:g}" for x, _ in floor])
+    found = curves(results, r"AdamW, fp32, 16M parameters in (\d+)", lambda match: int(match[1]))
+    draw(tensors, found, lambda x, figure: figure.seconds * 1e3)
+    tensors.set(title="AdamW, fp32, 16M parameters", xlabel="tensors that they are in", ylabel="ms a step")
+    on: dict[str, Curve] = {}
+    for n, of in ranks.items():
+        for name in ("deepfast_2", "deepfast_0", "ddp", "deepspeed_2"):
+            (case,) = of.cases.values()
+            if name in case:
+                on.setdefault(name, {})[n] = case[name]
+    draw(several, on, lambda x, figure: figure.seconds * 1e3)
+    several.set(title="backward and step, bf16, 16M parameters", xlabel="ranks, one thread each", ylabel="ms")
+    for ax in (fp32, fp16, tensors, several):
+        ax.set(xscale="log", yscale="log")
+        ax.grid(color="#e6e6e6", linewidth=0.6)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(fontsize=7.5, frameon=False)
+    several.set_xticks(sorted(ranks), [str(n) for n in sorted(ranks)], minor=False)
+    several.minorticks_off()
+    fig.supxlabel(f"{results.capability}: {results.described}", fontsize=8)
+    return fig
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    args = parser.parse_args()
+    try:
+        chart(args.folder).savefig(args.out, dpi=130, metadata={"Software": None})
+    except (BrokenError, OSError) as problem:
+        print(problem, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
