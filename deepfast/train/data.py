@@ -33,6 +33,7 @@ log = logging.getLogger("deepfast")
 
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE = 32 << 20  # characters a tokenizer is trained on
+HEAD = 8  # tokens of the data that a sample of text goes on from
 _BATCH = 256  # pieces tokenized at a time, or fewer with so many characters:
 _CHARACTERS = 16 << 20
 _TOKENS = 16 << 20  # copied at a time
@@ -238,7 +239,7 @@ class Sequences:
         self.tokens, count = _cut(folder, length, "dataset_dir")
         self.length = length
         self.seed = seed
-        self._gaps, self._sizes = _runs(count, held_out) if held_out else (np.empty(0, dtype=np.int64),) * 2
+        self._gaps, self._sizes = _runs(count, held_out)
         self.count = count - int(self._sizes.sum())
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
@@ -247,6 +248,11 @@ class Sequences:
         begins = self._gaps + np.cumsum(self._sizes) - self._sizes
         runs = [np.arange(begin, begin + size) for begin, size in zip(begins, self._sizes, strict=True)]
         return Held(self.tokens, self.length, np.concatenate(runs))
+
+    @property
+    def head(self) -> np.ndarray:
+        """int64 [n]: what the first sequence begins with."""
+        return self[0][:HEAD]
 
     def __getitem__(self, position: int) -> np.ndarray:
         """int64 [length]: the ``position``-th sequence of an endless walk over the data."""
@@ -259,13 +265,18 @@ class Sequences:
         start = (trained + int(self._sizes[:runs].sum())) * self.length
         return self.tokens[start : start + self.length].astype(np.int64)
 
+    def state(self) -> None:
+        """Where the next sequence comes from, if its number does not say it: a stream's."""
+
     def batch(self, start: int, size: int) -> Tensor:
         """int64 [size, length]: sequences ``start`` to ``start + size``."""
         return torch.from_numpy(np.stack([self[start + i] for i in range(size)]))
 
 
-def _runs(count: int, share: float) -> tuple[np.ndarray, np.ndarray]:
+def _runs(count: int, share: float | None) -> tuple[np.ndarray, np.ndarray]:
     """How many sequences are trained on before each run of held-out ones, and how many it has."""
+    if share is None:
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     held = max(1, round(count * share))
     trained = count - held
     if trained < 1:
