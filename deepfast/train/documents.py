@@ -140,17 +140,16 @@ def _blocks(path: Path, at: int, block: int) -> Iterator[Piece]:
 
 
 def _cut(block: bytes) -> int:
-    """Where a block ends that its file goes on after: before the last line end that no white space follows.
+    """Where a block ends that its file goes on after: before its last line end, or else space, that a word follows.
 
-    There GPT-2's tokenizer cuts, too, and so the pieces have the tokens that the whole has. Where no line ends: after
-    a whole character.
+    There GPT-2's tokenizer cuts, too, and so the pieces have the tokens that the whole has. Without any: after a whole
+    character.
     """
-    for begin in (max(1, len(block) - (1 << 16)), 1):
-        ends = [match.start() for match in re.finditer(rb"\r?\n(?=\S)", block[begin:])]
-        if ends:
-            return begin + ends[-1]
-    if line := block.rfind(b"\n") + 1:
-        return line
+    for near in (rb"\r?\n(?=\S)", rb" (?=\S)"):
+        for begin in (max(1, len(block) - (1 << 16)), 1):
+            ends = [match.start() for match in re.finditer(near, block[begin:])]
+            if ends:
+                return begin + ends[-1]
     last = next((back for back in range(1, 5) if block[-back] & 0xC0 != 0x80), 1)
     cut = len(block) - (last if block[-last] >= 0xC0 else 0)
     return cut - (block[cut - 1 : cut] == b"\r") or len(block)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("deepfast")
 
-# A chunk is read ahead, and is the most that is tokenized in vain.
+# A chunk is what is tokenized together. One more than the last batch took is read ahead.
 _CHUNK = 256 << 10  # characters
 _DOCUMENTS = 256
 _BLOCK = 1 << 20  # bytes of a text file, and tokens of a .bin file, read at a time
@@ -82,7 +82,7 @@ class Reader:
             for path in self._files:
                 token_map(path)
         self._ahead = ThreadPoolExecutor(1, "deepfast data")
-        self._next: Future[list[_Read]] | None = None
+        self._coming: deque[Future[list[_Read]]] = deque()
         self._wrapped = False  # and that was said
         self.seek(Place(dataset_dir))
         self.head = self.take(HEAD)
@@ -93,11 +93,12 @@ class Reader:
         names = [self._name(path) for path in self._files]
         known = place.dataset_dir == self.dataset_dir and place.file in ("", *names)
         place = place if known else Place(self.dataset_dir)
-        if self._next is not None:
-            self._next.exception()
+        for chunk in self._coming:
+            if not chunk.cancel():
+                chunk.exception()  # nobody reads on in the old walk
+        self._coming.clear()
         first = names.index(place.file) if place.file else 0
         self._walk = self._chunks(self._endless(first, place))
-        self._next = None
         self._held: deque[_Read] = deque()  # the first of which are dealt, up to the place
         self._skip, self._place = place.skip, dataclasses.replace(place, skip=0)
         self._skipped = Skipped()  # until the data's end is reached for the first time
@@ -118,10 +119,12 @@ class Reader:
             DataError: where there is no text in all of the dataset, and for tokens that are not the model's.
         """
         taken = np.empty(count, dtype=np.int64)
-        done = 0
+        done, chunks = 0, 0
         while done < count:
             if not self._held:
-                self._fetch()
+                self._read_ahead(1)
+                self._held.extend(self._coming.popleft().result())
+                chunks += 1
             place, tokens = self._held[0]
             if place != self._place:
                 if place.epoch > self._place.epoch and not self._wrapped:
@@ -133,13 +136,13 @@ class Reader:
             done, self._skip = done + len(some), self._skip + len(some)
             if self._skip >= len(tokens):
                 self._held.popleft()
+        self._read_ahead(chunks + 1)  # as much as this has taken, while it is trained on
         return taken
 
-    def _fetch(self) -> None:
-        ready = self._next or self._ahead.submit(next, self._walk)
-        self._next = None
-        self._held.extend(ready.result())
-        self._next = self._ahead.submit(next, self._walk)
+    def _read_ahead(self, chunks: int) -> None:
+        """So many are being read, or more."""
+        while len(self._coming) < chunks:
+            self._coming.append(self._ahead.submit(next, self._walk))
 
     def _chunks(self, walk: Iterator[tuple[Place, Path, Any]]) -> Iterator[list[_Read]]:
         """What is tokenized together."""
