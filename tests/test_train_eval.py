@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import sys
 from types import SimpleNamespace
 
@@ -13,9 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import run
-from runs import TORCHRUN, configure, losses, metrics, train
+from runs import SMALL, TORCHRUN, configure, losses, metrics, train
 
+from deepfast.engine import config
+from deepfast.errors import UserError
 from deepfast.train import data, gpt2, validation
+from deepfast.train.prepare import held_out, prepare_data
+from deepfast.train.run import Run
 
 MEASURED = ("eval_loss", "eval_perplexity")
 
@@ -61,7 +64,7 @@ def test_validation_and_samples_leave_training_alone(place):
 
     events = EventAccumulator(str(output / "tensorboard"))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("eval_loss")] == pytest.approx(list(found.items()))
+    assert {e.step: e.value for e in events.Scalars("eval_loss")} == pytest.approx(found)
     assert [e.step for e in events.Scalars("eval_perplexity")] == [3, 6, 8]
     assert [e.step for e in events.Tensors("sample/text_summary")] == [2, 4, 6, 8]
 
@@ -105,10 +108,6 @@ def test_ranks_validate_together(place):
     samples = [json.loads(line) for line in (place / "two" / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == [2, 4]
     assert samples[0]["text"] != samples[1]["text"]
-    # A set that is smaller than what the ranks take at once: nobody waits for ever.
-    done = train(place, "--resume", "--set", "eval_sequences=1", "--set", "num_train_steps=5", launch=TORCHRUN)
-    assert done.returncode == 0, done.stderr
-    assert metrics(place, "two")[-1]["eval_loss"] > 0
 
 
 class Engine(torch.nn.Module):
@@ -148,14 +147,67 @@ def test_a_perplexity_that_is_no_number():
     assert validation.perplexity(1e4) is None
 
 
-def test_a_run_that_diverges_has_no_validation(place):
-    """No NaN and no infinity in what is JSON."""
-    configure(place, fp16=None, num_train_steps=3, num_warmup_steps=None, optimizer={"params": {"lr": 1e30}},
-              gradient_clipping=0.0, eval_share=0.02, eval_steps=1, sample_tokens=0)  # fmt: skip
-    done = train(place)
-    assert done.returncode == 0, done.stderr
-    assert metrics(place)[-1]["eval_loss"] is None
-    assert metrics(place)[-1]["eval_perplexity"] is None
+def token_file(folder, count: int = 5000) -> None:
+    folder.mkdir()
+    np.random.default_rng(0).integers(0, 300, count).astype(np.uint16).tofile(folder / "a.bin")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_dataset_dir": "few"}, r"eval_dataset_dir='few': 9 tokens are shorter than one sequence"),
+        ({"eval_dataset_dir": "empty"}, r"eval_dataset_dir='empty': no \.txt"),
+        ({"dataset_dir": "tokens", "eval_dataset_dir": "text"}, "what is trained on are tokens without a tokenizer"),
+        ({"dataset_dir": "few", "train_sequence_length": 8, "eval_share": 0.5}, "of 1 sequences it leaves none to tr"),
+        ({"dataset_dir": "tokens", "sample_prompt": "x"}, "sample_prompt: token files come without a tokenizer"),
+        ({"streaming": True, "dataset_dir": "empty"}, "dataset_dir='empty': no "),
+    ],
+)
+def test_bad_validation_takes_nothing_away(place, monkeypatch, changes, message):
+    """The run that is there stays until all of the new one's input is known to be good."""
+    monkeypatch.chdir(place)
+    token_file(place / "tokens")
+    token_file(place / "few", 9)
+    (place / "empty").mkdir()
+    (place / "output" / "checkpoints").mkdir(parents=True)
+    settings = config.load({**SMALL, **changes})
+    shape, folder = gpt2.configuration("tiny", 8)
+    with pytest.raises(UserError, match=message):
+        prepare_data(settings, Run("output"), shape, folder, False)
+    assert [path.name for path in (place / "output").iterdir() if not path.name.startswith(".")] == ["checkpoints"]
+
+
+def test_what_is_tokenized_is_of_this_run(place, monkeypatch):
+    """Tokens that another run's tokenizer made are gone, also where this one needs none."""
+    monkeypatch.chdir(place)
+    shape, folder = gpt2.configuration("tiny", 32)
+    (place / "text" / "typing.py").rename(place / "tiny" / "typing.py")
+    run, before = Run("output"), config.load({**SMALL, "eval_dataset_dir": "tiny"})
+    _, sequences = prepare_data(before, run, shape, folder, False)
+    assert held_out(before, run, sequences).count > 100
+    after = config.load({**SMALL, "streaming": True})
+    _, stream = prepare_data(after, run, shape, folder, False)
+    stream.close()
+    assert not run.data.exists()
+    assert not run.eval_data.exists()
+    # Resumed with another validation: only that is read.
+    prepare_data(before, run, shape, folder, False)
+    times = (run.data / "tokens.bin").stat().st_mtime_ns, (run.eval_data / "tokens.bin").stat().st_mtime_ns
+    (place / "other").mkdir()
+    (place / "other" / "a.txt").write_text("some other words\n" * 500)
+    other = config.load({**SMALL, "eval_dataset_dir": "other"})
+    _, sequences = prepare_data(other, run, shape, folder, True)
+    assert (run.data / "tokens.bin").stat().st_mtime_ns == times[0]
+    assert (run.eval_data / "tokens.bin").stat().st_mtime_ns > times[1]
+    assert held_out(other, run, sequences).chosen.max() < 300
+
+
+def test_an_engine_leaves_the_trainers_keys_alone():
+    import deepfast
+
+    settings = {"train_batch_size": 2, "eval_steps": 3, "sample_steps": 1, "sample_tokens": 0, "streaming": True}
+    engine, *_ = deepfast.initialize(model=torch.nn.Linear(2, 2), config={**settings, "eval_share": 0.5})
+    assert engine.config["eval_share"] == 0.5
 
 
 WHILE_IT_RUNS = """
@@ -164,33 +216,28 @@ from deepfast import train
 from deepfast.train import forecast, plot, report
 plot.Curves.PAUSE = plot.Curves.AFTER_CHECKPOINT = plot.Curves.SHARE = 0
 forecast.Forecast.WORTH = forecast.Forecast.SECONDS = 0
-step = report.Reporter.step
+pictures, step, draw = [], report.Reporter.step, plot._draw
 def looked(self, *args):
     step(self, *args)
-    pictures.append((self.run.plot.exists() and self.run.plot.read_bytes()[-8:], os.listdir(self.run.root)))
-report.Reporter.step = looked
-if sys.argv[1] == "full":
-    def full(*_): raise OSError(28, "No space left on device")
-    plot._draw = full
-pictures = []
+    pictures.append(self.run.plot.exists() and self.run.plot.read_bytes())
+def until_the_disk_is_full(columns, path):
+    if len(columns["step"]) > 5: raise OSError(28, "No space left on device")
+    draw(columns, path)
+report.Reporter.step, plot._draw = looked, until_the_disk_is_full
 code = train.main(["--config", "config.json"])
-print(len(pictures), sum(seen == b"IEND\\xaeB`\\x82" for seen, _ in pictures), pictures[-1][1])
+print([picture and picture[-8:] == b"IEND\\xaeB`\\x82" for picture in pictures], len(set(pictures)))
 sys.exit(code)
 """
 
 
 def test_a_picture_and_a_forecast_while_it_runs(place):
+    """Pictures from the first step on, as long as there is room; then the last one, and the run goes on."""
     configure(place, save_steps=100)
-    done = run(sys.executable, "-c", WHILE_IT_RUNS, "draw", cwd=place)
+    done = run(sys.executable, "-c", WHILE_IT_RUNS, cwd=place)
     assert done.returncode == 0, done.stderr
-    last = done.stdout.splitlines()[-1]
-    assert last.startswith("8 7 "), "from the second step on there is one, and it is whole"
-    assert ".loss.png.tmp" not in last
-    (line,) = [line for line in done.stdout.splitlines() if " to go (" in line]
-    assert re.search(r": about .* to go \(6 steps of 128 tokens at [\d,]+ tokens/s.*\), until \d\d:\d\d$", line)
-    shutil.rmtree(place / "output")
-    done = run(sys.executable, "-c", WHILE_IT_RUNS, "full", cwd=place)
-    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"{[False, *[True] * 7]} 6"
+    assert not list((place / "output").glob(".*"))
     assert done.stdout.count("output/loss.png cannot be drawn: No space left on device; training goes on") == 1
     assert len(losses(place)) == 8
-    assert not (place / "output" / "loss.png").exists()
+    (line,) = [line for line in done.stdout.splitlines() if " to go (" in line]
+    assert re.search(r": about .* to go \(6 steps of 128 tokens at [\d,]+ tokens/s.*\), until \d\d:\d\d$", line)
