@@ -173,6 +173,55 @@ def test_each_epoch_sees_each_sequence_once_in_another_order(tmp_path, source):
         data.Sequences(folder, 108, 0)
 
 
+def laid_down(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    np.arange(count, dtype=np.uint32).tofile(folder / "tokens.bin")
+    (folder / "tokens.json").write_text(json.dumps({"dataset_dir": "x", "tokens": count, "dtype": "uint32"}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "held", "runs"),
+    [
+        (10_000, 0.05, 500, 16),
+        (1000, 0.1, 100, 12),
+        (300, 0.01, 3, 1),
+        (50, 0.001, 1, 1),
+        (10, 0.9, 9, 1),
+        (2, 0.5, 1, 1),
+    ],
+)
+def test_a_share_is_held_out(tmp_path, count, share, held, runs):
+    """Not trained on, always the same, in a few runs that are spread over the data."""
+    folder = laid_down(tmp_path / "out", count * 10 + 7)
+    sequences = data.Sequences(folder, 10, 0, share)
+    assert sequences.count == count - held
+    trained = sorted(int(sequences[i][0]) // 10 for i in range(sequences.count))
+    chosen = sequences.held.chosen.tolist()
+    assert sorted([*trained, *chosen]) == list(range(count))
+    assert all((sequences[i] == np.arange(sequences[i][0], sequences[i][0] + 10)).all() for i in range(9))
+    gaps = np.diff([-1, *chosen, count]) - 1
+    assert np.count_nonzero(gaps[1:-1]) == runs - 1
+    between = gaps[gaps > 0]
+    assert between.max() <= max(2 * between.min() + 3, between.min() + 2), "evenly"
+    assert data.Sequences(folder, 10, 5, share).held.chosen.tolist() == chosen, "whatever the seed"
+    held_out = sequences.held
+    assert held_out.batch(0, held).tolist() == [list(range(10 * i, 10 * i + 10)) for i in chosen]
+    few = held_out.at_most(3)
+    assert few.count == min(3, held)
+    assert few.chosen[0] == chosen[0]
+    assert set(few.chosen) <= set(chosen)
+    # Another epoch has the same sequences.
+    again = sorted(int(sequences[sequences.count + i][0]) // 10 for i in range(sequences.count))
+    assert again == trained
+
+
+def test_a_share_leaves_something(tmp_path):
+    folder = laid_down(tmp_path / "out", 19)
+    with pytest.raises(data.DataError, match=r"eval_share=0\.5: of 1 sequences it leaves none to train on"):
+        data.Sequences(folder, 10, 0, 0.5)
+
+
 # Models
 
 

@@ -316,9 +316,11 @@ def test_resuming_with_another_configuration(place):
 
 def test_runs_that_diverge_or_overflow_end_well(place):
     configure(place, fp16=None, num_train_steps=4, num_warmup_steps=None, optimizer={"params": {"lr": 1e6}},
-              gradient_clipping=0.0)  # fmt: skip
+              gradient_clipping=0.0, eval_share=0.01, eval_steps=1)  # fmt: skip
     done = train(place)
     assert done.returncode == 0, done.stderr
+    assert [metrics(place)[-1][key] for key in ("loss", "eval_loss", "eval_perplexity")] == [None] * 3
+    assert "validation: " not in done.stdout, "nothing to say"
     configure(place, fp16={"enabled": True, "initial_scale_power": 24, "hysteresis": 1}, num_train_steps=12)
     done = train(place)
     assert done.returncode == 0, done.stderr

@@ -14,15 +14,20 @@ from deepfast.engine import config as configuration
 from deepfast.engine.config import Config
 from deepfast.engine.ranks import init_distributed, launched
 from deepfast.errors import TrainingError, UserError
+from deepfast.train.data import Held
 from deepfast.train.defaults import trainer_defaults
+from deepfast.train.forecast import Forecast
 from deepfast.train.report import Reporter
 from deepfast.train.run import Run
+from deepfast.train.sample import Sampler
 from deepfast.train.stop import Stop
+from deepfast.train.stream import Stream
+from deepfast.train.validation import mean_loss
 
 log = logging.getLogger("deepfast")
 
 # What the order of the data, and so the meaning of a step, depends on.
-_IDENTITY = ("dataset_dir", "seed", "train_batch_size", "train_sequence_length")
+_IDENTITY = ("dataset_dir", "seed", "train_batch_size", "train_sequence_length", "eval_share", "streaming")
 
 
 def train(config: Config, resume: str | None = None) -> int:
@@ -53,12 +58,14 @@ def _train(config: Config, run: Run, tag: str | None, rank: int, stop: Stop) -> 
 
     from deepfast.engine.initialization import initialize
     from deepfast.train import data, gpt2
-    from deepfast.train.prepare import prepare_data
+    from deepfast.train.prepare import held_out, prepare_data
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if tag is None:
         data.source_files(config.dataset_dir)  # the commonest mistake, before anything takes time
+        if config.eval_dataset_dir is not None:
+            data.source_files(config.eval_dataset_dir, "eval_dataset_dir")
     init_distributed()
     torch.manual_seed(config.seed)
     gpt2_config, folder = gpt2.configuration(config.model_dir, config.train_sequence_length)
@@ -77,32 +84,37 @@ def _train(config: Config, run: Run, tag: str | None, rank: int, stop: Stop) -> 
     if tag is not None:
         path, before = engine.load_checkpoint(run.checkpoints, tag)
         log.info("resumed from %s", path)
+        asked = ("dataset_dir", "streaming") if config.streaming else _IDENTITY
         for name, value in (before or {}).items():
-            if identity.get(name, value) != value:
+            if name in asked and identity[name] != value:
                 log.info("%s is now %s, it was %s: the data goes on in another order", name, identity[name], value)
-    log.info("%.1fM parameters, %s, %d sequences of %d tokens, batch %d = micro %d x accumulation %d x ranks %d",
+        if isinstance(sequences, Stream):
+            sequences.go_on((before or {}).get("stream"))
+    held = held_out(config, run, sequences)
+    counted = "" if isinstance(sequences, Stream) else f"{sequences.count} "
+    log.info("%.1fM parameters, %s, %ssequences of %d tokens, batch %d = micro %d x accumulation %d x ranks %d",
              sum(p.numel() for p in module.parameters()) / 1e6, str(engine.dtype).removeprefix("torch."),
-             sequences.count, sequences.length, *config.batch_triple(), engine.world_size)  # fmt: skip
+             counted, sequences.length, *config.batch_triple(), engine.world_size)  # fmt: skip
+    if held is not None:
+        log.info("validated on %d sequences every %d steps, and at the end", held.count, config.eval_steps)
+    sampler = Sampler(config, engine, tokenizer, sequences)
     reporter = Reporter(run, engine, config.num_train_steps) if rank == 0 else None
     try:
-        while engine.global_steps < config.num_train_steps:
-            started, lr = time.perf_counter(), engine.get_lr()[0]
-            loss, stopped = _step(engine, sequences, stop)
-            if reporter:
-                tokens = config.train_sequence_length * engine.train_batch_size()
-                reporter.step(loss, lr, tokens / (time.perf_counter() - started))
-            done = engine.global_steps == config.num_train_steps
-            if done or stopped or engine.global_steps % config.save_steps == 0:
-                _save(engine, run, config.save_total_limit, reporter, identity)
-            if stopped:
-                break
-        engine.wait_for_checkpoint()
+        _steps(config, run, engine, sequences, held, sampler, reporter, identity, stop)
+    except TrainingError:
+        if reporter:
+            reporter.curves.draw()  # of what led there
+        raise
     finally:
         engine.monitor.close()
+        if isinstance(sequences, Stream):
+            sequences.close()
         if reporter:
             reporter.close()
     if reporter:
-        reporter.plot()
+        reporter.curves.draw()
+        if said := reporter.validated():
+            log.info("validation: %s", said)
     if stop.signal:
         if rank == 0:
             log.info("interrupted and saved after step %d: --resume goes on from here", engine.global_steps)
@@ -116,8 +128,59 @@ def _train(config: Config, run: Run, tag: str | None, rank: int, stop: Stop) -> 
     if rank == 0:
         module = module if weights is None else gpt2.with_weights(module.config, weights)
         module.save_pretrained(run.model)
-        _say_goodbye(config, run, module, tokenizer, sequences, engine.device)
+        if config.sample_tokens and not config.sample_steps:  # those have it already
+            print(f"\n--- a sample ---\n{sampler(module)}\n----------------")
+        print(f"model:       {run.model} (transformers: AutoModelForCausalLM.from_pretrained)")
+        print(f"loss curve:  {run.plot}")
+        print(f"TensorBoard: tensorboard --logdir {run.events}")
     return 0
+
+
+def _steps(
+    config: Config,
+    run: Run,
+    engine: Any,
+    sequences: Any,
+    held: Held | None,
+    sampler: Sampler,
+    reporter: Reporter | None,
+    identity: dict[str, Any],
+    stop: Stop,
+) -> None:
+    """The steps that are left, and what is due after some and after the last: a validation, a sample, a checkpoint."""
+    last = config.num_train_steps or 0
+    tokens = config.train_sequence_length * engine.train_batch_size()
+    every = {"checkpoint": config.save_steps, "sample": config.sample_steps}
+    if held is not None:
+        every["validation"] = config.eval_steps or config.save_steps
+    every = {name: steps for name, steps in every.items() if steps}
+    forecast = Forecast(engine.global_steps, last, tokens, every)
+    while engine.global_steps < last:
+        started, lr = time.perf_counter(), engine.get_lr()[0]
+        loss, stopped = _step(engine, sequences, stop)
+        rate = tokens / (time.perf_counter() - started)
+        step, eval_loss = engine.global_steps, None
+        due = {"checkpoint"} if stopped else {name for name, n in every.items() if step == last or step % n == 0}
+        if held is not None and "validation" in due:
+            with forecast.apart("validation"):
+                eval_loss = mean_loss(engine, held)
+        if reporter:
+            reporter.step(loss, lr, rate, eval_loss)
+        if "sample" in due:
+            with forecast.apart("sample"):
+                text = sampler()
+                if reporter and text is not None:
+                    reporter.sample(text)
+        if "checkpoint" in due:
+            with forecast.apart("checkpoint"):
+                _save(engine, run, config.save_total_limit, reporter, {**identity, "stream": sequences.state()})
+        if stopped:
+            break
+        if reporter:
+            reporter.curves.draw_if_due(checkpoint=bool(due - {"sample"}))
+        if said := forecast.stepped(step):
+            log.info(said)
+    engine.wait_for_checkpoint()
 
 
 def _step(engine: Any, sequences: Any, stop: Stop) -> tuple[float, bool]:
@@ -147,16 +210,3 @@ def _save(engine: Any, run: Run, keep: int, reporter: Reporter | None, identity:
     if reporter:
         reporter.flush()
     engine.save_checkpoint(run.checkpoints, f"step{engine.global_steps}", identity, wait=False, keep=keep)
-
-
-def _say_goodbye(config: Config, run: Run, module: Any, tokenizer: Any, sequences: Any, device: torch.device) -> None:
-    from deepfast.train import gpt2
-
-    if config.sample_tokens:
-        prompt = torch.from_numpy(sequences[0][:8]).to(device)
-        ids = gpt2.sample(module, prompt, config.sample_tokens, config.seed)
-        text = " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
-        print(f"\n--- a sample ---\n{text}\n----------------")
-    print(f"model:       {run.model} (transformers: AutoModelForCausalLM.from_pretrained)")
-    print(f"loss curve:  {run.plot}")
-    print(f"TensorBoard: tensorboard --logdir {run.events}")

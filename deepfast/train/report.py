@@ -1,8 +1,9 @@
-"""What one sees of a run: metrics.jsonl, TensorBoard, a bar, the loss curve."""
+"""What one sees of a run: metrics.jsonl, TensorBoard, a bar, the curves, samples of text."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -12,9 +13,12 @@ from typing import Any
 
 import torch
 
-from deepfast.engine import checkpoint
 from deepfast.engine.progress import PHASES
+from deepfast.train.plot import Curves
 from deepfast.train.run import Run
+from deepfast.train.validation import perplexity
+
+log = logging.getLogger("deepfast")
 
 
 def _finite(value: float | None) -> float | None:
@@ -62,20 +66,35 @@ class Progress:
 
 
 class Reporter:
-    """metrics.jsonl, TensorBoard, the progress, and in the end loss.png."""
+    """metrics.jsonl, samples.jsonl, TensorBoard, the progress, and loss.png."""
 
     def __init__(self, run: Run, engine: Any, total: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.run, self.engine = run, engine
-        self.rows = run.read_metrics(engine.global_steps)
-        checkpoint.write_atomically(run.metrics, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.curves = Curves(run.plot)
+        self.validations: list[tuple[float, int]] = []  # loss and step, where it is a number
+        for row in run.cut_short(run.metrics, engine.global_steps):
+            self._remember(row)
+        if run.samples.exists():
+            run.cut_short(run.samples, engine.global_steps)
         self.file = run.metrics.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(run.events), purge_step=engine.global_steps + 1)
         self.progress = Progress(engine.global_steps, total)
 
-    def step(self, loss: float, lr: float, rate: float) -> None:
-        """Notes the step that the engine has just made: its mean loss, its learning rate, its tokens a second."""
+    def _remember(self, row: dict[str, Any]) -> None:
+        self.curves.add(row)
+        if row.get("eval_loss") is not None:
+            self.validations.append((row["eval_loss"], row["step"]))
+
+    def step(self, loss: float, lr: float, rate: float, eval_loss: float | None = None) -> None:
+        """Notes the step that the engine has just made.
+
+        Args:
+            loss: the mean of its batch.
+            rate: its tokens a second.
+            eval_loss: what a validation has found after it, if there was one.
+        """
         engine = self.engine
         row = {
             "step": engine.global_steps,
@@ -88,13 +107,35 @@ class Reporter:
             "memory_mib": round(peak_memory(engine.device) / 2**20, 1),
             **{f"{PHASES[name]}_ms": round(time, 3) for name, time in engine.get_wall_clock_timers().items()},
         }
-        self.rows.append(row)
+        if eval_loss is not None:
+            known = _finite(eval_loss)
+            row |= {"eval_loss": known, "eval_perplexity": None if known is None else perplexity(known)}
+            if engine.monitor.enabled and known is not None:  # the name is DeepSpeed's
+                engine.monitor.write_events([("Train/Samples/eval_loss", known, engine.global_samples)])
+        self._remember(row)
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         for key, value in row.items():
             if key != "step" and value is not None:
                 self.board.add_scalar(key, value, row["step"])
-        self.progress.step(f"loss {loss:.3f}, {rate:,.0f} tokens/s, loss scale {row['loss_scale']:g}")
+        validated = f"validation {self.validations[-1][0]:.3f}, " if self.validations else ""
+        self.progress.step(f"loss {loss:.3f}, {validated}{rate:,.0f} tokens/s, loss scale {row['loss_scale']:g}")
+
+    def sample(self, text: str) -> None:
+        """Notes what the model writes after this step."""
+        step = self.engine.global_steps
+        with self.run.samples.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "text": text}, ensure_ascii=False) + "\n")
+        self.board.add_text("sample", "\n".join(f"    {line}" for line in text.splitlines()), step)  # as it is written
+        log.info("a sample after step %d:\n%s\n----------------", step, text)
+
+    def validated(self) -> str | None:
+        """The last and the best loss of all validations, in words."""
+        if not self.validations:
+            return None
+        last, best = self.validations[-1], min(self.validations)
+        other = f"; the best: {_validation(*best)}" if best[0] < last[0] else ", the best"
+        return _validation(*last) + other
 
     def flush(self) -> None:
         os.fsync(self.file.fileno())
@@ -105,32 +146,7 @@ class Reporter:
         self.file.close()
         self.board.close()
 
-    def plot(self) -> None:
-        """loss.png: the loss, and beneath it learning rate and loss scale."""
-        if not self.rows:
-            return
-        import matplotlib
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-
-        steps = [row["step"] for row in self.rows]
-        losses = [math.nan if row["loss"] is None else row["loss"] for row in self.rows]
-        figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1))
-        top.plot(steps, losses, color="tab:blue", linewidth=1, alpha=0.4, label="loss")
-        window = max(1, len(losses) // 20)
-        smooth = [sum(losses[max(0, i - window) : i + 1]) / (i + 1 - max(0, i - window)) for i in range(len(losses))]
-        top.plot(steps, smooth, color="tab:blue", linewidth=2, label=f"mean of the last {window + 1} steps")
-        top.set_ylabel("loss (nats a token)")
-        top.legend()
-        top.grid(alpha=0.3)
-        bottom.plot(steps, [row["lr"] for row in self.rows], color="tab:green")
-        bottom.set_ylabel("learning rate", color="tab:green")
-        bottom.set_xlabel("optimizer step")
-        scales = bottom.twinx()
-        scales.plot(steps, [row["loss_scale"] for row in self.rows], color="tab:red", linestyle="--")
-        scales.set_yscale("log", base=2)
-        scales.set_ylabel("loss scale", color="tab:red")
-        figure.tight_layout()
-        figure.savefig(self.run.plot, dpi=120)
-        plt.close(figure)
+def _validation(loss: float, step: int) -> str:
+    of_tokens = perplexity(loss)
+    return f"loss {loss:.4f}{'' if of_tokens is None else f', perplexity {of_tokens:.4g}'} after step {step}"

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from deepfast.engine import checkpoint
 from deepfast.errors import ConfigError
 
 log = logging.getLogger("deepfast")
@@ -22,7 +23,9 @@ class Run:
         self.root = Path(output_dir)
         self.checkpoints = self.root / "checkpoints"
         self.metrics = self.root / "metrics.jsonl"
+        self.samples = self.root / "samples.jsonl"
         self.data = self.root / "data"
+        self.eval_data = self.root / "eval_data"
         self.model = self.root / "model"
         self.plot = self.root / "loss.png"
         self.events = self.root / "tensorboard"
@@ -37,7 +40,8 @@ class Run:
 
     def set_aside(self) -> None:
         """Moves what an earlier run left to ``earlier/<n>``: a new run overwrites nothing."""
-        left = [p for p in (self.checkpoints, self.metrics, self.model, self.plot, self.events) if p.exists()]
+        results = (self.checkpoints, self.metrics, self.samples, self.model, self.plot, self.events)
+        left = [path for path in results if path.exists()]
         if not left:
             return
         earlier = self.root / "earlier"
@@ -50,9 +54,19 @@ class Run:
 
     def read_metrics(self, until: int) -> list[dict[str, Any]]:
         """The lines of the first ``until`` steps; a line that a kill cut short is none."""
-        rows = []
-        with contextlib.suppress(FileNotFoundError):
-            for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError):
-                    rows.append(json.loads(line))
-        return [row for row in rows if isinstance(row, dict) and row.get("step", until + 1) <= until]
+        return _rows(self.metrics, until)
+
+    def cut_short(self, path: Path, until: int) -> list[dict[str, Any]]:
+        """The same of ``path``, in which the rest is then gone."""
+        rows = _rows(path, until)
+        checkpoint.write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        return rows
+
+
+def _rows(path: Path, until: int) -> list[dict[str, Any]]:
+    rows = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and row.get("step", until + 1) <= until]

@@ -25,8 +25,8 @@ def check(config: Config, spelled: dict[str, str]) -> None:
             log.info('%s: a section without "enabled": true is off, as in DeepSpeed', name)
     if config.train_loss_scale and config.train_loss_scale < 2**-64:
         raise ConfigError(f"train_loss_scale={config.train_loss_scale}: too small for fp32; 0 means dynamic")
-    for name in ("output_dir", "model_dir", "dataset_dir"):
-        if "\0" in getattr(config, name):
+    for name in ("output_dir", "model_dir", "dataset_dir", "eval_dataset_dir"):
+        if "\0" in (getattr(config, name) or ""):
             raise ConfigError(f"{name}: holds a NUL character")
     if config.fp16 and config.fp16.enabled and config.bf16 and config.bf16.enabled:
         raise ConfigError("fp16 and bf16 are both enabled: choose one")

@@ -257,7 +257,35 @@ class Config(Section):
     seed: Int = Field(0, ge=0, lt=2**63, description="of weights, data order and dropout")
     save_steps: Int = Field(500, gt=0, description="a checkpoint every so many steps, and at the end")
     save_total_limit: Int = Field(2, gt=0, description="checkpoints kept")
-    sample_tokens: Int = Field(128, ge=0, description="length of the text generated at the end")
+    sample_tokens: Int = Field(128, ge=0, description="length of the text generated at the end; 0: none is")
+    sample_steps: Int = Field(
+        0,
+        ge=0,
+        description="one every so many steps, too: in the log, TensorBoard and `samples.jsonl`; 0: only at the end",
+    )
+    sample_prompt: str | None = Field(
+        None, min_length=1, description="what it goes on from; default: the first tokens of the data"
+    )
+    eval_dataset_dir: str | None = Field(
+        None, min_length=1, description="a folder like `dataset_dir`, whose loss is measured while training; not in it"
+    )
+    eval_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="instead of a folder: such a share of the data, in up to 16 runs spread over it, is not trained on",
+    )
+    eval_steps: Int | None = Field(
+        None, gt=0, description="that loss is measured every so many steps, and at the end; default: `save_steps`"
+    )
+    eval_sequences: Int | None = Field(
+        None, gt=0, description="on at most so many sequences, spread evenly; default: on all"
+    )
+    streaming: bool = Field(
+        False,
+        description="the data is read in its order while it is trained on, not tokenized before and not shuffled; "
+        "after its end it begins anew",
+    )
 
     _auto: list[str] = PrivateAttr(default_factory=list)  # keys that were "auto"
     _source: dict[str, Any] | None = PrivateAttr(None)  # what it was made of
