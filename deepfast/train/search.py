@@ -7,7 +7,7 @@ import math
 from typing import Literal
 
 TIE = 0.03  # a difference that the next measurement may turn round
-SLOWER = 0.10  # a difference that it will not
+SLOWER = 0.25  # a difference that it will not; a smaller one may be a size that the hardware does not like
 FAILURES = 3  # in a row
 LARGEST = 4096  # micro-batch, where the configuration's batch sets no end
 
@@ -63,14 +63,14 @@ def enough(results: list[Result]) -> str | None:
     """Why larger micro-batches than those tried, which come from small to large, need no trial; None: one does."""
     last, measured = results[-1], _measured(results)
     if last.outcome == "memory":
-        return "larger ones need more memory still"
+        return f"memory runs out at micro-batch {last.micro}"
     if len(results) >= FAILURES and all(result.outcome == "failed" for result in results[-FAILURES:]):
         return f"{FAILURES} in a row have failed"
     if not measured:
         return None
     best = max(result.tokens_per_s for result in measured)
     if last.outcome == "measured" and last.tokens_per_s < (1 - SLOWER) * best:
-        return f"it is more than {SLOWER:.0%} slower than the best"
+        return f"micro-batch {last.micro} is more than {SLOWER:.0%} slower than the best"
     record = measured[0]  # the last that was more than a tie with the record before it
     for result in measured:
         if result.tokens_per_s > (1 + TIE) * record.tokens_per_s:

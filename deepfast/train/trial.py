@@ -144,7 +144,7 @@ def _steps(engine: Any, tokens: Tokens, request: Request) -> list[float]:
         middle += tokens.seconds()[1:-1]
         passed, count = time.perf_counter() - began, len(made) + len(skipped)
         enough = of_rank_0(passed >= request.seconds and (count >= STEPS or passed >= LONG * request.seconds))
-    more = left_out * statistics.median(middle) if left_out else 0.0
+    more = left_out * statistics.fmean(middle) if left_out else 0.0
     return [taken + more for taken in made or skipped]
 
 
@@ -168,7 +168,9 @@ def main(folder: Path) -> int:
     request = Request(**json.loads((folder / "request.json").read_text(encoding="utf-8")))
     rank = launched()[0]
     if rank == 0:
-        log.addHandler(logging.StreamHandler(sys.stdout))
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("deepfast: %(message)s"))
+        log.addHandler(handler)
         log.setLevel(logging.INFO)
 
     def say(outcome: dict[str, Any]) -> None:

@@ -108,7 +108,11 @@ class Plan:
 
 
 def read(options: argparse.Namespace) -> Plan:
-    """What the command line asks for. Raises UserError for what the trainer would refuse, and for what is asked amiss."""
+    """What the command line asks for.
+
+    Raises:
+        UserError: for what the trainer would refuse, and for what cannot be done.
+    """
     data, ranks = overridden(configuration.read_json(options.config), options.set), options.nproc_per_node
     config = configuration.load(data)
     fixed = config.train_batch_size is not None
@@ -176,6 +180,7 @@ def tune(plan: Plan) -> int:
     found = best(results)
     if found is None:
         if interrupted:
+            print("interrupted before a trial was through: nothing is written")
             return 130
         raise TrainingError(f"no trial ran through: micro-batch {results[0].micro}: {_note(results[:1], configured)}")
     _write(plan, about, results, ended)

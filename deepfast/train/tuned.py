@@ -15,8 +15,8 @@ from deepfast.engine.config import Config
 from deepfast.train import memory
 from deepfast.train.search import Result, best
 
-_BATCH, _ACCUMULATION = "train_batch_size", "gradient_accumulation_steps"
 MICRO = ("train_micro_batch_size", "train_micro_batch_size_per_gpu")  # the flat spelling, DeepSpeed's
+KEYS = ("train_batch_size", *MICRO, "gradient_accumulation_steps")
 _WIDTHS = (6, 13, 12, 12, 12)
 
 
@@ -47,15 +47,15 @@ def with_batch(data: dict[str, Any], config: Config, chosen: Result, ranks: int)
         data: the configuration as it was written.
         config: the same, its batch resolved for these ranks.
     """
-    written, batch = copy.deepcopy(data), chosen.micro * chosen.accumulation * ranks
-    accumulation = chosen.accumulation
-    given = data.get(_ACCUMULATION)
+    written, accumulation = copy.deepcopy(data), chosen.accumulation
+    given = data.get(KEYS[-1])
     if isinstance(given, (int, float)) and given != config.gradient_accumulation_steps:
         accumulation *= ranks
     if not set(MICRO) & data.keys():
         sections = any(isinstance(value, dict) for value in data.values())  # it is in DeepSpeed's
         written[MICRO[sections]] = chosen.micro
-    values = {_BATCH: batch, **dict.fromkeys(MICRO, chosen.micro), _ACCUMULATION: accumulation}
+    batch = chosen.micro * chosen.accumulation * ranks
+    values = dict(zip(KEYS, (batch, chosen.micro, chosen.micro, accumulation), strict=True))
     keys = [key for key in values if key in written]
     return {**written, **{key: values[key] for key in keys}}, keys
 
@@ -97,7 +97,7 @@ def write_configuration(path: Path, data: dict[str, Any]) -> None:
 
 
 def plot(path: Path, results: list[Result], configured: int) -> None:
-    """tune.png: tokens/s, and beneath it memory, over the micro-batch."""
+    """tune.png: tokens/s, and beneath it memory, over the micro-batch. At least one was measured."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -121,7 +121,8 @@ def plot(path: Path, results: list[Result], configured: int) -> None:
             sizes = [result.micro for result in results if result.outcome == kind]
             if sizes:
                 axes.plot(sizes, [0] * len(sizes), "x", color=color, markersize=10, label=label, clip_on=False)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(getattr(result, figures) / scale for result in measured))
+        axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.grid(alpha=0.3)
     top.set_ylabel("tokens/s")
     top.legend()
