@@ -183,10 +183,12 @@ def wait_for_row(process: subprocess.Popen[str], micro: int) -> None:
 def test_a_search_and_training_with_what_it_found(place):
     kept = place / "output" / "checkpoints" / "step3"
     kept.mkdir(parents=True)
-    configure(place, train_batch_size=5, train_micro_batch_size=5)
+    board = {"enabled": True, "output_path": "board"}
+    configure(place, train_batch_size=5, train_micro_batch_size=5, tensorboard=board)
     done = run(*command(), cwd=place, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert kept.is_dir()
+    assert not (place / "board").exists(), "it is no run"
     assert sorted(p.name for p in (place / "output").iterdir()) == [
         "checkpoints", "config.tuned.json", "tune.json", "tune.png",
     ]  # fmt: skip
@@ -247,7 +249,7 @@ def test_two_ranks_and_ctrl_c_in_the_middle(place):
     configure(place, train_batch_size=8, train_micro_batch_size=1)
     process, mark = started(place, "--nproc-per-node", 2)
     wait_for_row(process, 1)
-    wait_for(lambda: len(marked(mark)) == 4)  # the search, torchrun, two ranks
+    wait_for(lambda: len(marked(mark)) >= 4)  # the search, torchrun, two ranks
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=HANGS)
     assert process.returncode == 130, err
@@ -288,5 +290,5 @@ def test_without_the_extra_it_says_what_to_install():
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.endswith("transformers not installed: pip install 'deepfast[train]'")
-    help_ = run(sys.executable, "-c", BARE, "--help")
-    assert "doctor | build | tune" in help_.stdout
+    assert "doctor | build | tune" in run(sys.executable, "-c", BARE, "--help").stdout
+    assert "less 10 %, divided" in " ".join(run(sys.executable, "-c", BARE, "tune", "--help").stdout.split())

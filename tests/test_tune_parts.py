@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import HANGS
 
 from deepfast.engine import config as configuration
-from deepfast.train import attempt, memory, tuned
+from deepfast.errors import TrainingError, UserError
+from deepfast.train import attempt, loop, memory, trial, tuned
 from deepfast.train.search import Result, best, candidates, enough
 from deepfast.train.trial import Request
 
@@ -160,3 +165,55 @@ def test_how_a_trial_ended(tmp_path, monkeypatch, script, outcome, said):
     monkeypatch.setattr(attempt, "HANGS", 1.0 if "sleep" in script else HANGS)
     result, _ = attempt.attempt(Request({}, 2, 3, 1.0, None), 1, 8, lambda: None)
     assert result == Result(2, 3, outcome, said=said)
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (MemoryError(), "memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "memory"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"), "memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory"),
+        (OSError(12, "Cannot allocate memory"), "memory"),
+        (UserError("model_dir: is no GPT-2"), "refused"),
+        (TrainingError("20 steps in a row were skipped"), "failed"),
+        (RuntimeError("shapes do not fit"), "failed"),
+    ],
+)
+def test_what_an_error_in_a_trial_means(monkeypatch, tmp_path, error, outcome):
+    def trained(*_):
+        raise error
+
+    monkeypatch.setattr(trial, "_trained", trained)
+    assert trial._outcome(Request({}, 1, 1, 1.0, None), tmp_path).keys() == {outcome}
+
+
+@pytest.mark.parametrize(("accumulation", "expected"), [(1, 6), (3, 12), (4, 13), (100, 13 + 96)])
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_step_takes_what_its_micro_batches_take_and_its_end(monkeypatch, tmp_path, accumulation, expected, skips):
+    """The first takes 5 seconds, the last 6 with the optimizer's step, each other 1; a skipped step 100 more."""
+    now, done = 0.0, itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    run = min(accumulation, trial.RUN)
+    engine = SimpleNamespace(skipped_steps=0, gradient_accumulation_steps=lambda: run)
+
+    def step(engine, tokens, stop):
+        nonlocal now
+        for i in range(run):
+            batch = tokens.batch(0, 2)
+            assert batch.shape == (2, 8)
+            assert 0 <= batch.min() <= batch.max() < 11
+            now += 6 if i == run - 1 else 5 if i == 0 else 1
+        if next(done) < trial.WARM_UP:
+            now += 1000
+        elif skips and next(done) % 3 == 0:
+            engine.skipped_steps += 1
+            now += 100
+
+    monkeypatch.setattr(loop, "_step", step)
+    tokens = trial.Tokens(11, 8, torch.device("cpu"), tmp_path / "beat")
+    seconds = trial._steps(engine, tokens, Request({}, 2, accumulation, 1e4, None))
+    assert seconds == pytest.approx([expected] * len(seconds))
+    assert len(seconds) >= trial.STEPS
+    assert (engine.skipped_steps > 0) == skips
+    assert (tmp_path / "beat").exists()

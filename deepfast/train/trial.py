@@ -120,7 +120,7 @@ def _engine(request: Request, beat: Path) -> tuple[Any, Tokens]:
 
 
 def _steps(engine: Any, tokens: Tokens, request: Request) -> list[float]:
-    """Seconds of each measured optimizer step; of the micro-batches that were left out, what those in the middle took.
+    """Seconds of each measured optimizer step. What was left out of it took what those in the middle took in the mean.
 
     A step that the loss scaler skips is none, where others were made.
     """
@@ -162,6 +162,19 @@ def _trained(request: Request, beat: Path) -> dict[str, Any]:
     }
 
 
+def _outcome(request: Request, beat: Path) -> dict[str, Any]:
+    """The figures; or ``memory``, ``refused`` (whatever the micro-batch) or ``failed``, with the reason."""
+    try:
+        return _trained(request, beat)
+    except Exception as error:  # whatever it is, it is for who has asked to judge
+        traceback.print_exc()
+        if memory.ran_out(error):
+            return {"memory": True}
+        if isinstance(error, UserError) and not isinstance(error, TrainingError):
+            return {"refused": str(error)}
+        return {"failed": f"{type(error).__name__}: {error}"}
+
+
 def main(folder: Path) -> int:
     """Returns the exit code: 0 where it was measured."""
     log = logging.getLogger("deepfast")
@@ -182,16 +195,7 @@ def main(folder: Path) -> int:
 
     if request.memory is not None and not torch.cuda.is_available():
         memory.obey(request.memory, exceeded)
-    try:
-        outcome = _trained(request, folder / "beat")
-    except Exception as error:  # whatever it is, it is for who has asked to judge
-        traceback.print_exc()
-        if memory.ran_out(error):
-            outcome = {"memory": True}
-        elif isinstance(error, UserError) and not isinstance(error, TrainingError):
-            outcome = {"refused": str(error)}
-        else:
-            outcome = {"failed": f"{type(error).__name__}: {error}"}
+    outcome = _outcome(request, folder / "beat")
     say(outcome)
     return 0 if "peak" in outcome else 1
 

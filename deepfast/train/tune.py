@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 import os
 import shlex
 import sys
@@ -71,7 +72,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add(
         "--memory", type=_size, metavar="SIZE",
         help="the most that one process may take, as 8GiB: of a GPU's memory, or of the host's "
-        f"(default there: what is available, less {_MARGIN:.0%}, divided among the processes)",
+        f"(default there: what is available, less {100 * _MARGIN:.0f} %%, divided among the processes)",
     )  # fmt: skip
     add("--out", type=Path, metavar="FILE", help="the configuration found (default: NAME.tuned.json in output_dir)")
     return parser.parse_args(argv)
@@ -212,8 +213,8 @@ def _note(results: list[Result], configured: int) -> str:
 def _say_hello(plan: Plan, micros: list[int]) -> None:
     batch, _, accumulation = plan.config.batch_triple()
     processes = f"{plan.ranks} processes" if plan.ranks > 1 else "one process"
-    minutes = len(micros) * (_START + plan.seconds) / 60
-    print(f"at most {len(micros)} trials, {processes} each, about {minutes:.0f} min; Ctrl-C keeps the best until then")
+    minutes = math.ceil(len(micros) * (_START + plan.seconds) / 60)
+    print(f"at most {len(micros)} trials, {processes} each, about {minutes} min; Ctrl-C keeps the best until then")
     if plan.share:
         print(f"train_batch_size={batch} stays: training gives the same, to rounding and dropout, whichever is chosen")
     else:
@@ -223,7 +224,8 @@ def _say_hello(plan: Plan, micros: list[int]) -> None:
         )
     print("tokens are random: no data is read")
     if plan.limit is not None:
-        print(f"memory: {memory.said(plan.limit)} for each process", flush=True)
+        print(f"memory: {memory.said(plan.limit)} for each process")
+    sys.stdout.flush()
 
 
 def _say_goodbye(plan: Plan, results: list[Result], chosen: Result, why: str, ended: str) -> None:
