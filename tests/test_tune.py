@@ -165,8 +165,8 @@ def marked(mark: str, named: str = "") -> list[int]:
     return found
 
 
-def wait_for(what) -> None:
-    deadline = time.monotonic() + HANGS
+def wait_for(what, limit: float = HANGS) -> None:
+    deadline = time.monotonic() + limit
     while not what():
         if time.monotonic() > deadline:
             pytest.fail("it never came")
@@ -220,10 +220,12 @@ def test_memory_that_runs_out_ends_no_search(place):
     """A prime batch: one micro-batch fits well within the limit, 127 do not nearly: 1.6 GB are their logits alone."""
     shape = json.loads((place / "tiny" / "config.json").read_text())
     (place / "tiny" / "config.json").write_text(json.dumps({**shape, "vocab_size": 50257}))
-    configure(place, train_batch_size=127, train_micro_batch_size=None, train_sequence_length=64)
+    unused = {"zero_allow_untested_optimizer": True}
+    configure(place, train_batch_size=127, train_micro_batch_size=None, train_sequence_length=64, **unused)
     done = run(*command("--memory", "1.2GiB"), cwd=place, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert "memory: 1,229 MiB for each process" in done.stdout
+    assert "without effect here: zero_allow_untested_optimizer" in done.stdout
     assert rows(done.stdout)[127] == "127 1 - - - out of memory"
     assert "best: micro-batch 1 x accumulation 127" in done.stdout
     assert json.loads((place / "output" / "config.tuned.json").read_text())["train_micro_batch_size"] == 1
@@ -263,11 +265,15 @@ def test_two_ranks_and_ctrl_c_in_the_middle(place):
 
 
 def test_no_rank_outlives_a_search_that_is_killed(place):
-    process, mark = started(place, "--nproc-per-node", 2)
+    process, mark = started(place, "--nproc-per-node", 2, "--seconds", 1000)
     wait_for(lambda: len(marked(mark, "deepfast.train.trial")) >= 3)  # torchrun has the words, too
     process.kill()
     process.communicate()
-    wait_for(lambda: not marked(mark))
+    try:
+        wait_for(lambda: not marked(mark), limit=60)
+    finally:
+        for pid in marked(mark):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_model_that_the_trainer_refuses_is_refused_in_one_line(place):
