@@ -7,7 +7,9 @@ import math
 from typing import Literal
 
 TIE = 0.03  # a difference that the next measurement may turn round
-SLOWER = 0.25  # a difference that it will not; a smaller one may be a size that the hardware does not like
+FURTHER = (
+    4  # times the best micro-batch: two doublings, for one may be a size that the hardware does not like, or noise
+)
 FAILURES = 3  # in a row
 LARGEST = 4096  # micro-batch, where the configuration's batch sets no end
 
@@ -68,14 +70,11 @@ def enough(results: list[Result]) -> str | None:
         return f"{FAILURES} in a row have failed"
     if not measured:
         return None
-    best = max(result.tokens_per_s for result in measured)
-    if last.outcome == "measured" and last.tokens_per_s < (1 - SLOWER) * best:
-        return f"micro-batch {last.micro} is more than {SLOWER:.0%} slower than the best"
     record = measured[0]  # the last that was more than a tie with the record before it
     for result in measured:
         if result.tokens_per_s > (1 + TIE) * record.tokens_per_s:
             record = result
-    if last.micro >= 4 * record.micro:
+    if last.micro >= FURTHER * record.micro:
         return f"up to {last.micro // record.micro} times micro-batch {record.micro} nothing is faster"
     return None
 
