@@ -1,10 +1,12 @@
-"""``python -m deepfast doctor | build``: what is here, what would run, and why not something faster."""
+"""``python -m deepfast doctor | build | tune``: what is here, what would run, and why not something faster; and which
+batch trains fastest."""
 
 from __future__ import annotations
 
 import argparse
 import platform
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,10 +121,15 @@ def build_kernels() -> int:
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["tune"]:  # which reads its own options
+        from deepfast.train import tune
+
+        return tune.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m deepfast")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="doctor | build")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="doctor | build | tune")
     commands.add_parser("doctor", help="what was found, built and would be used, and why not")
     commands.add_parser("build", help="compile the kernels now")
+    commands.add_parser("tune", help="find the micro-batch and accumulation that train a configuration fastest")
     options = parser.parse_args()
     if options.command == "doctor":
         return doctor()
@@ -130,4 +137,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        code = 130
+    raise SystemExit(code)
