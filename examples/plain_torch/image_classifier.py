@@ -1,7 +1,4 @@
-"""Which road sign is it? A small convolutional net, channels last, in bf16; the pictures are drawn here.
-
-python image_classifier.py --steps 150
-"""
+"""Which road sign is it? A small convolutional net, channels last, in bf16; the pictures are drawn here."""
 
 import argparse
 import math
@@ -28,7 +25,7 @@ def pictures(count, like):
     return picture.to(like, memory_format=torch.channels_last), sign.to(like.device)
 
 
-parser = argparse.ArgumentParser()
+parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--steps", type=int, default=150)
 args = parser.parse_args()
 device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,7 +1,4 @@
-"""Which borrower defaults? Numbers and categories, a tenth of the numbers missing, and few defaults.
-
-python risk_model.py --steps 300 --checkpoint risk.pt  # goes on from risk.pt, where there is one
-"""
+"""Which borrower defaults? Numbers and categories, a tenth of the numbers missing, and few defaults."""
 
 import argparse
 from pathlib import Path
@@ -21,9 +18,9 @@ def borrowers(count, seed):
     return torch.cat(columns, 1).to(device), torch.bernoulli(odds.sigmoid(), generator=g).to(device)
 
 
-parser = argparse.ArgumentParser()
+parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--steps", type=int, default=300)
-parser.add_argument("--checkpoint", type=Path)
+parser.add_argument("--checkpoint", type=Path, help="a file to go on from, where it is there, and to save to")
 args = parser.parse_args()
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
