@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from deepfast.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
+    from deepfast import functional
     from deepfast.engine.engine import Engine
     from deepfast.engine.initialization import add_config_arguments, initialize
     from deepfast.engine.ranks import init_distributed
@@ -34,6 +35,7 @@ __all__ = [
     "Lion",
     "LossScaler",
     "add_config_arguments",
+    "functional",
     "init_distributed",
     "initialize",
     "step_in_backward",
@@ -52,4 +54,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted({*globals(), *__all__})
