@@ -62,6 +62,8 @@ def initialize(
     """
     if model is None:
         raise ValueError("initialize(): model is missing")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"initialize(): model is a torch.nn.Module, not {model!r:.100}")
     if mpu is not None or mesh_param is not None:
         raise ValueError("initialize(): model parallelism (mpu, mesh_param) is not built yet")
     given = configuration.given(config if config is not None else config_params, args)

@@ -106,6 +106,10 @@ class Resumable(nn.Module):
             CheckpointError: on all ranks, if one cannot write, or could not write the checkpoint before. What was
                 there before is still there.
         """
+        if keep is not None and not (isinstance(keep, int) and keep >= 1):
+            raise ValueError(f"save_checkpoint(): keep is how many checkpoints are left, at least 1, got {keep!r}")
+        if not hasattr(timeout, "__float__"):
+            raise TypeError(f"save_checkpoint(): timeout is a number of seconds, got {timeout!r}")
         self.wait_for_checkpoint()
         directory = Path(save_dir)
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
@@ -200,7 +204,7 @@ class Resumable(nn.Module):
         newest = ranks.on_every_rank(lambda: self._tag(directory, tag))
         tag = ranks.of_rank_0(newest)  # all load the same, whatever their file systems have heard of
         if tag is None:
-            log.warning("%s holds no checkpoint: nothing was loaded", directory)
+            log.warning("%s holds no checkpoint: nothing was loaded%s", directory, checkpoint.hint(directory))
             return None, None
         verify = functools.partial(checkpoint.verify, directory, tag, self.rank, self.world_size)
         folder = ranks.on_every_rank(verify, SharedCheckpointError)

@@ -43,16 +43,22 @@ class Options:
         for form in moments:
             _choose("state_dtype", form, MOMENTS)
         _choose("rounding", self.rounding, ("nearest", "stochastic"))
+        if not isinstance(self.seed, int):
+            raise TypeError(f"deepfast: seed must be an integer, got {self.seed!r}")
+        if self.reset_grad not in (True, False):
+            raise TypeError(f"deepfast: reset_grad must be True or False, got {self.reset_grad!r}")
         if self.rounding == "stochastic" and self.master != "none":
             raise ValueError("deepfast: rounding='stochastic' is for weights without a master: give master='none', too")
+        if not (self.max_grad_norm is None or hasattr(self.max_grad_norm, "__float__")):
+            raise TypeError(f"deepfast: max_grad_norm must be a number or None, got {self.max_grad_norm!r}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"deepfast: max_grad_norm must be positive, got {self.max_grad_norm}")
         ops.forced(self.backend)
 
 
 def _choose(option: str, value: Any, known: Collection[str], later: Collection[str] = ()) -> None:
-    if value not in known:
-        verdict = "is not built yet" if value in later else "is not known"
+    if not isinstance(value, str) or value not in known:
+        verdict = "is not built yet" if isinstance(value, str) and value in later else "is not known"
         raise ValueError(f"deepfast: {option}={value!r} {verdict}: choose one of {', '.join(known)}")
 
 
@@ -95,6 +101,10 @@ class Option:
         return ops.forced(value) if self._name == "backend" else value
 
     def __set__(self, optimizer: Any, value: Any) -> None:
+        kept = {name: other for name, other in optimizer.defaults.items() if name in NAMES and name != self._name}
+        Options(**{**kept, self._name: value})
+        if self._name == "state_dtype":
+            optimizer._check_forms(value)
         optimizer.defaults[self._name] = value
         if value == getattr(Options, self._name):
             del optimizer.defaults[self._name]
