@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from deepfast import ops
 from deepfast.optim.base import Optimizer
 from deepfast.optim.reach import Reach
 from deepfast.optim.shards import is_flat_shard, local, refuse_flat_shards
+
+T = TypeVar("T", Tensor, list[Tensor], tuple[Tensor, ...])
 
 
 class LossScaler:
@@ -78,9 +80,7 @@ class LossScaler:
             if flag not in (True, False):
                 raise TypeError(f"deepfast: {name} must be True or False, got {flag!r}")
         if not (device is None or isinstance(device, (str, torch.device))):
-            raise TypeError(
-                f"deepfast: device must be a torch.device or its name, got {device!r} (init_scale={device!r}?)"
-            )
+            raise TypeError(f"deepfast: device must be a torch.device or its name, got {device!r}")
         if not 0.0 < init_scale < float("inf"):
             raise ValueError(f"init_scale must be positive and finite, got {init_scale}")
         if max_scale is None:
@@ -133,6 +133,10 @@ class LossScaler:
     def is_dynamic(self) -> bool:
         return self._dynamic
 
+    @overload
+    def scale(self, outputs: T) -> T: ...
+    @overload
+    def scale(self, outputs: Iterable[Tensor]) -> Iterable[Tensor]: ...
     def scale(self, outputs: Any) -> Any:
         """``outputs`` (a tensor, or any nesting of iterables of tensors) times the scale."""
         if not self._enabled:
@@ -194,7 +198,7 @@ class LossScaler:
             found = torch.maximum(found, found_here.to(found.device))
         return found
 
-    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """``optimizer.step(*args, **kwargs)`` on unscaled gradients, or nothing but the gradient reset on overflow.
 
         Raises:

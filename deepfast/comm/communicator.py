@@ -7,13 +7,15 @@ import weakref
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, library
 
 from deepfast.comm import across, rendezvous
+
+Op = Literal["sum", "avg"]
 
 _made: Counter[str] = Counter()  # communicators of each group, so that each has keys of its own in the store
 _numbers = itertools.count()
@@ -73,7 +75,7 @@ class Communicator:
     def all_reduce_(
         self,
         t: Tensor,
-        op: str = "sum",
+        op: Op = "sum",
         *,
         scale: float | None = None,
         found_inf: Tensor | None = None,
@@ -95,7 +97,7 @@ class Communicator:
         self._impl(t).all_reduce_(t, self._factor(op, scale), statistics, found_inf)
         return t
 
-    def all_reduce(self, t: Tensor, op: str = "sum", *, scale: float | None = None) -> Tensor:
+    def all_reduce(self, t: Tensor, op: Op = "sum", *, scale: float | None = None) -> Tensor:
         """As :meth:`all_reduce_`, in a new tensor: for autograd and torch.compile."""
         _check_tensors(t)
         return torch.ops.deepfast.all_reduce(t, self._name, self._factor(op, scale))
@@ -104,7 +106,7 @@ class Communicator:
         self,
         out: Tensor,
         t: Tensor,
-        op: str = "sum",
+        op: Op = "sum",
         *,
         scale: float | None = None,
         found_inf: Tensor | None = None,

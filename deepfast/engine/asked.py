@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from deepfast import reference
 from deepfast.engine.checkpoint import CheckpointError, unique
@@ -43,7 +44,7 @@ class Asked(Resumable):
 
     config: dict[str, Any]
     device: torch.device
-    training_dataloader: Any = None
+    training_dataloader: DataLoader[Any] | None = None
     client_optimizer: Any = None
     client_lr_scheduler: Any = None
     _forward: Precision
@@ -190,7 +191,7 @@ class Asked(Resumable):
         data_sampler: Any = None,
         collate_fn: Any = None,
         num_local_io_workers: int | None = None,
-    ) -> Any:
+    ) -> DataLoader[Any]:
         """A loader of micro-batches, each rank's its own share.
 
         Args:
@@ -227,7 +228,7 @@ class Asked(Resumable):
         return 1
 
     @property
-    def data_parallel_group(self) -> Any:
+    def data_parallel_group(self) -> dist.ProcessGroup | None:
         return dist.group.WORLD if dist.is_initialized() else None
 
     def fp16_enabled(self) -> bool:

@@ -96,7 +96,7 @@ class Engine(Asked):
         if own.isdisjoint(p for group in self.optimizer.param_groups for p in group["params"]):
             log.warning("the optimizer has no parameter of the model: was it made of another one, or before a copy?")
         if self.fp16_enabled():
-            self.optimizer.loss_scaler = self.scaler  # where DeepSpeed's scripts look
+            self.optimizer.loss_scaler = self.scaler  # type: ignore[attr-defined] # where DeepSpeed's scripts look
         self.lr_scheduler = lr_scheduler(self.optimizer) if callable(lr_scheduler) else lr_scheduler
         if self.lr_scheduler is None:
             self.lr_scheduler = schedule.from_config(config, self.optimizer)
@@ -231,7 +231,8 @@ class Engine(Asked):
         self._skips.check()
 
     def _optimizer_step(self, gradients: Gradients, lr_kwargs: dict[str, Any]) -> None:
-        optimizer, shards = self.optimizer, gradients.reduction.shards
+        shards = gradients.reduction.shards
+        optimizer: Any = self.optimizer
         if shards is not None:
             shards.check()
         divisor, statistics = gradients.take()

@@ -6,7 +6,7 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,12 @@ from deepfast.optim.shards import is_flat_shard
 from deepfast.optim.state import HALF
 from deepfast.optim.watched import States
 from deepfast.optim.wrapped import Shared, Verdict, check_seen
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
 
 
 class Optimizer(Loadable, Planned):
@@ -59,9 +65,9 @@ class Optimizer(Loadable, Planned):
     """
 
     # In common with a wrapper of the optimizer (wrapped.py): what a scaler or the engine hands over, what came of it.
-    grad_norm: Any = Shared(None)
-    grad_scale: Any = Shared()
-    found_inf: Any = Verdict()
+    grad_norm = Shared[Tensor | None](None)
+    grad_scale = Shared[Tensor | None]()
+    found_inf = Verdict[Tensor | None]()
     _check_finite: Any = Shared(False)  # see _scaled
     _statistics: Any = Shared(None)  # of this step's gradients, all of them, where the engine knows them already
     _found_inf: Any = Shared(None)  # what the last step decided
@@ -122,7 +128,7 @@ class Optimizer(Loadable, Planned):
         self.state = States(self.state)
         ALIVE.add(self)
 
-    def distinct_over(self, group: Any, params: Iterable[Tensor] | None = None) -> None:
+    def distinct_over(self, group: ProcessGroup | DeviceMesh, params: Iterable[Tensor] | None = None) -> None:
         """Says that the ranks of ``group`` hold different parameters here, which no DTensor tells of.
 
         That is so for experts of one's own, stages of a pipeline, plain tensors that are parts of one. From then on
@@ -187,6 +193,11 @@ class Optimizer(Loadable, Planned):
     def cur_scale(self) -> float:
         """The loss scale of the engine that steps this, as DeepSpeed calls it; an AttributeError without one."""
         return self.loss_scaler.get_scale()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], T]) -> T: ...
 
     # Not torch.compiler.disable: that imports the compiler with this module, this one where it is first called.
     @torch._disable_dynamo

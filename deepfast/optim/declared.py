@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepfast.optim.hyper import Value, check_flags, check_numbers, is_read_on
-from deepfast.optim.options import NAMES, Option
+from deepfast.optim.options import NAMES, Backend, Form, Master, Option, Rounding
 from deepfast.optim.shards import Shards
 from deepfast.reference import RULES
 
@@ -18,8 +18,13 @@ from deepfast.reference import RULES
 class Declared(torch.optim.Optimizer):
     """The first layer of :class:`deepfast.optim.Optimizer`. A subclass of that one answers what is asked here."""
 
-    master, state_dtype, rounding, seed = Option(), Option(), Option(), Option()
-    max_grad_norm, reset_grad, backend = Option(), Option(), Option()
+    master = Option[Master]()
+    state_dtype = Option[Form | dict[str, Form]]()
+    rounding = Option[Rounding]()
+    seed = Option[int]()
+    max_grad_norm = Option[float | None]()
+    reset_grad = Option[bool]()
+    backend = Option[Backend]()
     _shared: dict[str, Any]  # see wrapped.py
 
     def _check(self, group: dict[str, Any]) -> None:

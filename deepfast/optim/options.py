@@ -12,11 +12,29 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Generic, Literal, TypedDict, TypeVar, cast
 
 import torch
 
 from deepfast import ops
+
+Master = Literal["auto", "split", "fp32", "none"]
+Form = Literal["fp32", "bf16", "param", "int8"]
+Rounding = Literal["nearest", "stochastic"]
+Backend = Literal["auto", "cpu", "cuda", "triton", "reference"]
+
+
+class Asked(TypedDict, total=False):
+    """What an optimizer takes beside torch's arguments; :class:`deepfast.optim.Optimizer` describes it."""
+
+    master: Master
+    state_dtype: Form | dict[str, Form]
+    rounding: Rounding
+    seed: int
+    max_grad_norm: float | None
+    reset_grad: bool
+    backend: Backend
+
 
 MASTERS = {"auto": torch.int16, "split": torch.int16, "fp32": torch.float32, "none": None}
 """How a master is kept: in full, or as what the 16-bit parameter lacks of it."""
@@ -88,19 +106,22 @@ def _inherited(params: Any) -> dict[str, Any]:
     return {}
 
 
-class Option:
+T = TypeVar("T")
+
+
+class Option(Generic[T]):
     """One of them as an attribute of the optimizer. It may be set, too."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, optimizer: Any, owner: type) -> Any:
+    def __get__(self, optimizer: Any, owner: type | None = None) -> T:
         value = getattr(Options, self._name)
         if optimizer is not None:
             value = optimizer.defaults.get(self._name, value)
-        return ops.forced(value) if self._name == "backend" else value
+        return cast(T, ops.forced(value) if self._name == "backend" else value)
 
-    def __set__(self, optimizer: Any, value: Any) -> None:
+    def __set__(self, optimizer: Any, value: T) -> None:
         kept = {name: other for name, other in optimizer.defaults.items() if name in NAMES and name != self._name}
         Options(**{**kept, self._name: value})
         if self._name == "state_dtype":
