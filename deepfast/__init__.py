@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING
 from deepfast.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
-    from deepfast import functional
+    from deepfast import comm as comm
+    from deepfast import deepspeed as deepspeed
+    from deepfast import engine as engine
+    from deepfast import errors as errors
+    from deepfast import functional as functional
+    from deepfast import ops as ops
+    from deepfast import optim as optim
     from deepfast.engine.engine import Engine
     from deepfast.engine.initialization import add_config_arguments, initialize
     from deepfast.engine.ranks import init_distributed
@@ -42,16 +48,19 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    try:
-        return importlib.import_module(f"{__name__}.{name}")  # deepfast.optim, deepfast.ops, …
-    except ModuleNotFoundError as error:
-        if error.name != f"{__name__}.{name}":
-            raise
-    raise AttributeError(f"module 'deepfast' has no attribute {name!r}")
+if not TYPE_CHECKING:  # for a type checker there are the names above, and no others
+
+    def __getattr__(name: str) -> object:
+        if name in _HOME:
+            return getattr(importlib.import_module(_HOME[name]), name)
+        try:
+            return importlib.import_module(f"{__name__}.{name}")  # deepfast.optim, deepfast.ops, …
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+        raise AttributeError(f"module 'deepfast' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    dunders = (name for name in globals() if name.startswith("__"))
+    return sorted({*__all__, *dunders, "comm", "engine", "errors", "functional", "ops", "optim"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from deepfast import ops
 from deepfast.optim.base import Optimizer
 from deepfast.optim.reach import Reach
 from deepfast.optim.shards import is_flat_shard, local, refuse_flat_shards
+
+T = TypeVar("T", Tensor, list[Tensor], tuple[Tensor, ...])
 
 
 class LossScaler:
@@ -70,6 +72,15 @@ class LossScaler:
         max_scale: float | None = None,
         dynamic: bool = True,
     ) -> None:
+        numbers = {"init_scale": init_scale, "growth_factor": growth_factor, "backoff_factor": backoff_factor}
+        numbers |= {"growth_interval": growth_interval, "hysteresis": hysteresis, "min_scale": min_scale}
+        for name, number in (*numbers.items(), ("max_scale", 1.0 if max_scale is None else max_scale)):
+            _check_number(name, number)
+        for name, flag in (("enabled", enabled), ("dynamic", dynamic)):
+            if flag not in (True, False):
+                raise TypeError(f"deepfast: {name} must be True or False, got {flag!r}")
+        if not (device is None or isinstance(device, (str, torch.device))):
+            raise TypeError(f"deepfast: device must be a torch.device or its name, got {device!r}")
         if not 0.0 < init_scale < float("inf"):
             raise ValueError(f"init_scale must be positive and finite, got {init_scale}")
         if max_scale is None:
@@ -122,6 +133,10 @@ class LossScaler:
     def is_dynamic(self) -> bool:
         return self._dynamic
 
+    @overload
+    def scale(self, outputs: T) -> T: ...
+    @overload
+    def scale(self, outputs: Iterable[Tensor]) -> Iterable[Tensor]: ...
     def scale(self, outputs: Any) -> Any:
         """``outputs`` (a tensor, or any nesting of iterables of tensors) times the scale."""
         if not self._enabled:
@@ -130,7 +145,7 @@ class LossScaler:
             state = self._place(outputs.device)
             self._used = state[0].clone()  # update() must not change what this backward's step divides by
             return outputs * self._used.to(outputs.device)
-        if isinstance(outputs, Iterable):
+        if isinstance(outputs, Iterable) and not isinstance(outputs, str):
             scaled = map(self.scale, outputs)
             return type(outputs)(scaled) if isinstance(outputs, (list, tuple)) else scaled
         raise ValueError("outputs must be a tensor or an iterable of tensors")
@@ -153,6 +168,7 @@ class LossScaler:
         """
         if not self._enabled:
             return
+        _check_optimizer(optimizer)
         if _key(optimizer) in self._stepped:
             raise RuntimeError("unscale_() is being called after step().")
         if _key(optimizer) in self._unscaled:
@@ -182,7 +198,7 @@ class LossScaler:
             found = torch.maximum(found, found_here.to(found.device))
         return found
 
-    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """``optimizer.step(*args, **kwargs)`` on unscaled gradients, or nothing but the gradient reset on overflow.
 
         Raises:
@@ -191,6 +207,7 @@ class LossScaler:
         """
         if not self._enabled:
             return optimizer.step(*args, **kwargs)
+        _check_optimizer(optimizer)
         if any(closure is not None for closure in (*args, kwargs.get("closure"))):
             raise RuntimeError("a closure cannot be used while loss scaling is enabled")
         if _key(optimizer) in self._stepped:
@@ -237,6 +254,7 @@ class LossScaler:
         if not self._enabled:
             return
         if new_scale is not None:
+            _check_number("new_scale", new_scale)
             if isinstance(new_scale, Tensor):
                 value = new_scale.detach().reshape(())
             elif 0.0 < new_scale < float("inf"):
@@ -295,18 +313,21 @@ class LossScaler:
         return self._growth_factor
 
     def set_growth_factor(self, new_factor: float) -> None:
+        _check_number("growth_factor", new_factor)
         self._growth_factor = float(new_factor)
 
     def get_backoff_factor(self) -> float:
         return self._backoff_factor
 
     def set_backoff_factor(self, new_factor: float) -> None:
+        _check_number("backoff_factor", new_factor)
         self._backoff_factor = float(new_factor)
 
     def get_growth_interval(self) -> int:
         return self._growth_interval
 
     def set_growth_interval(self, new_interval: int) -> None:
+        _check_number("growth_interval", new_interval)
         self._growth_interval = int(new_interval)
 
     def state_dict(self) -> dict[str, Any]:
@@ -330,6 +351,9 @@ class LossScaler:
             return
         if not state_dict:
             raise RuntimeError("The source state dict is empty, possibly because it was saved from a disabled scaler.")
+        missing = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"} - state_dict.keys()
+        if missing:
+            raise ValueError(f"deepfast: no {min(missing)!r} in the state: it is not that of a loss scaler")
         self._growth_factor = float(state_dict["growth_factor"])
         self._backoff_factor = float(state_dict["backoff_factor"])
         self._growth_interval = int(state_dict["growth_interval"])
@@ -347,6 +371,17 @@ class LossScaler:
         if self._unscaled or self._stepped:
             raise RuntimeError("A LossScaler can only be pickled at the beginning of an iteration or after update().")
         return {**self.__dict__, "_values": self._read(), "_state": None, "_used": None, "_reached": {}}
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not hasattr(value, "__float__") or (isinstance(value, Tensor) and value.numel() != 1):
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"deepfast: {name} must be a number, got {what}")
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"deepfast: the loss scaler steps an optimizer, not {type(optimizer).__name__}")
 
 
 def _key(optimizer: torch.optim.Optimizer) -> int:

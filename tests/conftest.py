@@ -80,7 +80,7 @@ def clone(tmp_path) -> Path:
         shutil.copytree(
             ROOT / name, tmp_path / "clone" / name, ignore=shutil.ignore_patterns("__pycache__", "prebuilt")
         )
-    for name in ("setup.py", "pyproject.toml", "README.md", "ds_train.py"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "ds_train.py"):
         shutil.copy(ROOT / name, tmp_path / "clone")
     return tmp_path / "clone"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email
 import os
 import re
 import shutil
@@ -73,6 +74,74 @@ def test_the_wheel_holds_what_the_clone_does(built):
         (entries,) = (name for name in about if name.endswith("entry_points.txt"))
         assert b"deepfast = deepfast.deepspeed.launcher:main" in zipfile.ZipFile(wheel).read(entries)
         assert set(names) - about == clone
+
+
+def test_what_a_package_index_shows(built):
+    """Of the wheel that went by way of the sdist: name, version, licence, its text, the README, the extras."""
+    import deepfast
+
+    with zipfile.ZipFile(built.wheels[1]) as file:
+        place = f"deepfast-{deepfast.__version__}.dist-info"
+        about = email.message_from_bytes(file.read(f"{place}/METADATA"))
+        licence = file.read(f"{place}/licenses/LICENSE").decode()
+    assert (about["Name"], about["Version"]) == ("deepfast", deepfast.__version__)
+    assert about["License-Expression"] == "Apache-2.0"
+    assert (about["Author"], about["License-File"]) == ("The deepfast authors", "LICENSE")
+    assert licence == (ROOT / "LICENSE").read_text()
+    assert "Copyright 2026 The deepfast authors" in licence
+    assert "TERMS AND CONDITIONS FOR USE, REPRODUCTION, AND DISTRIBUTION" in licence
+    assert about["Description-Content-Type"] == "text/markdown"
+    assert about.get_payload(decode=True).decode().strip() == (ROOT / "README.md").read_text().strip()
+    assert {"train", "test", "bench", "dev"} == set(about.get_all("Provides-Extra"))
+    oldest = about["Requires-Python"].removeprefix(">=")
+    assert f"Programming Language :: Python :: {oldest}" in about.get_all("Classifier")
+    assert not any(kind.startswith("License ::") for kind in about.get_all("Classifier")), "the expression says it"
+
+
+def test_the_changelog_is_of_this_version(built):
+    import deepfast
+
+    with tarfile.open(built.sdist) as file:
+        names = {Path(*Path(member.name).parts[1:]).name for member in file}
+    assert {"CHANGELOG.md", "LICENSE", "README.md"} <= names
+    assert f"## [{deepfast.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_uninstalled_it_leaves_nothing(built):
+    """All that was installed is on the list that pip deletes; what Python has compiled of it lies beside that."""
+    installed = {path.relative_to(built.site) for path in built.site.rglob("*") if path.is_file()}
+    (record,) = built.site.glob("deepfast-*.dist-info/RECORD")
+    listed = {Path(line.split(",")[0]) for line in record.read_text().splitlines()}
+    listed = {Path("bin", path.name) if "bin" in path.parts else path for path in listed}  # of --target
+    assert {path for path in installed if "__pycache__" not in path.parts} <= listed
+
+
+def test_without_a_compiler_it_steps_after_one_warning(built):
+    code = (
+        "import torch, deepfast; p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3); "
+        "deepfast.SGD([p], lr=0.5).step(); deepfast.AdamW([p]); print(p.tolist())"
+    )
+    env = {"PYTHONPATH": str(built.site), "PATH": str(built.tmp), "CXX": ""}
+    env["DEEPFAST_CACHE_DIR"] = str(built.tmp / "no cache")
+    done = run(sys.executable, "-c", code, cwd=built.tmp, env=env)
+    assert done.stdout == "[0.5, 0.5, 0.5]\n", done.stderr
+    assert done.stderr.count("Warning") == 1
+    assert "deepfast runs without compiled kernels" in done.stderr
+    assert "apt install g++" in done.stderr
+
+
+def test_the_trainer_says_what_to_install(built):
+    """Of the extra that is not there, in one line. (Here they are: the folder that hides them comes first.)"""
+    hidden = built.tmp / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text(
+        "import importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name in ('tqdm', 'transformers') else find(name, *rest)\n"
+    )
+    path = os.pathsep.join([str(hidden), str(built.site)])
+    done = run(sys.executable, built.site / "bin" / "ds_train.py", "--config", "x.json", env={"PYTHONPATH": path})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "ds_train.py: tqdm, transformers not installed: pip install 'deepfast[train]'\n"
 
 
 def test_the_sdist_holds_no_more_than_it_takes(built):

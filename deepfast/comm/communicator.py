@@ -7,13 +7,15 @@ import weakref
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, library
 
 from deepfast.comm import across, rendezvous
+
+Op = Literal["sum", "avg"]
 
 _made: Counter[str] = Counter()  # communicators of each group, so that each has keys of its own in the store
 _numbers = itertools.count()
@@ -48,8 +50,12 @@ class Communicator:
         if not dist.is_initialized():
             raise RuntimeError("deepfast: no process group: call torch.distributed.init_process_group() first")
         group = dist.group.WORLD if group is None else group
-        if not isinstance(group, dist.ProcessGroup):
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
             raise RuntimeError("deepfast: this rank is not in the group")
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"deepfast: a Communicator takes a process group, got {group!r}")
+        if not isinstance(timeout, timedelta):
+            raise TypeError(f"deepfast: timeout must be a datetime.timedelta, got {timeout!r}")
         if timeout.total_seconds() <= 0:
             raise ValueError(f"deepfast: timeout must be positive, got {timeout}")
         number = _made[group.group_name]
@@ -60,6 +66,7 @@ class Communicator:
         self._held_group = weakref.ref(group)
         self._peers, self._native, self._hosts = rendezvous.connect(store, self.rank, self.size, timeout)
         self._peers.heed_signals()
+        self._closed = False
         self._devices: dict[torch.device, Any] = {}
         self._side: dict[torch.device, torch.cuda.Stream] = {}
         self._name = f"communicator {next(_numbers)}"
@@ -68,7 +75,7 @@ class Communicator:
     def all_reduce_(
         self,
         t: Tensor,
-        op: str = "sum",
+        op: Op = "sum",
         *,
         scale: float | None = None,
         found_inf: Tensor | None = None,
@@ -90,15 +97,16 @@ class Communicator:
         self._impl(t).all_reduce_(t, self._factor(op, scale), statistics, found_inf)
         return t
 
-    def all_reduce(self, t: Tensor, op: str = "sum", *, scale: float | None = None) -> Tensor:
+    def all_reduce(self, t: Tensor, op: Op = "sum", *, scale: float | None = None) -> Tensor:
         """As :meth:`all_reduce_`, in a new tensor: for autograd and torch.compile."""
+        _check_tensors(t)
         return torch.ops.deepfast.all_reduce(t, self._name, self._factor(op, scale))
 
     def reduce_scatter(
         self,
         out: Tensor,
         t: Tensor,
-        op: str = "sum",
+        op: Op = "sum",
         *,
         scale: float | None = None,
         found_inf: Tensor | None = None,
@@ -114,6 +122,7 @@ class Communicator:
         Returns:
             ``out``.
         """
+        _check_tensors(out, t)
         self._impl(t).reduce_scatter(out, t, self._factor(op, scale), statistics, found_inf)
         return out
 
@@ -122,6 +131,7 @@ class Communicator:
 
         ``out`` may be a float of another width: 16-bit weights from fp32 masters, say, rounded half to even.
         """
+        _check_tensors(out, t)
         self._impl(t).all_gather(out, t)
         return out
 
@@ -132,8 +142,12 @@ class Communicator:
         all ranks call it together, and the memory stays until the communicator goes; an operation is without copies
         where all ranks give it the same part of such memory (that some do and others do not is an error).
         """
+        if not isinstance(numel, int) or not isinstance(dtype, torch.dtype):
+            raise TypeError(f"deepfast: empty() takes a number of elements and a dtype, got {numel!r} and {dtype!r}")
         if numel < 0:
             raise ValueError(f"deepfast: numel must not be negative, got {numel}")
+        if self._closed:
+            raise RuntimeError("deepfast: the communicator is closed")
         return self._on(torch.device(device or "cpu")).empty(numel, dtype)
 
     def reaches(self, device: torch.device) -> bool:
@@ -200,6 +214,7 @@ class Communicator:
         for impl in self._devices.values():
             impl.close()
         self._native.close()
+        self._closed = True
 
     def __enter__(self) -> Communicator:
         return self
@@ -208,11 +223,17 @@ class Communicator:
         self.close()
 
     def _impl(self, t: Tensor) -> Any:
-        return self._native if t.is_cpu else self._on(t.device)  # a small sum takes little longer than t.device
+        try:
+            return self._native if t.is_cpu else self._on(t.device)  # a small sum takes little longer than t.device
+        except AttributeError:
+            _check_tensors(t)
+            raise
 
     def _on(self, device: torch.device) -> Any:
         if device.type == "cpu":
             return self._native
+        if device.type != "cuda":
+            raise TypeError(f"deepfast: collectives take tensors on a CPU or a GPU, not on {device}")
         if device == torch.device(device.type):
             device = torch.device(device.type, torch.cuda.current_device())
         if device not in self._devices:
@@ -233,6 +254,12 @@ class Communicator:
             raise ValueError(f'deepfast: op={op!r} is not known: choose "sum" or "avg"')
         factor = 1.0 if scale is None else float(scale)
         return factor / self.size if op == "avg" else factor
+
+
+def _check_tensors(*values: Any) -> None:
+    for value in values:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"deepfast: collectives take tensors, not {type(value).__name__}")
 
 
 @library.custom_op("deepfast::all_reduce", mutates_args=())

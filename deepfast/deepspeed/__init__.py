@@ -9,9 +9,21 @@ Raises:
 """
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deepfast.deepspeed import surface
+
+if TYPE_CHECKING:  # what scripts call at the top; the submodules are made when the package is imported
+    from deepfast.deepspeed.collectives import init_distributed as init_distributed
+    from deepfast.deepspeed.devices import get_accelerator as get_accelerator
+    from deepfast.deepspeed.logs import log_dist as log_dist
+    from deepfast.deepspeed.logs import logger as logger
+    from deepfast.engine.engine import Engine
+    from deepfast.engine.initialization import add_config_arguments as add_config_arguments
+    from deepfast.engine.initialization import initialize as initialize
+
+    __version__: str
+    DeepSpeedEngine = Engine
 
 
 def __getattr__(name: str) -> Any:

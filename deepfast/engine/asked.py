@@ -11,17 +11,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from deepfast import reference
+from deepfast.engine.checkpoint import CheckpointError, unique
 from deepfast.engine.gradients import Gradients
 from deepfast.engine.loader import micro_batches
 from deepfast.engine.precision import Precision
 from deepfast.engine.progress import Progress
-from deepfast.engine.resume import Resumable
+from deepfast.engine.ranks import on_every_rank
+from deepfast.engine.resume import Resumable, SharedCheckpointError
 from deepfast.engine.skips import Skips
 from deepfast.optim.shards import Shards, is_sharded
 
 log = logging.getLogger("deepfast")
+
+
+def _check_whole(name: str, value: Any) -> None:
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
 
 
 class Number(float):
@@ -36,7 +44,7 @@ class Asked(Resumable):
 
     config: dict[str, Any]
     device: torch.device
-    training_dataloader: Any = None
+    training_dataloader: DataLoader[Any] | None = None
     client_optimizer: Any = None
     client_lr_scheduler: Any = None
     _forward: Precision
@@ -57,6 +65,8 @@ class Asked(Resumable):
 
     def _trained(self) -> Gradients:
         if self._gradients is None:
+            if self.optimizer is not None:
+                raise RuntimeError("after destroy() the engine only runs forward: make another by initialize()")
             raise RuntimeError(
                 "the engine has no optimizer and only runs forward: pass optimizer= to initialize(), or set one in the "
                 "configuration"
@@ -154,6 +164,7 @@ class Asked(Resumable):
             ValueError: for a size that micro-batch and ranks do not divide.
         """
         each = self.train_micro_batch_size_per_gpu() * self.world_size
+        _check_whole("train_batch_size", train_batch_size)
         if train_batch_size < 1 or train_batch_size % each:
             raise ValueError(
                 f"set_train_batch_size({train_batch_size}): it must be a multiple of micro-batch x ranks = {each}"
@@ -165,6 +176,7 @@ class Asked(Resumable):
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
         """Another micro-batch, the accumulation as it is; who feeds the engine has to feed it so."""
+        _check_whole("micro_batch_size", micro_batch_size)
         if micro_batch_size < 1:
             raise ValueError(f"set_train_micro_batch_size({micro_batch_size}): it must be positive")
         self._config.train_micro_batch_size = micro_batch_size
@@ -179,7 +191,7 @@ class Asked(Resumable):
         data_sampler: Any = None,
         collate_fn: Any = None,
         num_local_io_workers: int | None = None,
-    ) -> Any:
+    ) -> DataLoader[Any]:
         """A loader of micro-batches, each rank's its own share.
 
         Args:
@@ -216,7 +228,7 @@ class Asked(Resumable):
         return 1
 
     @property
-    def data_parallel_group(self) -> Any:
+    def data_parallel_group(self) -> dist.ProcessGroup | None:
         return dist.group.WORLD if dist.is_initialized() else None
 
     def fp16_enabled(self) -> bool:
@@ -293,21 +305,28 @@ class Asked(Resumable):
         """The module's weights, in the type that is computed with, as ``save_dir/save_filename``. All ranks call it.
 
         A name that ends with ``.safetensors`` gives such a file (tied weights once), any other a ``torch.save``.
+
+        Raises:
+            CheckpointError: on all ranks, if it cannot be written.
         """
         state = self._state_on([0], exclude_frozen_parameters)
-        if self.rank == 0:
-            path = Path(save_dir) / save_filename
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix == ".safetensors":
-                from safetensors.torch import save_file
+        path = Path(save_dir) / save_filename
 
-                from deepfast.engine.checkpoint import unique
+        def write() -> None:
+            if self.rank > 0:
+                return
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if path.suffix == ".safetensors":
+                    from safetensors.torch import save_file
 
-                save_file({k: t.contiguous() for k, t in unique(state).items()}, path, {"format": "pt"})
-            else:
-                torch.save(state, path)
-        if self.world_size > 1:
-            dist.barrier()
+                    save_file({k: t.contiguous() for k, t in unique(state).items()}, path, {"format": "pt"})
+                else:
+                    torch.save(state, path)
+            except (OSError, RuntimeError) as error:
+                raise CheckpointError(f"{path}: cannot be written: {error}") from error
+
+        on_every_rank(write, SharedCheckpointError)
         return True
 
     save_fp16_model = save_16bit_model

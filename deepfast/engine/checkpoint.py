@@ -218,6 +218,12 @@ def verify(directory: Path, tag: str, rank: int = 0, ranks: int = 1) -> Path:
     raise CheckpointError(f"{wrong}; {offer}")
 
 
+def hint(directory: Path) -> str:
+    """What to do where ``directory`` holds no checkpoint, but is one."""
+    parent, name = directory.parent, directory.name
+    return f" (it is one itself: load_checkpoint({str(parent)!r}, tag={name!r}))" if name in tags(parent) else ""
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)

@@ -57,6 +57,8 @@ class Engine(Asked):
         lr_scheduler: Any = None,
     ) -> None:
         super().__init__()
+        if not isinstance(config, Config):
+            raise TypeError("an Engine is made by deepfast.initialize(), which reads the configuration")
         self._config = config
         self.config = config.given()
         self.device = device
@@ -90,11 +92,19 @@ class Engine(Asked):
         self._own_optimizer, self._own_scheduler = optimizer is None, lr_scheduler is None
         parameters = module.parameters() if parameters is None else parameters
         self.optimizer = choose(optimizer, parameters, config, self.dtype)
+        own = set(module.parameters())
+        if own.isdisjoint(p for group in self.optimizer.param_groups for p in group["params"]):
+            log.warning("the optimizer has no parameter of the model: was it made of another one, or before a copy?")
         if self.fp16_enabled():
-            self.optimizer.loss_scaler = self.scaler  # where DeepSpeed's scripts look
+            self.optimizer.loss_scaler = self.scaler  # type: ignore[attr-defined] # where DeepSpeed's scripts look
         self.lr_scheduler = lr_scheduler(self.optimizer) if callable(lr_scheduler) else lr_scheduler
         if self.lr_scheduler is None:
             self.lr_scheduler = schedule.from_config(config, self.optimizer)
+        elif not hasattr(self.lr_scheduler, "step"):
+            what = type(self.lr_scheduler).__name__
+            raise ConfigError(
+                f"initialize(): lr_scheduler= takes a scheduler, or a function that makes one, not {what}"
+            )
         elif isinstance(self.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise ValueError("initialize(): ReduceLROnPlateau needs a metric: keep it yourself and step it with one")
         accumulation = config.batch_triple()[2]
@@ -167,11 +177,22 @@ class Engine(Asked):
             The loss divided by the accumulation (undivided where ``scale_wrt_gas`` is False), without its graph.
 
         Raises:
-            RuntimeError: if some micro-batches of a step have a weight and others not; without an optimizer.
-            TypeError: for a weight that is a bool.
+            RuntimeError: if some micro-batches of a step have a weight and others not; for a loss without a graph;
+                without an optimizer.
+            TypeError: for a loss that is no tensor, and a weight that is no number.
+            ValueError: for a loss of several elements, and a weight below 0.
         """
-        if isinstance(weight, bool):
-            raise TypeError("backward(): a weight is a number, not a bool; retain_graph= is a keyword")
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"backward(): a loss is a tensor, not {type(loss).__name__}")
+        if loss.numel() != 1:
+            raise ValueError(f"backward(): a loss is a scalar, not of shape {tuple(loss.shape)}: take its mean")
+        if not loss.requires_grad:
+            raise RuntimeError("backward(): the loss has no graph: was it computed under no_grad, or detached?")
+        if isinstance(weight, bool) or not (weight is None or hasattr(weight, "__float__")):
+            what = type(weight).__name__
+            raise TypeError(f"backward(): a weight is a number, not a {what}; retain_graph= is a keyword")
+        if weight is not None and not weight >= 0.0:
+            raise ValueError(f"backward(): a weight must not be negative, got {float(weight)}")
         if weight is not None and not scale_wrt_gas:
             raise ValueError("backward(): weight= is normalized over the step: leave out scale_wrt_gas=False")
         accumulation = self.gradient_accumulation_steps()
@@ -210,7 +231,8 @@ class Engine(Asked):
         self._skips.check()
 
     def _optimizer_step(self, gradients: Gradients, lr_kwargs: dict[str, Any]) -> None:
-        optimizer, shards = self.optimizer, gradients.reduction.shards
+        shards = gradients.reduction.shards
+        optimizer: Any = self.optimizer
         if shards is not None:
             shards.check()
         divisor, statistics = gradients.take()

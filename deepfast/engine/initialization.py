@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from deepfast.engine import config as configuration
@@ -32,15 +33,15 @@ def initialize(
     optimizer: torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None = None,
     model_parameters: Any = None,
     training_data: Any = None,
-    lr_scheduler: Any = None,
+    lr_scheduler: LRScheduler | Callable[[Any], LRScheduler] | None = None,
     distributed_port: int = 29500,
-    mpu: Any = None,
+    mpu: None = None,
     dist_init_required: bool | None = None,
     collate_fn: Callable[[Any], Any] | None = None,
     config: dict[str, Any] | str | os.PathLike[str] | Config | None = None,
-    mesh_param: Any = None,
+    mesh_param: None = None,
     config_params: dict[str, Any] | str | None = None,
-) -> tuple[Engine, torch.optim.Optimizer | None, DataLoader[Any] | None, Any]:
+) -> tuple[Engine, torch.optim.Optimizer | None, DataLoader[Any] | None, LRScheduler | None]:
     """DeepSpeed's entry point: ``engine, optimizer, dataloader, lr_scheduler = deepfast.initialize(...)``.
 
     Args:
@@ -62,6 +63,8 @@ def initialize(
     """
     if model is None:
         raise ValueError("initialize(): model is missing")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"initialize(): model is a torch.nn.Module, not {model!r:.100}")
     if mpu is not None or mesh_param is not None:
         raise ValueError("initialize(): model parallelism (mpu, mesh_param) is not built yet")
     given = configuration.given(config if config is not None else config_params, args)

@@ -31,6 +31,10 @@ def micro_batches(
         **options: of torch's ``DataLoader``.
     """
     whole = isinstance(dataset, torch.utils.data.IterableDataset)
+    if not whole and not hasattr(dataset, "__getitem__"):
+        raise TypeError(f"training data is a dataset (dataset[i], len(dataset)), not {type(dataset).__name__}")
+    if not whole and sampler is None and len(dataset) == 0:
+        raise ValueError(f"training data is empty: {type(dataset).__name__} of length 0")
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if sampler is None and ranks > 1 and not whole:
         sampler = Anew(dataset, shuffle=shuffle)

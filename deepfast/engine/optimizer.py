@@ -30,6 +30,9 @@ def choose(optimizer: Any, parameters: Any, config: Config, dtype: torch.dtype) 
     """
     if callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer):
         optimizer = optimizer(parameters)
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        what = type(optimizer).__name__
+        raise ConfigError(f"initialize(): optimizer= takes an optimizer, or a function that makes one, not {what}")
     if optimizer is None:
         if config.optimizer is None:
             raise ConfigError("no optimizer: pass optimizer= to initialize(), or set one in the configuration")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from deepfast import reference
 from deepfast.engine import checkpoint, ranks, schedule
@@ -42,8 +42,8 @@ class Resumable(nn.Module):
     _config: Config
     module: nn.Module
     dtype: torch.dtype
-    optimizer: Any = None  # a torch.optim.Optimizer, or None
-    lr_scheduler: Any = None
+    optimizer: torch.optim.Optimizer | None = None
+    lr_scheduler: LRScheduler | None = None
     scaler: LossScaler
     rank: int
     world_size: int
@@ -106,6 +106,10 @@ class Resumable(nn.Module):
             CheckpointError: on all ranks, if one cannot write, or could not write the checkpoint before. What was
                 there before is still there.
         """
+        if keep is not None and not (isinstance(keep, int) and keep >= 1):
+            raise ValueError(f"save_checkpoint(): keep is how many checkpoints are left, at least 1, got {keep!r}")
+        if not hasattr(timeout, "__float__"):
+            raise TypeError(f"save_checkpoint(): timeout is a number of seconds, got {timeout!r}")
         self.wait_for_checkpoint()
         directory = Path(save_dir)
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
@@ -161,9 +165,10 @@ class Resumable(nn.Module):
         return snapshot
 
     def _scheduler_state(self) -> dict[str, Any] | None:
-        if not hasattr(self.lr_scheduler, "state_dict"):  # none, or one that can do nothing but step()
+        scheduler = self.lr_scheduler
+        if scheduler is None or not hasattr(scheduler, "state_dict"):  # none, or one that can do nothing but step()
             return None
-        return _without_callables(self.lr_scheduler.state_dict())
+        return _without_callables(scheduler.state_dict())
 
     def load_checkpoint(
         self,
@@ -200,7 +205,7 @@ class Resumable(nn.Module):
         newest = ranks.on_every_rank(lambda: self._tag(directory, tag))
         tag = ranks.of_rank_0(newest)  # all load the same, whatever their file systems have heard of
         if tag is None:
-            log.warning("%s holds no checkpoint: nothing was loaded", directory)
+            log.warning("%s holds no checkpoint: nothing was loaded%s", directory, checkpoint.hint(directory))
             return None, None
         verify = functools.partial(checkpoint.verify, directory, tag, self.rank, self.world_size)
         folder = ranks.on_every_rank(verify, SharedCheckpointError)
@@ -210,8 +215,8 @@ class Resumable(nn.Module):
             return self._read(folder, load_module_strict and custom_load_fn is None, with_optimizer, custom_load_fn)
 
         state, values, moments, random = ranks.on_every_rank(read, SharedCheckpointError)
-        if moments is not None:
-            self._load_optimizer(moments, folder)
+        if moments is not None and self.optimizer is not None:
+            self._load_optimizer(self.optimizer, moments, folder)
         if custom_load_fn is None:
             self._load_module(values)
         else:
@@ -279,16 +284,16 @@ class Resumable(nn.Module):
                 values[name] = tensors.ask(key, t if is_sharded(t) else None)
         return values
 
-    def _load_optimizer(self, given: dict[str, Any], folder: Path) -> None:
+    def _load_optimizer(self, optimizer: torch.optim.Optimizer, given: dict[str, Any], folder: Path) -> None:
         # A caller's scheduler steers from the learning rate that it finds: there, that is state.
         loaded = {"params"} if self._own_scheduler else {"params", "lr", "initial_lr"}
-        configured = [{k: v for k, v in group.items() if k not in loaded} for group in self.optimizer.param_groups]
+        configured = [{k: v for k, v in group.items() if k not in loaded} for group in optimizer.param_groups]
         try:
-            self.optimizer.load_state_dict(given)
+            optimizer.load_state_dict(given)
         except (ValueError, RuntimeError, KeyError) as error:
             raise checkpoint.CheckpointError(f"{folder}: does not fit this optimizer: {error}") from None
         if self._own_optimizer:
-            for group, values in zip(self.optimizer.param_groups, configured, strict=True):
+            for group, values in zip(optimizer.param_groups, configured, strict=True):
                 for name in group.keys() - values.keys() - loaded:
                     del group[name]  # what the configuration does not say is as the optimizer has it by itself
                 group.update(values)

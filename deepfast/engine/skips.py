@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ class Skips:
     def settle(self, engine: Resumable, norm: Tensor | None) -> bool:
         """After the optimizer's step, while its gradients are there: updates the scaler. Whether it was applied."""
         scaler = engine.scaler
-        found, scale = scaler.found_inf(engine.optimizer), scaler.scale_of_this_step()
+        optimizer: Any = engine.optimizer
+        found, scale = scaler.found_inf(optimizer), scaler.scale_of_this_step()
         scaler.update()
         if found is None or scale is None:
             self.nonfinite.heed(engine, norm)

@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from deepfast.optim.base import Optimizer
 from deepfast.optim.hyper import Value, check_betas, check_lr, require
+from deepfast.optim.options import Asked
 
 
 class Adam(Optimizer):
@@ -48,7 +50,7 @@ class Adam(Optimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         bias_correction: bool = True,
-        **options: Any,
+        **options: Unpack[Asked],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -120,9 +122,10 @@ class AdamW(Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         bias_correction: bool = True,
-        **options: Any,
+        **options: Unpack[Asked],
     ) -> None:
-        if not options.pop("decoupled_weight_decay", True):  # ``defaults`` has it: type(o)(params, **o.defaults)
+        given: dict[str, Any] = {**options}
+        if not given.pop("decoupled_weight_decay", True):  # ``defaults`` has it: type(o)(params, **o.defaults)
             raise ValueError("deepfast: AdamW's weight decay is decoupled: use Adam")
         super().__init__(
             params,
@@ -138,5 +141,5 @@ class AdamW(Adam):
             fused=fused,
             decoupled_weight_decay=True,
             bias_correction=bias_correction,
-            **options,
+            **given,
         )

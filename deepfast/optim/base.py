@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from deepfast import graphs
 from deepfast.optim import asked_whole, lost
 from deepfast.optim.decide import decide
+from deepfast.optim.hyper import check_numbers
 from deepfast.optim.loading import Loadable
 from deepfast.optim.options import ALIVE, asked_for
 from deepfast.optim.plan import Planned
@@ -22,6 +23,12 @@ from deepfast.optim.shards import is_flat_shard
 from deepfast.optim.state import HALF
 from deepfast.optim.watched import States
 from deepfast.optim.wrapped import Shared, Verdict, check_seen
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
 
 
 class Optimizer(Loadable, Planned):
@@ -58,9 +65,9 @@ class Optimizer(Loadable, Planned):
     """
 
     # In common with a wrapper of the optimizer (wrapped.py): what a scaler or the engine hands over, what came of it.
-    grad_norm: Any = Shared(None)
-    grad_scale: Any = Shared()
-    found_inf: Any = Verdict()
+    grad_norm = Shared[Tensor | None](None)
+    grad_scale = Shared[Tensor | None]()
+    found_inf = Verdict[Tensor | None]()
     _check_finite: Any = Shared(False)  # see _scaled
     _statistics: Any = Shared(None)  # of this step's gradients, all of them, where the engine knows them already
     _found_inf: Any = Shared(None)  # what the last step decided
@@ -75,29 +82,36 @@ class Optimizer(Loadable, Planned):
     _measure_norm = False  # set by deepfast.Engine: fill grad_norm even where nothing clips
 
     def __init__(self, params: Any, defaults: dict[str, Any], **options: Any) -> None:
+        is_module = isinstance(params, torch.nn.Module) and not isinstance(params, torch.nn.ParameterList)
+        if is_module or isinstance(params, Mapping) or not isinstance(params, Iterable):
+            raise TypeError(
+                f"deepfast: {type(self).__name__} takes parameters, or a list of groups of them, not "
+                f"{type(params).__name__}" + (": give its parameters()" if is_module else "")
+            )
         defaults |= asked_for(params, options)
         self._shared: dict[str, Any] = {}
         self._given = {}
         self._forget_plan()
+        check_numbers(defaults)
         self._check(defaults)
         super().__init__(params, defaults)
         self.state = States()
         ALIVE.add(self)
-        self._check_forms()
+        self._check_forms(self.state_dtype)
         if self.master == "none" and self.rounding == "nearest":
             lost.watch(self, "without master='none' they add up in a master")
 
-    def _check_forms(self) -> None:
+    def _check_forms(self, state_dtype: Any) -> None:
         """Raises ValueError for moments that there are not, and warns of what is asked for in vain."""
         known = list(dict.fromkeys(name for group in self.param_groups for name in self._moments(group)))
-        asked = self.state_dtype if isinstance(self.state_dtype, dict) else {}
+        asked = state_dtype if isinstance(state_dtype, dict) else {}
         for name in asked:
             if name not in known:
                 kept = ", ".join(known) or "none"
                 raise ValueError(
                     f"deepfast: state_dtype: there is no moment {name!r}; {type(self).__name__} keeps {kept}"
                 )
-        if self.state_dtype != "fp32" and not known:
+        if state_dtype != "fp32" and not known:
             warnings.warn(f"deepfast: state_dtype has no effect: {type(self).__name__} keeps no moment", stacklevel=4)
         if self.rounding == "stochastic" and not any(p.dtype in HALF for p in self._params()):
             warnings.warn("deepfast: rounding has no effect: no parameter is 16 bits wide", stacklevel=4)
@@ -114,7 +128,7 @@ class Optimizer(Loadable, Planned):
         self.state = States(self.state)
         ALIVE.add(self)
 
-    def distinct_over(self, group: Any, params: Iterable[Tensor] | None = None) -> None:
+    def distinct_over(self, group: ProcessGroup | DeviceMesh, params: Iterable[Tensor] | None = None) -> None:
         """Says that the ranks of ``group`` hold different parameters here, which no DTensor tells of.
 
         That is so for experts of one's own, stages of a pipeline, plain tensors that are parts of one. From then on
@@ -179,6 +193,11 @@ class Optimizer(Loadable, Planned):
     def cur_scale(self) -> float:
         """The loss scale of the engine that steps this, as DeepSpeed calls it; an AttributeError without one."""
         return self.loss_scaler.get_scale()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], T]) -> T: ...
 
     # Not torch.compiler.disable: that imports the compiler with this module, this one where it is first called.
     @torch._disable_dynamo

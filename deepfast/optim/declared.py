@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepfast.optim.hyper import Value, check_flags, is_read_on
-from deepfast.optim.options import NAMES, Option
+from deepfast.optim.hyper import Value, check_flags, check_numbers, is_read_on
+from deepfast.optim.options import NAMES, Backend, Form, Master, Option, Rounding
 from deepfast.optim.shards import Shards
 from deepfast.reference import RULES
 
@@ -18,13 +18,20 @@ from deepfast.reference import RULES
 class Declared(torch.optim.Optimizer):
     """The first layer of :class:`deepfast.optim.Optimizer`. A subclass of that one answers what is asked here."""
 
-    master, state_dtype, rounding, seed = Option(), Option(), Option(), Option()
-    max_grad_norm, reset_grad, backend = Option(), Option(), Option()
+    master = Option[Master]()
+    state_dtype = Option[Form | dict[str, Form]]()
+    rounding = Option[Rounding]()
+    seed = Option[int]()
+    max_grad_norm = Option[float | None]()
+    reset_grad = Option[bool]()
+    backend = Option[Backend]()
     _shared: dict[str, Any]  # see wrapped.py
 
     def _check(self, group: dict[str, Any]) -> None:
         """Raises ValueError for a hyperparameter out of range."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"deepfast: {type(self).__name__} has no step of its own: take AdamW, Adam, SGD, Lion, LAMB or Adagrad"
+        )
 
     def _rule(self, group: dict[str, Any]) -> str:
         """The kernels' name of the rule that updates this group."""
@@ -65,10 +72,13 @@ class Declared(torch.optim.Optimizer):
         for name in NAMES:
             if name in param_group:
                 raise ValueError(f"deepfast: {name} is an option of the optimizer, not of a parameter group")
+        if isinstance(param_group, dict) and "params" not in param_group:
+            raise ValueError(f"deepfast: a parameter group needs 'params', got {', '.join(param_group) or 'nothing'}")
         super().add_param_group(param_group)
         for name in NAMES:
             param_group.pop(name, None)  # torch has put all of ``defaults`` there
         try:
+            check_numbers(self.param_groups[-1])
             self._check(self.param_groups[-1])
             for shards in filter(None, map(Shards.of, self.param_groups[-1]["params"])):
                 if any(placement.is_partial() for placement in shards.placements):
@@ -88,12 +98,17 @@ class Declared(torch.optim.Optimizer):
         table's. (No list if there are none.)
         """
         signs = [-1.0 if group["maximize"] else 1.0 for group in self.param_groups]
-        values = [self._hyper(group) for group in self.param_groups]
-        lrs = [lr if isinstance(lr, Tensor) and is_read_on(device, lr) else None for lr, *_ in values]
-        rows = [
-            [sign, 0.0 if lr is not None else float(row[0]), *map(float, row[1:])]
-            for sign, row, lr in zip(signs, values, lrs, strict=True)
-        ]
+        try:
+            values = [self._hyper(group) for group in self.param_groups]
+            lrs = [lr if isinstance(lr, Tensor) and is_read_on(device, lr) else None for lr, *_ in values]
+            rows = [
+                [sign, 0.0 if lr is not None else float(row[0]), *map(float, row[1:])]
+                for sign, row, lr in zip(signs, values, lrs, strict=True)
+            ]
+        except (TypeError, ValueError):
+            for group in self.param_groups:  # somebody has put there what is no number
+                check_numbers(group)
+            raise
         return torch.tensor(rows, dtype=torch.float64, device="cpu"), lrs if any(lr is not None for lr in lrs) else []
 
     def _check_capture(self, device: torch.device) -> None:

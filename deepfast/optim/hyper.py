@@ -9,11 +9,26 @@ from torch import Tensor
 
 Value = float | Tensor
 
+_NUMBERS = ("lr", "lr_decay", "eps", "weight_decay", "momentum", "dampening", "initial_accumulator_value")
+_PAIRS = ("betas", "phi")
+
 
 def require(condition: bool | Tensor, message: str) -> None:
     """For hyperparameters: raises ValueError with torch's words."""
     if not condition:
         raise ValueError(message)
+
+
+def check_numbers(group: dict[str, Any]) -> None:
+    """Raises TypeError for a hyperparameter that is no number, before it is compared with one."""
+    for name in _PAIRS:
+        if isinstance(group.get(name, ()), (str, bytes)) or not hasattr(group.get(name, ()), "__len__"):
+            raise TypeError(f"deepfast: {name} must be a pair of numbers, got {group[name]!r}")
+    numbers = [(name, group[name]) for name in _NUMBERS if name in group]
+    pairs = [(f"{name}[{i}]", value) for name in _PAIRS for i, value in enumerate(group.get(name, ()))]
+    for name, value in (*numbers, *pairs):
+        if not hasattr(value, "__float__"):
+            raise TypeError(f"deepfast: {name} must be a number, got {value!r} ({type(value).__name__})")
 
 
 def check_lr(group: dict[str, Any]) -> None:

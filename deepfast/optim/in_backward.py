@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,9 @@ from torch import Tensor
 from deepfast import graphs, reference
 from deepfast.optim.decide import decide
 from deepfast.optim.launch import Launch
+
+if TYPE_CHECKING:
+    from deepfast.optim.base import Optimizer
 
 _WHY_NOT = {
     "clipping": "max_grad_norm clips by the norm of all gradients, which is known only when backward has ended",
@@ -25,7 +28,7 @@ _WHY_NOT = {
 }
 
 
-def step_in_backward(optimizer: Any) -> InBackward:
+def step_in_backward(optimizer: Optimizer) -> InBackward:
     """From now on ``optimizer`` steps each parameter during backward, and its gradient is released at once.
 
     No more than one gradient is held at a time. The loop stays as it is: ``optimizer.step()`` only says that a step has

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from deepfast.optim.base import Optimizer
 from deepfast.optim.hyper import Value, check_betas, check_lr, require
+from deepfast.optim.options import Asked
 
 
 class LAMB(Optimizer):
@@ -49,7 +51,7 @@ class LAMB(Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        **options: Any,
+        **options: Unpack[Asked],
     ) -> None:
         defaults = {
             "lr": lr,

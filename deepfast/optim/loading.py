@@ -14,6 +14,8 @@ from deepfast.optim.hyper import check_flags
 from deepfast.optim.shards import Shards, copy_into, local
 from deepfast.optim.state import Stateful, fill_grouped, is_grouped, stands_alone, value_of, wrapped
 
+_NO_STATE = "load_state_dict() takes the state_dict() of an optimizer"
+
 
 class Loadable(Stateful):
     """The part of :class:`deepfast.optim.Optimizer` that is saved and loaded."""
@@ -59,6 +61,8 @@ class Loadable(Stateful):
         Moments stay fp32 whatever the parameter's dtype (torch would cast them to it), and where a master is missing
         the parameter is taken. Raises ValueError where groups or states do not fit.
         """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"deepfast: {_NO_STATE}, not {type(state_dict).__name__}")
         own, groups = self.state, self.param_groups
         given: dict[str, Any] = {}
 
@@ -82,6 +86,9 @@ class Loadable(Stateful):
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """``state_dict`` with its groups as they shall be here; raises before anything has changed."""
+        if not {"state", "param_groups"} <= state_dict.keys():
+            found = ", ".join(map(repr, list(state_dict)[:3])) or "nothing"
+            raise ValueError(f"deepfast: {_NO_STATE}, with 'state' and 'param_groups'; this one has {found}")
         saved_groups = state_dict["param_groups"]
         if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in self.param_groups]:
             return state_dict  # torch's own error is clear

@@ -12,11 +12,29 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Generic, Literal, TypedDict, TypeVar, cast
 
 import torch
 
 from deepfast import ops
+
+Master = Literal["auto", "split", "fp32", "none"]
+Form = Literal["fp32", "bf16", "param", "int8"]
+Rounding = Literal["nearest", "stochastic"]
+Backend = Literal["auto", "cpu", "cuda", "triton", "reference"]
+
+
+class Asked(TypedDict, total=False):
+    """What an optimizer takes beside torch's arguments; :class:`deepfast.optim.Optimizer` describes it."""
+
+    master: Master
+    state_dtype: Form | dict[str, Form]
+    rounding: Rounding
+    seed: int
+    max_grad_norm: float | None
+    reset_grad: bool
+    backend: Backend
+
 
 MASTERS = {"auto": torch.int16, "split": torch.int16, "fp32": torch.float32, "none": None}
 """How a master is kept: in full, or as what the 16-bit parameter lacks of it."""
@@ -43,16 +61,22 @@ class Options:
         for form in moments:
             _choose("state_dtype", form, MOMENTS)
         _choose("rounding", self.rounding, ("nearest", "stochastic"))
+        if not isinstance(self.seed, int):
+            raise TypeError(f"deepfast: seed must be an integer, got {self.seed!r}")
+        if self.reset_grad not in (True, False):
+            raise TypeError(f"deepfast: reset_grad must be True or False, got {self.reset_grad!r}")
         if self.rounding == "stochastic" and self.master != "none":
             raise ValueError("deepfast: rounding='stochastic' is for weights without a master: give master='none', too")
+        if not (self.max_grad_norm is None or hasattr(self.max_grad_norm, "__float__")):
+            raise TypeError(f"deepfast: max_grad_norm must be a number or None, got {self.max_grad_norm!r}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"deepfast: max_grad_norm must be positive, got {self.max_grad_norm}")
         ops.forced(self.backend)
 
 
 def _choose(option: str, value: Any, known: Collection[str], later: Collection[str] = ()) -> None:
-    if value not in known:
-        verdict = "is not built yet" if value in later else "is not known"
+    if not isinstance(value, str) or value not in known:
+        verdict = "is not built yet" if isinstance(value, str) and value in later else "is not known"
         raise ValueError(f"deepfast: {option}={value!r} {verdict}: choose one of {', '.join(known)}")
 
 
@@ -82,19 +106,26 @@ def _inherited(params: Any) -> dict[str, Any]:
     return {}
 
 
-class Option:
+T = TypeVar("T")
+
+
+class Option(Generic[T]):
     """One of them as an attribute of the optimizer. It may be set, too."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, optimizer: Any, owner: type) -> Any:
+    def __get__(self, optimizer: Any, owner: type | None = None) -> T:
         value = getattr(Options, self._name)
         if optimizer is not None:
             value = optimizer.defaults.get(self._name, value)
-        return ops.forced(value) if self._name == "backend" else value
+        return cast(T, ops.forced(value) if self._name == "backend" else value)
 
-    def __set__(self, optimizer: Any, value: Any) -> None:
+    def __set__(self, optimizer: Any, value: T) -> None:
+        kept = {name: other for name, other in optimizer.defaults.items() if name in NAMES and name != self._name}
+        Options(**{**kept, self._name: value})
+        if self._name == "state_dtype":
+            optimizer._check_forms(value)
         optimizer.defaults[self._name] = value
         if value == getattr(Options, self._name):
             del optimizer.defaults[self._name]

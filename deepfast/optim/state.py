@@ -147,6 +147,8 @@ class Stateful(Declared):
     @torch.no_grad()
     def get_master(self, p: Tensor) -> Tensor:
         """fp32, of the shape of ``p``: what it is in full, as far as that is known, in a new tensor."""
+        if p not in self.state:
+            self._check_own(p)
         weight, shards = local(p).detach(), Shards.of(p)
         master = self.state.get(p, {}).get("master")
         known = self._given.get(p) if master is None else reference.master_value(local(master), weight)
@@ -166,8 +168,10 @@ class Stateful(Declared):
             p: one of the optimizer's.
             value: of its shape.
         """
-        if not any(q is p for q in self._params()):
-            raise ValueError(f"deepfast: a parameter of shape {tuple(p.shape)} is not in the optimizer's groups")
+        self._check_own(p)
+        if torch.as_tensor(value).shape != p.shape:
+            got = tuple(torch.as_tensor(value).shape)
+            raise ValueError(f"deepfast: set_master(): a parameter of shape {tuple(p.shape)} and a value of {got}")
         weight, shards = local(p), Shards.of(p)
         if not self.keeps_master(p):
             copy_into(p, value)
@@ -178,6 +182,11 @@ class Stateful(Declared):
         self._given[p] = wide
         if (master := self.state.get(p, {}).get("master")) is not None:
             self._fill_master(p, local(master))
+
+    def _check_own(self, p: Tensor) -> None:
+        if not any(q is p for q in self._params()):
+            what = f"a parameter of shape {tuple(p.shape)}" if isinstance(p, Tensor) else repr(p)
+            raise ValueError(f"deepfast: {what} is not in the optimizer's groups")
 
     def _fill_master(self, p: Tensor, master: Tensor) -> None:
         """A new master begins at what was given for it, where that is still what the weight is, or at the weight."""

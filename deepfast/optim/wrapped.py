@@ -7,20 +7,28 @@ does not find it reads from the optimizer, though, and ``_shared`` only that one
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Generic, TypeVar, overload
 
 _NONE = object()
 
 
-class Shared:
+T = TypeVar("T")
+Self = TypeVar("Self", bound="Shared[Any]")
+
+
+class Shared(Generic[T]):
     """An attribute that lies in ``_shared``; without a default it is there only while somebody has set it."""
 
-    def __init__(self, default: Any = _NONE) -> None:
+    def __init__(self, default: T | object = _NONE) -> None:
         self._default = default
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
+    @overload
+    def __get__(self: Self, optimizer: None, owner: type | None = None) -> Self: ...
+    @overload
+    def __get__(self, optimizer: object, owner: type | None = None) -> T: ...
     def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
         if optimizer is None:
             return self
@@ -29,7 +37,7 @@ class Shared:
             raise AttributeError(f"{type(optimizer).__name__} has no {self._name} now: no scaler has set it")
         return value
 
-    def __set__(self, optimizer: Any, value: Any) -> None:
+    def __set__(self, optimizer: Any, value: T) -> None:
         optimizer._shared[self._name] = value
 
     def __delete__(self, optimizer: Any) -> None:
@@ -37,10 +45,10 @@ class Shared:
             raise AttributeError(self._name)
 
 
-class Verdict(Shared):
+class Verdict(Shared[T]):
     """``found_inf``: who sets it and takes it back has called a step in between, which must have seen it."""
 
-    def __set__(self, optimizer: Any, value: Any) -> None:
+    def __set__(self, optimizer: Any, value: T) -> None:
         optimizer._has_stepped = False
         super().__set__(optimizer, value)
 

@@ -37,7 +37,7 @@ def given(config: Any, args: Any = None) -> Any:
         config = named
     elif named is not None and named != config:
         raise ConfigError("initialize(): a configuration in args.deepspeed_config, and another in config=: keep one")
-    if config is None:
+    if config is None or config == "":
         raise ConfigError("initialize(): no configuration: pass config= a dict or the path of a JSON file")
     if isinstance(config, str) and not os.path.exists(config):
         decoded = _decoded(config)
