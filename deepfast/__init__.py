@@ -63,4 +63,4 @@ if not TYPE_CHECKING:  # for a type checker there are the names above, and no ot
 
 def __dir__() -> list[str]:
     dunders = (name for name in globals() if name.startswith("__"))
-    return sorted({*__all__, *dunders, "comm", "engine", "errors", "functional", "ops", "optim"})
+    return sorted({*__all__, *dunders, "comm", "engine", "errors", "ops", "optim"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from collections.abc import Callable
@@ -91,6 +92,19 @@ def machines(folder: Path = RESULTS) -> str:
         on.setdefault(about, []).append(f"[{file}](benchmarks/results/{file})")
     said = "; ".join(f"{about} ({', '.join(links)})" for about, links in on.items())
     return f"{said}. Made by `make bench readme`.\n"
+
+
+def examples() -> str:
+    """The lines by which each example is other than its twin in plain torch; but for the import."""
+    texts = []
+    for twin in sorted((ROOT / "examples" / "plain_torch").glob("*.py")):
+        own = twin.parent.parent / twin.name
+        before, after = (path.read_text(encoding="utf-8").splitlines() for path in (twin, own))
+        found = [*difflib.unified_diff(before, after, n=0, lineterm="")][2:]
+        changes = [line for line in found if line[0] in "+-" and line not in ("+", "-", "+import deepfast")]
+        texts.append([f"# examples/{own.name}", *changes])
+    lines = [line for text in sorted(texts, key=len) for line in text]
+    return "\n".join(["```diff", *lines, "```", ""])
 
 
 def gpu(folder: Path = RESULTS) -> str:
@@ -224,6 +238,7 @@ def between(text: str, name: str, generated: str) -> str:
 PAGES: tuple[tuple[str, str, Callable[[], str]], ...] = (
     ("README.md", "machines", machines),
     ("README.md", "gpu", gpu),
+    ("README.md", "examples", examples),
     ("docs/configuration.md", "configuration", lambda: config.table() + "\n"),
     ("docs/storage-forms.md", "forms", forms),
     ("docs/benchmarks.md", "benchmarks", benchmarks),
