@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Trains a GPT-2 from a configuration file; see README.md."""
+"""Trains a GPT-2 from a configuration file; see docs/training.md."""
 
 try:
     from deepfast.train import main

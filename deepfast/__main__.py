@@ -1,5 +1,5 @@
-"""``python -m deepfast doctor | build | tune``: what is here, what would run, and why not something faster; and which
-batch trains fastest."""
+"""``python -m deepfast doctor | build | tune | keys``: what is here, what would run, and why not something faster; which
+batch trains fastest; what may stand in a configuration."""
 
 from __future__ import annotations
 
@@ -120,17 +120,32 @@ def build_kernels() -> int:
     return code
 
 
+def list_keys(word: str) -> int:
+    """Prints the configuration's keys with their defaults and meanings, of those that mention ``word``. Returns the
+    exit code: 1 where there is none."""
+    from deepfast.engine import config
+
+    head, rule, *rows = config.table().splitlines()
+    found = [row for row in rows if word.lower() in row.lower()]
+    print("\n".join([head, rule, *found] if found else [f"no key has to do with {word!r}"]))
+    return 0 if found else 1
+
+
 def main() -> int:
     if sys.argv[1:2] == ["tune"]:  # which reads its own options
         from deepfast.train import tune
 
         return tune.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m deepfast")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="doctor | build | tune")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="doctor | build | tune | keys")
     commands.add_parser("doctor", help="what was found, built and would be used, and why not")
     commands.add_parser("build", help="compile the kernels now")
     commands.add_parser("tune", help="find the micro-batch and accumulation that train a configuration fastest")
+    keys = commands.add_parser("keys", help="list what may stand in a configuration")
+    keys.add_argument("word", nargs="?", default="", help="only what has to do with it")
     options = parser.parse_args()
+    if options.command == "keys":
+        return list_keys(options.word)
     if options.command == "doctor":
         return doctor()
     return build_kernels()

@@ -53,7 +53,7 @@ BAD = [
     ({"fp16": {"loss_scal": 1.0}}, "'fp16.loss_scal': unknown key: did you mean 'loss_scale'?"),
     (
         {"optimizer": {"params": {"learning_rate": 1.0}}},
-        "'optimizer.params.learning_rate': unknown key: README.md lists what is known",
+        "'optimizer.params.learning_rate': unknown key: `python -m deepfast keys` lists what is known",
     ),
     ({"zero_optimization": {"stagee": 1}}, "'zero_optimization.stagee': unknown key: did you mean 'stage'?"),
     ({"train_batch_size": "32"}, 'train_batch_size="32": it must be an integer'),
@@ -79,7 +79,7 @@ BAD = [
     ({"train_loss_scale": 0.5, "fp16": {"loss_scale": 2.0}}, "train_loss_scale=0.5 contradicts fp16.loss_scale=2.0"),
     ({"train_micro_batch_size": 4, "train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size=4 contradicts"),
     ({"fp16": True, "bf16": True}, "fp16 and bf16 are both enabled"),
-    ({"zzz": 1}, "'zzz': unknown key: README.md lists what is known"),
+    ({"zzz": 1}, "'zzz': unknown key: `python -m deepfast keys` lists what is known"),
     ({"stage": 1}, "'stage': unknown key: did you mean 'zero_optimization.stage'?"),
     ({"optimizer": {"eps": 1.0}}, "'optimizer.eps': unknown key: did you mean 'optimizer.params.eps'?"),
     ({"optimizer": {"zzz": 1.0}}, "'optimizer.zzz': unknown key: known are: legacy_fusion, params, type"),

@@ -349,4 +349,9 @@ def test_a_script_that_is_not_there_is_one_line(tmp_path, arguments):
 
 def test_the_doctor_and_help():
     assert "doctor" in run(*DEEPFAST, "doctor", "--help").stdout
+    assert "--config" in run(*DEEPFAST, "tune", "--help").stdout
+    asked = run(*DEEPFAST, "keys", "Clip").stdout.splitlines()
+    assert len(asked) == 3
+    assert "gradient_clipping" in asked[2]
+    assert run(*DEEPFAST, "keys", "no such word").returncode == 1
     assert "--include" in run(*DEEPFAST, "--help").stdout

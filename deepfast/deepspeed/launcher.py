@@ -18,8 +18,8 @@ PORT = 29500
 
 ABOUT = """Runs a DeepSpeed script on the GPUs of this host, or of several, one process each; without GPUs on the CPU.
 The script is not changed: its `deepspeed` is deepfast.deepspeed. It is started by torchrun; the command is printed."""
-MORE = """deepfast doctor | build   what `python -m deepfast` has
-exit code                 torchrun's; 2: bad input, one line on stderr; 130, 143: Ctrl-C, SIGTERM"""
+MORE = """deepfast doctor | build | tune | keys   what `python -m deepfast` has
+exit code                               torchrun's; 2: bad input, one line on stderr; 130, 143: Ctrl-C, SIGTERM"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -184,7 +184,7 @@ def start(options: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in ("doctor", "build") and not Path(argv[0]).exists():
+    if argv and argv[0] in ("doctor", "build", "tune", "keys") and not Path(argv[0]).exists():
         os.execv(sys.executable, [sys.executable, "-m", "deepfast", *argv])  # noqa: S606
     try:
         return start(parse(argv))

@@ -1,4 +1,4 @@
-"""The schema as a table, for README.md."""
+"""The schema as a table, for docs/configuration.md and `python -m deepfast keys`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deepfast.engine.config.spellings import SPELLINGS
 
 
 def table() -> str:
-    """The schema as a Markdown table (README.md holds it)."""
+    """The schema as a Markdown table."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
 
     def add(model: type[BaseModel], prefix: str) -> None:

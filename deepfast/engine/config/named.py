@@ -161,7 +161,7 @@ def near(word: str, known: Iterable[str]) -> str:
         return f"did you mean {close[0]!r}?"
     if len(known) <= 6:
         return f"known are: {', '.join(known)}"
-    return "README.md lists what is known"
+    return "`python -m deepfast keys` lists what is known"
 
 
 def brief(value: Any) -> str:
