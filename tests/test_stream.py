@@ -109,9 +109,21 @@ def test_nothing_is_read_that_is_not_wanted(source, tokenizer, monkeypatch):
     found = reader(source, tokenizer)
     for _ in range(5):
         found.take(50)
-    found.seek(found.place)  # nobody reads any more
+    for chunk in found._coming:
+        chunk.result()
     assert 0 < len(read) < 12
     assert set(read) == {"a.txt"}
+    # A chunk does not go beyond the end of little data.
+    found.close()
+    for path in (source / "a.txt", source / "b.jsonl"):
+        path.unlink()
+    shutil.rmtree(source / "deep")
+    read.clear()
+    found = reader(source, tokenizer)
+    found.take(1)
+    for chunk in found._coming:
+        chunk.result()
+    assert len(read) < 40
 
 
 def test_a_place_in_a_file_is_found_without_reading_what_comes_before(source, monkeypatch):

@@ -15,8 +15,9 @@ from conftest import run
 from runs import SMALL, TORCHRUN, configure, losses, metrics, train
 
 from deepfast.engine import config
-from deepfast.errors import UserError
+from deepfast.errors import ConfigError, UserError
 from deepfast.train import data, gpt2, validation
+from deepfast.train.defaults import trainer_defaults
 from deepfast.train.prepare import held_out, prepare_data
 from deepfast.train.run import Run
 
@@ -145,6 +146,36 @@ def test_every_sequence_counts_once(monkeypatch, count, world):
 def test_a_perplexity_that_is_no_number():
     assert validation.perplexity(2.0) == pytest.approx(math.exp(2))
     assert validation.perplexity(1e4) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"eval_sequences": 9},
+            "eval_sequences is set, and nothing to validate on: set eval_share or eval_dataset_dir",
+        ),
+        ({"eval_share": 1.5}, r"eval_share=1\.5: it must be less than 1"),
+        ({"eval_share": 0}, "eval_share=0: it must be greater than 0"),
+        ({"eval_share": 0.1, "eval_dataset_dir": "tiny"}, "eval_dataset_dir and eval_share are both set: keep one"),
+        ({"eval_dataset_dir": "text/../text/x"}, "one is in the other, and would be trained on"),
+        ({"eval_dataset_dir": "."}, "one is in the other, and would be trained on"),
+        ({"eval_dataset_dir": "a\0"}, "eval_dataset_dir: holds a NUL character"),
+        ({"streaming": True, "eval_share": 0.1}, "streaming reads no more than it needs: set eval_dataset_dir"),
+        ({"sample_steps": 5, "sample_tokens": 0}, "sample_steps is set, and sample_tokens=0"),
+        ({"eval_step": 5}, "'eval_step': unknown key: did you mean 'eval_steps'?"),
+    ],
+)
+def test_keys_that_do_not_go_together(place, monkeypatch, changes, message):
+    monkeypatch.chdir(place)
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?")) as raised:
+        trainer_defaults(config.load({**SMALL, **changes}))
+    assert len(str(raised.value)) < 200
+
+
+def test_it_is_validated_as_often_as_saved():
+    assert trainer_defaults(config.load({**SMALL, "eval_share": 0.1})).eval_steps == SMALL["save_steps"]
+    assert trainer_defaults(config.load(SMALL)).eval_steps is None
 
 
 def token_file(folder, count: int = 5000) -> None:

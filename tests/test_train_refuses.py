@@ -34,12 +34,6 @@ QUICK = [
     ("no checkpoint", lambda p: None, ["--resume"], "output/checkpoints holds no checkpoint"),
     ("no such option", lambda p: None, ["--resum", "--x"], "unrecognized arguments: --x"),
     ("eval steps", lambda p: configure(p, eval_steps=9), [], "eval_steps is set, and nothing to validate on: set eva"),
-    ("eval share", lambda p: configure(p, eval_share=1.5), [], "eval_share=1.5: it must be less than 1"),
-    ("two evals", lambda p: configure(p, eval_share=0.1, eval_dataset_dir="tiny"), [], "are both set: keep one"),
-    ("trained on", lambda p: configure(p, eval_dataset_dir="text/../text/x"), [], "one is in the other, and would be"),
-    ("stream share", lambda p: configure(p, streaming=True, eval_share=0.1), [], "streaming reads no more than it ne"),
-    ("no sample", lambda p: configure(p, sample_steps=5, sample_tokens=0), [], "sample_steps is set, and sample_toke"),
-    ("near", lambda p: configure(p, eval_step=5), [], "eval_step: unknown key: did you mean 'eval_steps'?"),
     ("set", lambda p: None, ["--set", "x"], "--set x: KEY=VALUE was expected"),
     ("set deep", lambda p: None, ["--set", "fp16.loss_scal=2"], "'fp16.loss_scal': unknown key: did you mean"),
 ]  # fmt: skip
