@@ -57,6 +57,7 @@ def test_a_given_batch_is_kept_by_every_trial(made_up, place, capsys):
     assert {micro * accumulation * 2 for micro, accumulation in asked} == {60}
     out = capsys.readouterr().out
     assert "at most 7 trials" in out
+    assert "ended after 7 trials: there is no larger one" in out
     assert "train_batch_size=60 stays: training gives the same" in out
     assert "best: micro-batch 30 x accumulation 1 on each of 2 ranks" in out
     assert "torchrun --standalone --nproc-per-node 2 -m deepfast.train --config output/config.tuned.json" in out
@@ -70,6 +71,14 @@ def test_without_a_batch_micro_batches_double_and_accumulation_stays(made_up, pl
     assert code == 0
     assert asked == [(1, 3), (2, 3), (4, 3), (8, 3), (16, 3)]
     assert "training's result changes with it" in capsys.readouterr().out
+    # The configured one is tried at any rate, and what comes after it, if that is worth it.
+    configure(place, train_batch_size=None, train_micro_batch_size=64)
+    assert made_up(lambda micro: 64 / micro) == (0, [(1, 1), (2, 1), (4, 1), (64, 1)])
+    assert "64.00 times as fast as the configured 64" in capsys.readouterr().out
+    assert made_up(lambda micro: 80 if micro == 64 else 1 / micro) == (
+        0, [(1, 1), (2, 1), (4, 1), (64, 1), (128, 1), (256, 1)],
+    )  # fmt: skip
+    assert "the configuration has it already" in capsys.readouterr().out
     configure(place, train_batch_size=None, train_micro_batch_size="auto")
     assert made_up(lambda micro: 1000 if micro == 2 else micro) == (0, [(1, 1), (2, 1), (4, 1), (8, 1)])
 
@@ -90,6 +99,9 @@ def test_failures_are_said_once_and_do_not_end_it(made_up, place, capsys):
     figures = json.loads(Path("output/tune.json").read_text())
     assert [trial["outcome"] for trial in figures["trials"]] == ["failed", "failed", "measured", "failed", "memory"]
     assert figures["chosen"]["micro"] == 4
+    configure(place, train_batch_size=32, train_micro_batch_size=32)
+    assert made_up(lambda micro: "memory" if micro > 2 else 100.0) == (0, [(1, 32), (2, 16), (4, 8)])
+    assert "the configured 32 needs more memory than there is" in capsys.readouterr().out
     assert "a bug" not in Path("output/tune.json").read_text()
     assert Path("output/tune.png").read_bytes().startswith(b"\x89PNG")
     Path("output/config.tuned.json").unlink()

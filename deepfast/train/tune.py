@@ -157,10 +157,12 @@ def tune(plan: Plan) -> int:
     }
     _say_hello(plan, micros)
     results: list[Result] = []
-    ended, interrupted = "all were tried", False
+    ended, interrupted = "unfinished", False
     try:
         with _Progress(len(micros)) as progress:
-            for micro in micros:
+            left = micros
+            while left:
+                micro, *left = left
                 accumulation = plan.share // micro if plan.share else plan.config.batch_triple()[2]
                 progress.trying(micro)
                 request = Request(plan.data, micro, accumulation, plan.seconds, plan.limit)
@@ -172,10 +174,13 @@ def tune(plan: Plan) -> int:
                 results.append(result)
                 progress.print(tuned.line(results, _note(results, configured)))
                 progress.done()
-                ended = enough(results) or ended
+                why = enough(results)
+                if why:
+                    # One would like to know how much is gained: the configured one is tried at any rate.
+                    reached = configured in left and result.outcome != "memory"
+                    left = left[left.index(configured) :] if reached else []
+                ended = "unfinished" if left else why or "there is no larger one"
                 _write(plan, about, results, ended)
-                if enough(results):
-                    break
     except KeyboardInterrupt:
         ended, interrupted = "interrupted", True
     found = best(results)
@@ -240,6 +245,8 @@ def _say_goodbye(plan: Plan, results: list[Result], chosen: Result, why: str, en
         print("the configuration has it already")
     elif before is not None:
         print(f"that is {chosen.tokens_per_s / before.tokens_per_s:.2f} times as fast as the configured {micro}")
+    elif any(result.outcome == "memory" and result.micro <= micro for result in results):
+        print(f"the configured {micro} needs more memory than there is")
     print("  " + json.dumps({key: written[key] for key in keys})[1:-1])
     print(f"figures: {plan.figures}, {plan.picture}")
     launch = "python" if plan.ranks == 1 else f"torchrun --standalone --nproc-per-node {plan.ranks}"
