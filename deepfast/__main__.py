@@ -1,5 +1,5 @@
-"""``python -m deepfast doctor | build | tune | keys``: what is here, what would run, and why not something faster; which
-batch trains fastest; what may stand in a configuration."""
+"""``python -m deepfast doctor | build | tune | keys``: what is here, what would run, and why not something faster;
+which batch trains fastest; what may stand in a configuration."""
 
 from __future__ import annotations
 

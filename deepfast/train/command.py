@@ -29,7 +29,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(
         prog="ds_train.py", description="Train a GPT-2. Exit code 2: bad input; 130: Ctrl-C, saved; 1: in vain."
     )
-    parser.add_argument("--config", required=True, help="a JSON file; python -m deepfast keys lists what may stand in it")
+    parser.add_argument("--config", required=True, help="a JSON file; python -m deepfast keys lists its keys")
     parser.add_argument(
         "--resume", nargs="?", const="latest", metavar="TAG", help="go on from the newest checkpoint, or from TAG"
     )
