@@ -211,7 +211,7 @@ def test_a_step_takes_what_its_micro_batches_take_and_its_end(monkeypatch, tmp_p
             engine.skipped_steps += 1
             now += 100
 
-    monkeypatch.setattr(loop, "_step", step)
+    monkeypatch.setattr(loop, "one_step", step)
     tokens = trial.Tokens(11, 8, torch.device("cpu"), tmp_path / "beat")
     seconds = trial._steps(engine, tokens, Request({}, 2, accumulation, 1e4, None))
     assert seconds == pytest.approx([expected] * len(seconds))

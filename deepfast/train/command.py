@@ -20,13 +20,13 @@ from deepfast.train.stop import StoppedTwiceError
 log = logging.getLogger("deepfast")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="ds_train.py", description="Train a GPT-2. Exit code 2: bad input; 130: Ctrl-C, saved; 1: in vain."
     )
     parser.add_argument("--config", required=True, help="a JSON file; python -m deepfast keys lists its keys")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,28 +55,16 @@ def train(config: Config, resume: str | None = None) -> int:
 
 
 def _train(config: Config, run: Run, tag: str | None, rank: int, stop: Stop) -> int:
-    import transformers  # these take seconds, in which Ctrl-C is heeded already
-
-    from deepfast.engine.initialization import initialize
-    from deepfast.train import data, gpt2
+    from deepfast.train import data, gpt2  # these take seconds, in which Ctrl-C is heeded already
     from deepfast.train.prepare import held_out, prepare_data
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     if tag is None:
         data.source_files(config.dataset_dir)  # the commonest mistake, before anything takes time
         if config.eval_dataset_dir is not None:
             data.source_files(config.eval_dataset_dir, "eval_dataset_dir")
     init_distributed()
-    torch.manual_seed(config.seed)
-    gpt2_config, folder = gpt2.configuration(config.model_dir, config.train_sequence_length)
-    module = gpt2.model(gpt2_config, folder)
-    module.train()
-    if config.optimizer is None or config.optimizer.params.weight_decay is None or config.num_train_steps is None:
-        raise RuntimeError("trainer_defaults() has not been called")
-    groups = gpt2.parameter_groups(module, config.optimizer.params.weight_decay)
-    engine, *_ = initialize(model=module, model_parameters=groups, config=config)
-    tokenizer, sequences = prepare_data(config, run, gpt2_config, folder, resume=tag is not None)
+    engine, module, folder = begun(config)
+    tokenizer, sequences = prepare_data(config, run, module.config, folder, resume=tag is not None)
     if tokenizer is not None:
         for settings in (module.config, module.generation_config):
             settings.bos_token_id, settings.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -98,7 +87,7 @@ def _train(config: Config, run: Run, tag: str | None, rank: int, stop: Stop) -> 
     if held is not None:
         log.info("validated on %d sequences every %d steps, and at the end", held.count, config.eval_steps)
     sampler = Sampler(config, engine, tokenizer, sequences)
-    reporter = Reporter(run, engine, config.num_train_steps) if rank == 0 else None
+    reporter = Reporter(run, engine, config.num_train_steps or 0) if rank == 0 else None
     try:
         _steps(config, run, engine, sequences, held, sampler, reporter, identity, stop)
     except TrainingError:
@@ -136,6 +125,26 @@ def _train(config: Config, run: Run, tag: str | None, rank: int, stop: Stop) -> 
     return 0
 
 
+def begun(config: Config) -> tuple[Any, Any, Path | None]:
+    """The engine, its model, and the folder that this came from, if from one; of a configuration with all defaults."""
+    import transformers
+
+    from deepfast.engine.initialization import initialize
+    from deepfast.train import gpt2
+
+    if config.optimizer is None or config.optimizer.params.weight_decay is None or config.num_train_steps is None:
+        raise RuntimeError("trainer_defaults() has not been called")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(config.seed)
+    gpt2_config, folder = gpt2.configuration(config.model_dir, config.train_sequence_length)
+    module = gpt2.model(gpt2_config, folder)
+    module.train()
+    groups = gpt2.parameter_groups(module, config.optimizer.params.weight_decay)
+    engine, *_ = initialize(model=module, model_parameters=groups, config=config)
+    return engine, module, folder
+
+
 def _steps(
     config: Config,
     run: Run,
@@ -157,7 +166,7 @@ def _steps(
     forecast = Forecast(engine.global_steps, last, tokens, every)
     while engine.global_steps < last:
         started, lr = time.perf_counter(), engine.get_lr()[0]
-        loss, stopped = _step(engine, sequences, stop)
+        loss, stopped = one_step(engine, sequences, stop)
         rate = tokens / (time.perf_counter() - started)
         step, eval_loss = engine.global_steps, None
         due = {"checkpoint"} if stopped else {name for name, n in every.items() if step == last or step % n == 0}
@@ -183,7 +192,7 @@ def _steps(
     engine.wait_for_checkpoint()
 
 
-def _step(engine: Any, sequences: Any, stop: Stop) -> tuple[float, bool]:
+def one_step(engine: Any, sequences: Any, stop: Stop) -> tuple[float, bool]:
     """One optimizer step. Returns the mean loss of the global batch, and whether some rank was told to stop."""
     micro, accumulation, world = (
         engine.train_micro_batch_size_per_gpu(),

@@ -92,14 +92,9 @@ def _quiet(config: Config) -> Config:
 
 
 def _engine(request: Request, beat: Path) -> tuple[Any, Tokens]:
-    """The trainer's engine, with its model, for steps of RUN micro-batches at most."""
-    import transformers
+    """The trainer's engine, for steps of RUN micro-batches at most."""
+    from deepfast.train.loop import begun
 
-    from deepfast.engine.initialization import initialize
-    from deepfast.train import gpt2
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     config = _quiet(trainer_defaults(configuration.load(request.data)))
     config.train_batch_size, config.train_micro_batch_size = None, request.micro
     config.gradient_accumulation_steps = min(request.accumulation, RUN)
@@ -108,15 +103,9 @@ def _engine(request: Request, beat: Path) -> tuple[Any, Tokens]:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, request.memory / total), device)
     configuration.resolve_batch(config, launched()[1] or 1)
-    torch.manual_seed(config.seed)
-    gpt2_config, folder = gpt2.configuration(config.model_dir, config.train_sequence_length)
-    module = gpt2.model(gpt2_config, folder)
-    module.train()
+    engine, module, _ = begun(config)
     beat.touch()
-    weight_decay = config.optimizer.params.weight_decay if config.optimizer else None
-    groups = gpt2.parameter_groups(module, weight_decay or 0.0)
-    engine, *_ = initialize(model=module, model_parameters=groups, config=config)
-    return engine, Tokens(gpt2_config.vocab_size, config.train_sequence_length, engine.device, beat)
+    return engine, Tokens(module.config.vocab_size, config.train_sequence_length, engine.device, beat)
 
 
 def _steps(engine: Any, tokens: Tokens, request: Request) -> list[float]:
@@ -124,7 +113,7 @@ def _steps(engine: Any, tokens: Tokens, request: Request) -> list[float]:
 
     A step that the loss scaler skips is none, where others were made.
     """
-    from deepfast.train.loop import _step
+    from deepfast.train.loop import one_step
 
     left_out = request.accumulation - engine.gradient_accumulation_steps()
     made: list[float] = []
@@ -132,13 +121,13 @@ def _steps(engine: Any, tokens: Tokens, request: Request) -> list[float]:
     middle: list[float] = []
     stop = Stop()
     for _ in range(WARM_UP):
-        _step(engine, tokens, stop)
+        one_step(engine, tokens, stop)
     tokens.seconds()
     began = time.perf_counter()
     enough = False
     while not enough:
         before, started = engine.skipped_steps, time.perf_counter()
-        _step(engine, tokens, stop)
+        one_step(engine, tokens, stop)
         taken = time.perf_counter() - started
         (made if engine.skipped_steps == before else skipped).append(taken)
         middle += tokens.seconds()[1:-1]

@@ -20,7 +20,7 @@ from deepfast.engine.config import Config
 from deepfast.errors import TrainingError, UserError
 from deepfast.train import memory, tuned
 from deepfast.train.attempt import attempt
-from deepfast.train.command import _Parser, missing_extra, overridden
+from deepfast.train.command import Parser, missing_extra, overridden
 from deepfast.train.run import Run
 from deepfast.train.search import Result, best, candidates, enough
 from deepfast.train.trial import RUN, Request
@@ -63,7 +63,7 @@ _seconds.__name__, _count.__name__ = "number of seconds", "number of processes" 
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="python -m deepfast tune", description=ABOUT, epilog=MORE)
+    parser = Parser(prog="python -m deepfast tune", description=ABOUT, epilog=MORE)
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="a configuration of ds_train.py; it is not changed")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, dotted for sections")
