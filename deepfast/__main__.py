@@ -9,7 +9,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from deepfast import build
@@ -131,12 +131,17 @@ def list_keys(word: str) -> int:
     return 0 if found else 1
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")  # one line, without the usage
+
+
 def main() -> int:
     if sys.argv[1:2] == ["tune"]:  # which reads its own options
         from deepfast.train import tune
 
         return tune.main(sys.argv[2:])
-    parser = argparse.ArgumentParser(prog="python -m deepfast")
+    parser = _Parser(prog="python -m deepfast")
     commands = parser.add_subparsers(dest="command", required=True, metavar="doctor | build | tune | keys")
     commands.add_parser("doctor", help="what was found, built and would be used, and why not")
     commands.add_parser("build", help="compile the kernels now")

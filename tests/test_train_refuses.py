@@ -82,8 +82,17 @@ def test_a_missing_option():
     assert "--config" in says_one_line(done)
 
 
+@pytest.mark.parametrize("command", [[], ["biuld"]])
+def test_no_such_command(command):
+    done = run(sys.executable, "-m", "deepfast", *command)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "doctor | build | tune | keys" in line
+
+
 HEAVY = [
     ("no dataset", lambda p: configure(p, dataset_dir="nowhere"), "dataset_dir='nowhere': no such folder"),
+    ("a file", lambda p: configure(p, dataset_dir="tiny/config.json"), "is a file: give the folder it lies in"),
     ("empty", lambda p: shutil.rmtree(p / "text") or (p / "text").mkdir(), "dataset_dir='text': no .txt"),
     ("no text", lambda p: [f.write_bytes(b"\xff\xfe") for f in (p / "text").iterdir()], "no readable text in its 4"),
     ("short", lambda p: [f.write_text("x") for f in (p / "text").iterdir()], "8 tokens are shorter than one sequence"),

@@ -70,7 +70,8 @@ def source_files(dataset_dir: str, key: str = "dataset_dir") -> tuple[Path, list
         return root, sorted(own)
     root = folder(dataset_dir)
     if not root.is_dir():
-        raise DataError(f"{key}={dataset_dir!r}: no such folder")
+        what = "is a file: give the folder it lies in" if root.is_file() else "no such folder"
+        raise DataError(f"{key}={dataset_dir!r}: {what}")
     files = sorted(p for p in _walk(root) if p.suffix.lower() in (*TEXT, ".bin"))
     text = [p for p in files if p.suffix.lower() != ".bin"]
     if len(text) < len(files):  # a README beside token files is not the dataset
