@@ -39,6 +39,8 @@ def chosen(case: str, **changed: object) -> Case:
     """Of bench_step.py's case those contenders."""
     whole = bench_step.CASES[case]
     some = {name: whole.contenders[name] for name in NEEDED[case]}
+    if case == "fp16":  # torch adds up norms in fp32: of 256M elements 2.5 % is lost, and with it of what is clipped
+        some = {name: c if name == "deepfast" else dataclasses.replace(c, tolerance=0.04) for name, c in some.items()}
     return dataclasses.replace(whole, contenders=some, small=64 << 20, **changed)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 OURS = "deepfast"
 SMALL = 1 << 24  # bytes: below, the caches and the host's work decide, not the memory
-LABELS = {"deepspeed": "DeepSpeed", "ddp": "DDP", "8bit": "8-bit", "ordinary": "(ordinary memory)"}
+LABELS = {"deepspeed": "DeepSpeed", "ddp": "DDP", "8bit": "8-bit", "ordinary": "(ordinary memory)", "0": "(stage 0)",
+          "2": "(stage 2)"}  # fmt: skip
 
 
 class BrokenError(ValueError):

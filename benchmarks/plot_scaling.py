@@ -19,6 +19,7 @@ from figures import OURS, BrokenError, Figure, Results, label, read
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 FLOOR = "#b5372a"
 COLOURS = {"deepfast": "#0072b2", "torch": "#6b7780", "ddp": "#6b7780", "deepspeed": "#e69f00"}
@@ -36,11 +37,11 @@ def curves(results: Results, title: str, x: Callable[[re.Match[str]], float]) ->
     return found
 
 
-def draw(ax: Axes, found: dict[str, Curve], y: Callable[[float, Figure], float]) -> None:
+def draw(ax: Axes, found: dict[str, Curve], y: Callable[[Figure], float]) -> None:
     for name, curve in found.items():
         colour = next(colour for kind, colour in COLOURS.items() if name.startswith(kind))
         ours = name.startswith(OURS)
-        points = sorted((x, y(x, figure)) for x, figure in curve.items())
+        points = sorted((x, y(figure)) for x, figure in curve.items())
         ax.plot(*zip(*points, strict=True), MARKS.get(name, "o") + "-", color=colour, label=label(name),
                 linewidth=2 if ours else 1.2, markersize=4, zorder=3 if ours else 2)  # fmt: skip
 
@@ -48,36 +49,37 @@ def draw(ax: Axes, found: dict[str, Curve], y: Callable[[float, Figure], float])
 def chart(folder: Path) -> plt.Figure:
     results = read(folder / "scaling.json")
     ranks = {int(path.stem.split("-")[1]): read(path) for path in sorted(folder.glob("scaling-*-ranks.json"))}
-    fig, ((fp32, fp16), (tensors, several)) = plt.subplots(2, 2, figsize=(9, 6.6), layout="constrained")
+    log = {"xscale": "log", "yscale": "log"}
+    fig, axes = plt.subplots(2, 2, figsize=(9, 6.6), layout="constrained", subplot_kw=log)
+    (fp32, fp16), (tensors, several) = axes
 
-    def nanoseconds(x: float, figure: Figure) -> float:
-        return figure.seconds / (x * 2**20) * 1e9
-
-    for ax, title in ((fp32, "AdamW, fp32"), (fp16, "full fp16 AdamW step")):
-        found = curves(results, rf"{title}, (\d+)M parameters", lambda match: int(match[1]))
-        draw(ax, found, nanoseconds)
-        floor = sorted((x, figure.bytes / figure.speed / (x * 2**20) * 1e9) for x, figure in found[OURS].items())
-        ax.plot(*zip(*floor, strict=True), "--", color=FLOOR, linewidth=1, label="its bytes at streaming speed")
-        ax.set(title=title, xlabel="million parameters, one tensor", ylabel="ns a parameter")
-        ax.set_xticks([x for x, _ in floor], [f"{x:g}" for x, _ in floor])
-    found = curves(results, r"AdamW, fp32, 16M parameters in (\d+)", lambda match: int(match[1]))
-    draw(tensors, found, lambda x, figure: figure.seconds * 1e3)
-    tensors.set(title="AdamW, fp32, 16M parameters", xlabel="tensors that they are in", ylabel="ms a step")
+    for ax, title, pattern, xlabel in (
+        (fp32, "AdamW, fp32", r"AdamW, fp32, (\d+)M parameters", "million parameters, one tensor"),
+        (fp16, "full fp16 AdamW step", r"full fp16 AdamW step, (\d+)M parameters", "million parameters, one tensor"),
+        (tensors, "AdamW, fp32, 16M parameters", r"AdamW, fp32, 16M parameters in (\d+)", "tensors that they are in"),
+    ):
+        found = curves(results, pattern, lambda match: int(match[1]))
+        draw(ax, found, lambda figure: figure.cost)
+        ax.axhline(1, linestyle="--", color=FLOOR, linewidth=1, label="its bytes at streaming speed")
+        ax.set(title=title, xlabel=xlabel, ylabel="time, in multiples of that")
+        places = sorted(found[OURS])
+        ax.set_xticks(places, [f"{x:,}" for x in places])
     on: dict[str, Curve] = {}
     for n, of in ranks.items():
         for name in ("deepfast_2", "deepfast_0", "ddp", "deepspeed_2"):
             (case,) = of.cases.values()
             if name in case:
                 on.setdefault(name, {})[n] = case[name]
-    draw(several, on, lambda x, figure: figure.seconds * 1e3)
+    draw(several, on, lambda figure: figure.seconds * 1e3)
     several.set(title="backward and step, bf16, 16M parameters", xlabel="ranks, one thread each", ylabel="ms")
-    for ax in (fp32, fp16, tensors, several):
-        ax.set(xscale="log", yscale="log")
+    for ax in axes.flat:
         ax.grid(color="#e6e6e6", linewidth=0.6)
         ax.spines[["top", "right"]].set_visible(False)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
         ax.legend(fontsize=7.5, frameon=False)
-    several.set_xticks(sorted(ranks), [str(n) for n in sorted(ranks)], minor=False)
-    several.minorticks_off()
+    several.set_xticks(sorted(ranks), [str(n) for n in sorted(ranks)])
     fig.supxlabel(f"{results.capability}: {results.described}", fontsize=8)
     return fig
 

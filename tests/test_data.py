@@ -82,7 +82,7 @@ def test_what_cannot_be_read_is_skipped_and_counted(tmp_path, source, caplog):
     (source / "bad.jsonl").write_text("\n".join(lines) + "\n")
     (source / "empty.txt").touch()
     assert read_back(tmp_path, source) == [TEXT, "good"]
-    assert "skipped: 4 files that hold no UTF-8 text, 5 lines" in caplog.text
+    assert "skipped: 4 of the files: no UTF-8 text; 5 of the lines: no "text" in them" in caplog.text
 
 
 def test_token_files(tmp_path, source):
@@ -145,8 +145,8 @@ def test_the_standard_library_is_a_dataset():
         (lambda d: d.rmdir(), "no such folder"),
         (lambda d: None, r"no \.txt \.md \.py \.jsonl \.parquet or \.bin file"),
         (lambda d: (d / "a.csv").write_text("x"), r"no \.txt"),
-        (lambda d: (d / "a.txt").touch(), "no readable text in its 1 files"),
-        (lambda d: (d / "a.txt").write_bytes(b"\xff\xfe\xff"), "no readable text in its 1 files"),
+        (lambda d: (d / "a.txt").touch(), "no readable text in its 1 file"),
+        (lambda d: (d / "a.txt").write_bytes(b"\xff\xfe\xff"), "no readable text in its 1 file"),
     ],
 )
 def test_useless_datasets_are_refused(tmp_path, make, message):

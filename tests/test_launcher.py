@@ -118,7 +118,7 @@ def test_a_host_may_start_its_own_part(printed):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     {
-        "": "script",
+        "": "which script? deepfast train.py",
         "absent.py": "absent.py: there is no such file",
         "--num_gpu 2 train.py": "unrecognized arguments: --num_gpu",
         "--num_gpus 0 train.py": "--num_gpus 0: at least 1",

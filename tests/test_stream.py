@@ -65,7 +65,7 @@ def test_it_is_what_would_be_tokenized_before_in_its_order_over_and_over(
     assert caplog.text.count("is at its end and begins anew") == 1
     caplog.clear()
     found.close()
-    assert caplog.text.count("skipped: 1 files that hold no UTF-8 text, 1 lines") == 1, "not once for each epoch"
+    assert caplog.text.count("skipped: 1 of the files: no UTF-8 text; 1 of the lines") == 1, "not once for each epoch"
 
 
 def test_it_goes_on_from_any_place(source, tokenizer, monkeypatch):

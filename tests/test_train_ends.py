@@ -81,3 +81,10 @@ def test_memory_times_and_monitors(place):
     assert [e.value for e in events.Scalars("step_ms")] == pytest.approx([row["step_ms"] for row in rows])
     written = (place / "csv" / "job" / "Train_Samples_train_loss.csv").read_text().splitlines()[1:]
     assert [float(line.split(",")[1]) for line in written] == pytest.approx(losses(place), rel=1e-4)
+
+
+def test_a_step_of_very_many_micro_batches_is_told(place):
+    configure(place, train_batch_size=1000, train_micro_batch_size=1, train_sequence_length=2, num_train_steps=1)
+    done = train(place)
+    assert done.returncode == 0, done.stderr
+    assert "each step is 1000 micro-batches long, and ends before it can be interrupted" in done.stdout

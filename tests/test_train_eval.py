@@ -53,8 +53,10 @@ def test_validation_and_samples_leave_training_alone(place):
     assert all(
         row["eval_perplexity"] == pytest.approx(math.exp(row["eval_loss"])) for row in rows if row["step"] in found
     )
-    assert f"validation: loss {found[8]:.4f}, perplexity {math.exp(found[8]):.4g} after step 8, the best" in done.stdout
-    assert re.search(rf"step 8/8 .*validation {found[8]:.3f}", done.stderr)
+    assert (
+        f"validation: loss {found[8]:.4f} (perplexity {math.exp(found[8]):.4g}) after step 8, the best" in done.stdout
+    )
+    assert re.search(rf"step 8/8 .*validation {found[8]:.3f} \(perplexity {math.exp(found[8]):.4g}\)", done.stderr)
     written = (place / "csv" / "job" / "Train_Samples_eval_loss.csv").read_text().splitlines()[1:]
     assert [float(line.split(",")[1]) for line in written] == pytest.approx(list(found.values()), rel=1e-4)
     samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]

@@ -84,6 +84,14 @@ def test_long_runs_are_few_points(tmp_path, monkeypatch, steps):
         return original(self, x, y, **style)
 
     monkeypatch.setattr(Axes, "plot", spied)
+    beside = Axes.secondary_yaxis
+    scales: list[np.ndarray] = []
+
+    def perplexities(self, place, functions):
+        scales.append(functions[1](functions[0](np.array([0.0, 4.5]))))
+        return beside(self, place, functions=functions)
+
+    monkeypatch.setattr(Axes, "secondary_yaxis", perplexities)
     curves = plot.Curves(tmp_path / "loss.png")
     for step in range(1, steps + 1):
         measured = {"eval_loss": 4.5} if step % 3 == 0 else {}
@@ -99,6 +107,7 @@ def test_long_runs_are_few_points(tmp_path, monkeypatch, steps):
         held = lines["validation loss"]
         assert held[0].tolist() == list(range(3, steps + 1, 3))
         assert set(held[1]) == {4.5}
+        np.testing.assert_allclose(scales[0], [0.0, 4.5], atol=1e-12)
     else:
         assert "validation loss" not in lines
 

@@ -76,10 +76,7 @@ def scaling(results: Results) -> str:
             ours = contenders[OURS]
             ratios = (f"{contenders[n].times(ours):.2f}×" if n in contenders else "–" for n in peers)
             rows.append([case, duration(ours.seconds), *ratios])
-    return (
-        f"Scaling ([figures](../benchmarks/results/scaling.json)): {results.described}.\n\n"
-        f"![Time over parameters, tensors and ranks](../benchmarks/results/scaling.png)\n\n{table(rows)}"
-    )
+    return f"Scaling ([figures](../benchmarks/results/scaling.json)): {results.described}.\n\n{table(rows)}"
 
 
 def machines(folder: Path = RESULTS) -> str:

@@ -187,6 +187,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv and argv[0] in ("doctor", "build", "tune", "keys") and not Path(argv[0]).exists():
         os.execv(sys.executable, [sys.executable, "-m", "deepfast", *argv])  # noqa: S606
     try:
+        if not argv:
+            raise UserError("which script? deepfast train.py ... (see --help)")
         return start(parse(argv))
     except UserError as error:
         _say(str(error))

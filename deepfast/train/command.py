@@ -21,6 +21,9 @@ log = logging.getLogger("deepfast")
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 

@@ -19,6 +19,7 @@ from deepfast.train.documents import (
     Piece,
     Skipped,
     check_tokens,
+    nothing_in,
     pieces,
     source_files,
     token_map,
@@ -113,8 +114,7 @@ def prepare(
             count = _tokenize(files, out, dtype, tokenizer, end, skipped)
     skipped.tell()
     if count == 0:
-        what = "tokens" if tokenizer is None else "readable text"
-        raise DataError(f"{key}={dataset_dir!r}: no {what} in its {len(files)} files")
+        raise nothing_in(f"{key}={dataset_dir!r}", files, skipped)
     meta = {"dataset_dir": dataset_dir, "tokens": count, "dtype": np.dtype(dtype).name}
     (staging / "tokens.json").write_text(json.dumps(meta), encoding="utf-8")
     shutil.rmtree(output, ignore_errors=True)

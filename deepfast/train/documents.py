@@ -37,9 +37,23 @@ class Skipped:
     lines: int = 0
 
     def tell(self) -> None:
-        if self.files or self.lines:
-            said = "skipped: %d files that hold no UTF-8 text, %d lines that hold no text"
-            log.info(said, self.files, self.lines)
+        if said := str(self):
+            log.info("skipped: %s", said)
+
+    def __str__(self) -> str:
+        said = [f"{self.files} of the files: no UTF-8 text"] if self.files else []
+        return "; ".join([*said, *([f'{self.lines} of the lines: no "text" in them'] if self.lines else [])])
+
+
+def nothing_in(named: str, files: list[Path], skipped: Skipped) -> DataError:
+    """What is raised where all of the files have been read, and nothing was found.
+
+    Args:
+        named: the key and its value.
+    """
+    what = "tokens" if are_tokens(files) else "readable text"
+    why = f" (skipped: {skipped})" if str(skipped) else ""
+    return DataError(f"{named}: no {what} in its {len(files)} file{'s' if len(files) != 1 else ''}{why}")
 
 
 class Piece(NamedTuple):

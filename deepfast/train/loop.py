@@ -27,6 +27,8 @@ from deepfast.train.validation import mean_loss
 
 log = logging.getLogger("deepfast")
 
+MANY = 1000  # micro-batches a step: hardly meant
+
 # What the order of the data, and so the meaning of a step, depends on.
 _IDENTITY = ("dataset_dir", "seed", "train_batch_size", "train_sequence_length", "eval_share", "streaming")
 
@@ -84,6 +86,9 @@ def _train(config: Config, run: Run, tag: str | None, rank: int, stop: Stop) -> 
     log.info("%.1fM parameters, %s, %ssequences of %d tokens, batch %d = micro %d x accumulation %d x ranks %d",
              sum(p.numel() for p in module.parameters()) / 1e6, str(engine.dtype).removeprefix("torch."),
              counted, sequences.length, *config.batch_triple(), engine.world_size)  # fmt: skip
+    if engine.gradient_accumulation_steps() >= MANY:
+        log.warning("each step is %d micro-batches long, and ends before it can be interrupted: see train_batch_size",
+                    engine.gradient_accumulation_steps())  # fmt: skip
     if held is not None:
         log.info("validated on %d sequences every %d steps, and at the end", held.count, config.eval_steps)
     sampler = Sampler(config, engine, tokenizer, sequences)

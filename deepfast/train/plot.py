@@ -18,7 +18,7 @@ _POINTS = 2000  # of a curve: more than a picture has
 
 
 class Curves:
-    """loss.png: the loss and the validation's, and beneath them learning rate and loss scale.
+    """loss.png: the loss and the validation's, with its perplexity, and beneath them learning rate and loss scale.
 
     Args:
         path: of the picture. Who looks at it sees the one before, or this one.
@@ -85,18 +85,29 @@ def _draw(columns: dict[str, np.ndarray], path: Path) -> None:
         values = columns["eval_loss"][held]
         style = {"marker": "o", "markersize": 3} if len(values) <= 100 else {}
         top.plot(steps[held], values, color="tab:orange", linewidth=2, label="validation loss", **style)
+        beside = top.secondary_yaxis("right", functions=(_perplexity, _loss))
+        beside.set_ylabel("perplexity")
     top.set_ylabel("loss (nats a token)")
     top.legend()
     top.grid(alpha=0.3)
     bottom.plot(*_outline(steps, columns["lr"]), color="tab:green")
     bottom.set_ylabel("learning rate", color="tab:green")
     bottom.set_xlabel("optimizer step")
-    scales = bottom.twinx()
-    scales.plot(*_outline(steps, columns["loss_scale"]), color="tab:red", linestyle="--")
-    scales.set_yscale("log", base=2)
-    scales.set_ylabel("loss scale", color="tab:red")
+    if (columns["loss_scale"] != 1).any():
+        scales = bottom.twinx()
+        scales.plot(*_outline(steps, columns["loss_scale"]), color="tab:red", linestyle="--")
+        scales.set_yscale("log", base=2)
+        scales.set_ylabel("loss scale", color="tab:red")
     figure.tight_layout()
     figure.savefig(path, format="png", dpi=120)
+
+
+def _perplexity(loss: np.ndarray) -> np.ndarray:
+    return np.exp(np.minimum(loss, 700.0))  # what fp64 holds; an axis is asked for more than there is on it
+
+
+def _loss(perplexity: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(perplexity, 1e-300))
 
 
 def _outline(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

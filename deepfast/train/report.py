@@ -118,8 +118,12 @@ class Reporter:
         for key, value in row.items():
             if key != "step" and value is not None:
                 self.board.add_scalar(key, value, row["step"])
-        validated = f"validation {self.validations[-1][0]:.3f}, " if self.validations else ""
-        self.progress.step(f"loss {loss:.3f}, {validated}{rate:,.0f} tokens/s, loss scale {row['loss_scale']:g}")
+        said = [f"loss {loss:.3f}", f"{rate:,.0f} tokens/s"]
+        if self.validations:
+            said.insert(1, f"validation {_loss(self.validations[-1][0], '.3f')}")
+        if row["loss_scale"] != 1:
+            said.append(f"loss scale {row['loss_scale']:g}")
+        self.progress.step(", ".join(said))
 
     def sample(self, text: str) -> None:
         """Notes what the model writes after this step."""
@@ -134,8 +138,8 @@ class Reporter:
         if not self.validations:
             return None
         last, best = self.validations[-1], min(self.validations)
-        other = f"; the best: {_validation(*best)}" if best[0] < last[0] else ", the best"
-        return _validation(*last) + other
+        said, better = (f"loss {_loss(loss, '.4f')} after step {step}" for loss, step in (last, best))
+        return said + (f"; the best: {better}" if best[0] < last[0] else ", the best")
 
     def flush(self) -> None:
         os.fsync(self.file.fileno())
@@ -147,6 +151,6 @@ class Reporter:
         self.board.close()
 
 
-def _validation(loss: float, step: int) -> str:
+def _loss(loss: float, digits: str) -> str:
     of_tokens = perplexity(loss)
-    return f"loss {loss:.4f}{'' if of_tokens is None else f', perplexity {of_tokens:.4g}'} after step {step}"
+    return f"{loss:{digits}}{'' if of_tokens is None else f' (perplexity {of_tokens:.4g})'}"

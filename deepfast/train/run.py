@@ -36,7 +36,8 @@ class Run:
             with tempfile.TemporaryFile(dir=self.root):
                 pass
         except OSError as error:
-            raise ConfigError(f"output_dir={str(self.root)!r}: cannot be written: {error.strerror}") from None
+            why = "is a file" if self.root.is_file() else f"cannot be written: {error.strerror}"
+            raise ConfigError(f"output_dir={str(self.root)!r}: {why}") from None
 
     def set_aside(self) -> None:
         """Moves what an earlier run left to ``earlier/<n>``: a new run overwrites nothing."""

@@ -27,6 +27,7 @@ from deepfast.train.documents import (
     Skipped,
     are_tokens,
     check_tokens,
+    nothing_in,
     pieces,
     source_files,
     token_map,
@@ -183,8 +184,7 @@ class Reader:
                     yield Place(self.dataset_dir, self._name(path), begin, 0, epoch), path, some
                 at = 0
             if not found and epoch > place.epoch:  # the first pass may have begun behind all there is
-                what = "tokens" if self._tokenizer is None else "readable text"
-                raise DataError(f"dataset_dir={self.dataset_dir!r}: no {what} in its {len(self._files)} files")
+                raise nothing_in(f"dataset_dir={self.dataset_dir!r}", self._files, self._skipped)
             epoch, first = epoch + 1, 0
 
     def _within(self, path: Path, at: int, skipped: Skipped) -> Iterator[tuple[int, Any]]:

@@ -25,7 +25,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "Lion": {"lr": 1e-3, "betas": (0.9, 0.999)},
     "LAMB": {"eps": 1e-8},
 }
-_NOT_BUILT = "is not built yet: take another, or pass one as optimizer= to initialize()"
+_NOT_BUILT = (
+    "is not built yet: take another, or pass one as optimizer= to deepfast.initialize(), in a script of your own"
+)
 _REFUSED = {
     "LBFGS": "needs a closure, which an engine has not",
     "SparseAdam": "is for sparse gradients, which an engine has not",
