@@ -70,6 +70,7 @@ def chart(folder: Path) -> plt.Figure:
             (case,) = of.cases.values()
             if name in case:
                 on.setdefault(name, {})[n] = case[name]
+    several.margins(y=0.3)  # room for the legend
     draw(several, on, lambda figure: figure.seconds * 1e3)
     several.set(title="backward and step, bf16, 16M parameters", xlabel="ranks, one thread each", ylabel="ms")
     for ax in axes.flat:

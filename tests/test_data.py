@@ -82,7 +82,7 @@ def test_what_cannot_be_read_is_skipped_and_counted(tmp_path, source, caplog):
     (source / "bad.jsonl").write_text("\n".join(lines) + "\n")
     (source / "empty.txt").touch()
     assert read_back(tmp_path, source) == [TEXT, "good"]
-    assert "skipped: 4 of the files: no UTF-8 text; 5 of the lines: no "text" in them" in caplog.text
+    assert 'skipped: 4 of the files: no UTF-8 text; 5 of the lines: no "text" in them' in caplog.text
 
 
 def test_token_files(tmp_path, source):
