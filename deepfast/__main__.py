@@ -138,9 +138,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main() -> int:
     if sys.argv[1:2] == ["tune"]:  # which reads its own options
-        from deepfast.train import tune
+        from deepfast.train.tune import command
 
-        return tune.main(sys.argv[2:])
+        return command.main(sys.argv[2:])
     parser = _Parser(prog="python -m deepfast")
     commands = parser.add_subparsers(dest="command", required=True, metavar="doctor | build | tune | keys")
     commands.add_parser("doctor", help="what was found, built and would be used, and why not")

@@ -18,8 +18,8 @@ from conftest import HANGS, run
 from runs import configure, losses, train
 
 from deepfast.errors import UserError
-from deepfast.train import tune
-from deepfast.train.search import Result
+from deepfast.train.tune import command as tune
+from deepfast.train.tune.search import Result
 
 # --- The command line, with trials made up ---
 
@@ -248,8 +248,8 @@ def test_a_trial_that_is_killed_ran_out_of_memory(place):
     configure(place, train_batch_size=3, train_micro_batch_size=1)
     process, mark = started(place)
     wait_for_row(process, 1)
-    wait_for(lambda: marked(mark, "deepfast.train.trial"))
-    (trial,) = marked(mark, "deepfast.train.trial")
+    wait_for(lambda: marked(mark, "deepfast.train.tune.trial"))
+    (trial,) = marked(mark, "deepfast.train.tune.trial")
     wait_for(lambda: Path(f"/proc/{trial}/oom_score_adj").read_text().strip() == "1000")
     assert Path(f"/proc/{process.pid}/oom_score_adj").read_text().strip() != "1000"
     os.kill(trial, signal.SIGKILL)
@@ -278,7 +278,7 @@ def test_two_ranks_and_ctrl_c_in_the_middle(place):
 
 def test_no_rank_outlives_a_search_that_is_killed(place):
     process, mark = started(place, "--nproc-per-node", 2, "--seconds", 1000)
-    wait_for(lambda: len(marked(mark, "deepfast.train.trial")) >= 3)  # torchrun has the words, too
+    wait_for(lambda: len(marked(mark, "deepfast.train.tune.trial")) >= 3)  # torchrun has the words, too
     process.kill()
     process.communicate()
     try:

@@ -14,9 +14,10 @@ from conftest import HANGS
 
 from deepfast.engine import config as configuration
 from deepfast.errors import TrainingError, UserError
-from deepfast.train import attempt, loop, memory, trial, tuned
-from deepfast.train.search import Result, best, candidates, enough
-from deepfast.train.trial import Request
+from deepfast.train import loop
+from deepfast.train.tune import attempt, memory, trial, tuned
+from deepfast.train.tune.search import Result, best, candidates, enough
+from deepfast.train.tune.trial import Request
 
 
 def measured(*figures: tuple[int, float], peak: int = 100) -> list[Result]:

@@ -12,8 +12,8 @@ from typing import Any
 
 from deepfast.engine import checkpoint
 from deepfast.engine.config import Config
-from deepfast.train import memory
-from deepfast.train.search import Result, best
+from deepfast.train.tune import memory
+from deepfast.train.tune.search import Result, best
 
 MICRO = ("train_micro_batch_size", "train_micro_batch_size_per_gpu")  # the flat spelling, DeepSpeed's
 KEYS = ("train_batch_size", *MICRO, "gradient_accumulation_steps")

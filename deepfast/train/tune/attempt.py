@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from deepfast.errors import UserError
-from deepfast.train.search import Result
-from deepfast.train.trial import Request
+from deepfast.train.tune.search import Result
+from deepfast.train.tune.trial import Request
 
 HANGS = 900.0  # seconds without a micro-batch, or with the model not yet there: nothing comes any more
 _PATIENCE = 5.0  # seconds from SIGTERM to SIGKILL
@@ -85,7 +85,7 @@ def _ended(process: subprocess.Popen[bytes], beat: Path, idle: Callable[[], None
 @contextlib.contextmanager
 def _started(folder: Path, ranks: int) -> Iterator[subprocess.Popen[bytes]]:
     leashed = [sys.executable, str(Path(__file__).with_name("leash.py"))]
-    command = [*leashed, sys.executable, "-m", "deepfast.train.trial", str(folder)]
+    command = [*leashed, sys.executable, "-m", "deepfast.train.tune.trial", str(folder)]
     if ranks > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command = [*leashed, *torchrun, "--no-python", *command]

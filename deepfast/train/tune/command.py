@@ -18,12 +18,12 @@ import torch
 from deepfast.engine import config as configuration
 from deepfast.engine.config import Config
 from deepfast.errors import TrainingError, UserError
-from deepfast.train import memory, tuned
-from deepfast.train.attempt import attempt
 from deepfast.train.command import Parser, missing_extra, overridden
 from deepfast.train.run import Run
-from deepfast.train.search import Result, best, candidates, enough
-from deepfast.train.trial import RUN, Request
+from deepfast.train.tune import memory, tuned
+from deepfast.train.tune.attempt import attempt
+from deepfast.train.tune.search import Result, best, candidates, enough
+from deepfast.train.tune.trial import RUN, Request
 
 log = logging.getLogger("deepfast")
 

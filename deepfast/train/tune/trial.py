@@ -1,4 +1,4 @@
-"""One trial: ``python -m deepfast.train.trial FOLDER``, alone or under torchrun, trains a few steps.
+"""One trial: ``python -m deepfast.train.tune.trial FOLDER``, alone or under torchrun, trains a few steps.
 
 What is to be trained stands in ``FOLDER/request.json``; each rank leaves how it went in ``FOLDER/rank<n>.json``.
 """
@@ -25,9 +25,9 @@ from deepfast.engine.config import Config
 from deepfast.engine.ranks import init_distributed, launched, of_rank_0
 from deepfast.engine.timers import Timer
 from deepfast.errors import TrainingError, UserError
-from deepfast.train import memory
 from deepfast.train.defaults import trainer_defaults
 from deepfast.train.stop import Stop
+from deepfast.train.tune import memory
 
 RUN = 4  # micro-batches of a step that are run: one of each kind, and two of those in the middle, which are all alike
 WARM_UP = 2  # steps that are not counted
