@@ -285,3 +285,4 @@ if __name__ == "__main__":
     RANK = dist.get_rank()
     MESHES = meshes()
     run_checks(CHECKS, Path(sys.argv[1], f"{RANK}.json"), dist.barrier)
+    dist.destroy_process_group()

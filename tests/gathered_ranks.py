@@ -254,3 +254,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=HANGS / 3))
     run_checks(CHECKS, Path(sys.argv[1], f"{dist.get_rank()}.json"), dist.barrier)
+    dist.destroy_process_group()

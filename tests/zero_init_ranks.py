@@ -367,3 +367,4 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=HANGS / 3))
     RANK, PLACE = dist.get_rank(), Path(sys.argv[1])
     run_checks(CHECKS, PLACE / f"{RANK}.json", dist.barrier)
+    dist.destroy_process_group()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -70,6 +71,7 @@ def _leave() -> None:
     """Ends gloo's threads: one that lets go of a tensor, some time after its sum, aborts a Python that is ending."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(0.1)  # the threads of groups that a DeviceMesh still has do not end: they have let go by then
 
 
 class SharedError(UserError):
