@@ -84,7 +84,8 @@ def test_memory_times_and_monitors(place):
 
 
 def test_a_step_of_very_many_micro_batches_is_told(place):
-    configure(place, train_batch_size=1000, train_micro_batch_size=1, train_sequence_length=2, num_train_steps=1)
+    configure(place, fp16=False, train_batch_size=1000, train_micro_batch_size=1, train_sequence_length=2,
+              num_train_steps=1)  # fmt: skip
     done = train(place)
     assert done.returncode == 0, done.stderr
     assert "each step is 1000 micro-batches long, and ends before it can be interrupted" in done.stdout

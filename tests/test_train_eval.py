@@ -86,7 +86,7 @@ def test_validation_and_samples_leave_training_alone(place):
     done = train(place, "--resume", "step6")
     assert done.returncode == 0, done.stderr
     assert without(metrics(place))[3:] == without(rows)[3:]
-    assert re.search(r"validation: loss 5\.\d+, .* after step 8; the best: loss 0\.5000, .* after step 3", done.stdout)
+    assert re.search(r"validation: loss 5\.\d+ .* after step 8; the best: loss 0\.5000 .* after step 3", done.stdout)
     assert [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()] == samples
     assert "read anew" not in done.stdout
 
