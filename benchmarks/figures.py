@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 OURS = "deepfast"
 SMALL = 1 << 24  # bytes: below, the caches and the host's work decide, not the memory
@@ -103,3 +107,17 @@ def duration(seconds: float) -> str:
             break
     value = seconds / size
     return f"{value:.{max(0, 2 - int(math.log10(max(value, 1))))}f} {unit}"
+
+
+def draw_as_told(about: str, chart: Callable[..., Any], dpi: int = 130) -> int:
+    """The command line of a chart: it is drawn of the paths that are given, in a file. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=about.partition("\n")[0])
+    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    args = parser.parse_args()
+    try:
+        chart(*args.results).savefig(args.out, dpi=dpi, metadata={"Software": None})
+    except (BrokenError, OSError) as problem:
+        print(problem, file=sys.stderr)
+        return 2
+    return 0

@@ -7,12 +7,10 @@ The bars are the first file's, the marks beside them the second's.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 
 import matplotlib as mpl
-from figures import OURS, BrokenError, Figure, Results, duration, label, read
+from figures import OURS, BrokenError, Figure, Results, draw_as_told, duration, label, read
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -43,7 +41,7 @@ def bar(ax: Axes, y: float, figure: Figure) -> None:
         ax.text(figure.cost + 0.05, y, time, va="center", fontsize=8, **strong)
 
 
-def chart(results: Results, others: list[Results]) -> plt.Figure:
+def chart(results: Results, *others: Results) -> plt.Figure:
     cases = {case: of for case, of in results.cases.items() if OURS in of and of[OURS].streams}
     if not cases:
         raise BrokenError(f"no case of these results is long enough for the memory to decide: {list(results.cases)}")
@@ -80,19 +78,5 @@ def chart(results: Results, others: list[Results]) -> plt.Figure:
     return fig
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("results", nargs="+", type=Path)
-    parser.add_argument("-o", "--out", type=Path, required=True)
-    args = parser.parse_args()
-    try:
-        first, *others = map(read, args.results)
-        chart(first, others).savefig(args.out, dpi=160, metadata={"Software": None})
-    except (BrokenError, OSError) as problem:
-        print(problem, file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(draw_as_told(__doc__, lambda *files: chart(*map(read, files)), dpi=160))

@@ -7,14 +7,13 @@ Reads ``scaling.json`` and ``scaling-<ranks>-ranks.json`` of that folder.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib as mpl
-from figures import OURS, BrokenError, Figure, Results, label, read
+from figures import OURS, Figure, Results, draw_as_told, label, read
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -85,18 +84,5 @@ def chart(folder: Path) -> plt.Figure:
     return fig
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("-o", "--out", type=Path, required=True)
-    args = parser.parse_args()
-    try:
-        chart(args.folder).savefig(args.out, dpi=130, metadata={"Software": None})
-    except (BrokenError, OSError) as problem:
-        print(problem, file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(draw_as_told(__doc__, chart))

@@ -7,12 +7,11 @@ Ratios are those of the tables in docs/benchmarks.md.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 import matplotlib as mpl
-from figures import OURS, BrokenError, Figure, duration, label, read
+from figures import OURS, BrokenError, Figure, draw_as_told, duration, label, read
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -75,18 +74,5 @@ def chart(folder: Path) -> plt.Figure:
     return fig
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("-o", "--out", type=Path, required=True)
-    args = parser.parse_args()
-    try:
-        chart(args.folder).savefig(args.out, dpi=130, metadata={"Software": None})
-    except (BrokenError, OSError) as problem:
-        print(problem, file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(draw_as_told(__doc__, chart))
