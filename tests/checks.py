@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 from conftest import HANGS, ROOT, run
+
+from deepfast.engine.ranks import settle
 
 SETTINGS = {"env": {"OMP_NUM_THREADS": "1"}, "timeout": HANGS}
 
@@ -33,8 +34,7 @@ def run_checks(checks: Mapping[str, Callable[[], object]], out: Path, after: Cal
         print(out.stem, name, f"{seconds:.1f} s", results[name][-600:], file=sys.stderr, flush=True)
         after()
     out.write_text(json.dumps(results))
-    if torch.distributed.is_initialized():
-        time.sleep(0.5)  # a thread of gloo's that lets go of a tensor later than this aborts a Python that is ending
+    settle()
 
 
 def torchrun(ranks: int) -> tuple[object, ...]:

@@ -82,6 +82,30 @@ def test_a_process_group_is_ended_by_whoever_began_it(begin, left):
     assert (done.returncode, done.stdout) == (0, f"{left} {left}\n"), done.stderr
 
 
+LATE = """
+import os, torch, torch.distributed as dist, deepfast
+%s
+deepfast.init_distributed()
+mesh = dist.device_mesh.init_device_mesh("cpu", (2,))  # it has the group for good, and the group its threads
+core = {sorted(os.sched_getaffinity(0))[dist.get_rank() %% os.cpu_count()]}
+os.sched_setaffinity(0, core)
+for task in os.listdir("/proc/self/task"):
+    if "gloo_runloop" in open(f"/proc/self/task/{task}/comm").read():  # they run where nobody else wants to
+        os.sched_setaffinity(int(task), core)
+        os.sched_setscheduler(int(task), os.SCHED_IDLE, os.sched_param(0))
+dist.all_reduce(torch.ones(3))
+%s
+"""
+
+
+@pytest.mark.parametrize("begin", ["", "dist.init_process_group('gloo')"], ids=["ours", "theirs"])
+@pytest.mark.parametrize("end", ["", "dist.destroy_process_group()"], ids=["left", "destroyed"])
+def test_threads_that_let_go_of_a_tensor_late_do_not_abort_python(begin, end, tmp_path):
+    (tmp_path / "late.py").write_text(LATE % (begin, end))
+    done = run(*torchrun(2), tmp_path / "late.py", env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 def test_the_engine_without_a_compiler(tmp_path, compiled):
     """Gradients are then reduced by torch.distributed, after a warning, to the same result."""

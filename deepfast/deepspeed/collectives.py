@@ -27,7 +27,7 @@ def init_distributed(*_args: Any, **_options: Any) -> None:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        atexit.register(destroy_process_group)
+        atexit.register(ranks.leave)
 
 
 def destroy_process_group(group: Any = None) -> None:

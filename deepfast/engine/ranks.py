@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -45,10 +47,12 @@ def init_distributed(*_args: Any, **_options: Any) -> torch.device:
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world is not None and not dist.is_initialized():
+    begin = world is not None and not dist.is_initialized()
+    if begin:
         _join("nccl" if device.type == "cuda" else "gloo")
-        if device.type == "cpu":
-            atexit.register(_leave)
+    if dist.is_initialized() and device.type == "cpu":
+        atexit.unregister(settle)
+        atexit.register(leave if begin else settle)
     return device
 
 
@@ -67,11 +71,32 @@ def _join(backend: str) -> None:
     dist.init_process_group(backend, store=dist.PrefixStore(f"life{life}", store), rank=rank, world_size=size)
 
 
-def _leave() -> None:
-    """Ends gloo's threads: one that lets go of a tensor, some time after its sum, aborts a Python that is ending."""
+def leave() -> None:
+    """Ends the process group, if there is one, and waits for its threads."""
     if dist.is_initialized():
         dist.destroy_process_group()
-        time.sleep(0.1)  # the threads of groups that a DeviceMesh still has do not end: they have let go by then
+    settle()
+
+
+def settle() -> None:
+    """Waits until gloo's threads sleep, 30 seconds at most.
+
+    One that lets go of a tensor, some time after its sum, aborts a Python that is ending: "terminate called without an
+    active exception". They end with their group, but a DeviceMesh may still have that.
+    """
+    deadline = time.monotonic() + 30
+    time.sleep(0.01)  # without Python's lock: a thread that waits for it sleeps, too
+    while _gloo_runs() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def _gloo_runs() -> bool:
+    """Whether one of gloo's threads has work, or waits for a core."""
+    for stat in Path("/proc/self/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if "(pt_gloo_runloop) R" in stat.read_text(encoding="ascii", errors="replace"):
+                return True
+    return False
 
 
 class SharedError(UserError):

@@ -10,10 +10,9 @@ import os
 import sys
 from typing import Any, NoReturn
 
-import torch.distributed as dist
 
 from deepfast.engine import config as configuration
-from deepfast.engine.ranks import SharedError
+from deepfast.engine.ranks import SharedError, leave
 from deepfast.errors import ConfigError, TrainingError, UserError
 from deepfast.train.stop import StoppedTwiceError
 
@@ -121,5 +120,4 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     finally:
         log.removeHandler(handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave()
