@@ -10,7 +10,6 @@ import os
 import sys
 from typing import Any, NoReturn
 
-
 from deepfast.engine import config as configuration
 from deepfast.engine.ranks import SharedError, leave
 from deepfast.errors import ConfigError, TrainingError, UserError
