@@ -53,12 +53,12 @@ OTHER = {
         "gradient_accumulation_steps": 2,
         "gradient_clipping": 1.0,
         "fp16": {"enabled": True},
-        "optimizer": {"type": "AdamW", "params": {"lr": lr, "weight_decay": 0.01}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 5e-5 if args.model else 3e-3, "weight_decay": 0.01}},
         }
         model, *_ = deepfast.initialize(model=model, config=config)
         model.backward(loss)
         model.step()""",
-        """optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+        """optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5 if args.model else 3e-3, weight_decay=0.01)
         scaler = torch.amp.GradScaler(device)
         model.forward = torch.autocast(device, torch.float16)(model.forward)
         scaler.scale(loss / 2).backward()
@@ -214,8 +214,23 @@ def test_as_it_is_typed(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_text_that_is_too_short_is_one_line(tmp_path):
+@pytest.mark.parametrize("folder", [EXAMPLES, PLAIN], ids=["ours", "plain"])
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--text", "short.txt"), "5 tokens"),
+        (("--text", "missing.txt"), "No such file or directory: 'missing.txt'"),
+        (("--text", "latin.txt", "--model", "model"), "'utf-8' codec can't decode"),
+        (("--model", "./missing"), "missing"),
+    ],
+    ids=["short", "missing", "latin", "model"],
+)
+def test_bad_input_to_finetune_gpt2_is_one_line(folder, arguments, told, tmp_path):
     (tmp_path / "short.txt").write_text("short")
-    done = run(sys.executable, EXAMPLES / "finetune_gpt2.py", "--text", tmp_path / "short.txt", cwd=tmp_path)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    a_gpt2(tmp_path / "model")
+    done = run(sys.executable, folder / "finetune_gpt2.py", *arguments, cwd=tmp_path)
     assert done.returncode == 2
-    assert "5 tokens" in done.stderr.splitlines()[-1]
+    assert "error: " in done.stderr
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr

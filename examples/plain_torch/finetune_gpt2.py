@@ -14,19 +14,21 @@ parser.add_argument("--output", help="a folder for the model")
 args = parser.parse_args()
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
-if args.model:
-    tokens = AutoTokenizer.from_pretrained(args.model)(args.text.read_text()).input_ids
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)
-else:
-    tokens = list(args.text.read_bytes())
-    shape = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64, "vocab_size": 256}
-    model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).to(device)
+try:
+    if args.model:
+        tokens = AutoTokenizer.from_pretrained(args.model)(args.text.read_text()).input_ids
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)
+    else:
+        tokens = list(args.text.read_bytes())
+        shape = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64, "vocab_size": 256}
+        model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).to(device)
+except (OSError, ValueError) as error:  # a file or a model that is not there, a text that is none
+    parser.error(str(error))
 rows = torch.tensor(tokens[: len(tokens) // 64 * 64], device=device).view(-1, 64)
-lr = 5e-5 if args.model else 3e-3
 if len(rows) < 40:
     parser.error(f"--text: {args.text} has {len(tokens)} tokens: give at least {40 * 64}")
 train, held_out = rows[:-32], rows[-32:]
-optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5 if args.model else 3e-3, weight_decay=0.01)
 scaler = torch.amp.GradScaler(device)
 model.forward = torch.autocast(device, torch.float16)(model.forward)
 
@@ -34,8 +36,7 @@ model.forward = torch.autocast(device, torch.float16)(model.forward)
 def perplexity():
     model.eval()
     with torch.no_grad():
-        loss = model(input_ids=held_out, labels=held_out).loss.float()
-    return loss.exp().item()
+        return model(input_ids=held_out, labels=held_out).loss.float().exp().item()
 
 
 print(f"held-out before: perplexity {perplexity():.2f}")
