@@ -82,6 +82,55 @@ def test_the_example_runs_and_learns():
     assert norm > 0
 
 
+BEFORE = {  # what a page's examples are written for
+    "engine.md": """
+import json, torch, deepfast
+class Model(torch.nn.Linear):
+    def forward(self, batch):
+        return super().forward(batch).square().mean()
+model, data = Model(4, 4), torch.ones(64, 4)
+settings = {"train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"lr": 0.01}}}
+json.dump(settings, open("ds_config.json", "w"))
+""",
+    "collectives.md": "import torch, deepfast\n",
+    "frameworks.md": """
+import numpy, deepfast
+params, grads = {"w": numpy.ones(3)}, {"w": numpy.ones(3)}
+optimizer = deepfast.functional.Optimizer(deepfast.AdamW, lr=1e-3)
+""",
+}
+BETWEEN = {
+    "engine.md": """
+trained = dict(model.named_parameters())
+moment = optimizer.state[trained["weight"]]["exp_avg"]
+model = Model(4, 4)
+optimizer = torch.optim.AdamW(model.parameters())
+""",
+    "collectives.md": "ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))\n",
+}
+AFTER = {
+    "engine.md": """
+assert all(torch.equal(p, trained[name]) for name, p in model.named_parameters())
+assert torch.equal(optimizer.state[model.weight]["exp_avg"], moment)
+""",
+    "collectives.md": """
+ddp(torch.ones(4)).sum().backward()
+assert torch.distributed.get_backend() == "deepfast" and ddp.module.weight.grad.sum() == 16
+""",
+    "frameworks.md": "assert numpy.allclose(params['w'], 0.998, atol=1e-4)\n",
+}
+
+
+@pytest.mark.parametrize("path", list(PAGES)[1:], ids=[path.name for path in list(PAGES)[1:]])
+def test_the_examples_of_a_page_run(path, tmp_path):
+    examples = re.findall(r"```python\n(.*?)```", PAGES[path], re.DOTALL)
+    assert bool(examples) == (path.name in BEFORE)
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    code = BEFORE.get(path.name, "") + BETWEEN.get(path.name, "").join(examples) + AFTER.get(path.name, "")
+    done = python(code, cwd=tmp_path, env=alone)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_environment_variable_is_listed():
     read = set()
     for path in (*(ROOT / "deepfast").rglob("*.py"), ROOT / "setup.py"):
