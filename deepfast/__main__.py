@@ -46,21 +46,19 @@ def doctor() -> int:
         warnings.simplefilter("ignore")
         from deepfast import kernels, ops
     line("CPU kernels", ops.LIBRARY or f"none: {ops.BUILD_ERROR}")
-    try:
-        chosen = ops.forced()
-        native = ops.LIBRARY is not None and chosen != "reference"
-        why = f"DEEPFAST_BACKEND={chosen}" if ops.LIBRARY else "there are no compiled kernels"
-        line("on a CPU", "compiled kernels" if native else f"the reference, in plain torch ({why})")
-    except ConfigError as error:
-        line("on a CPU", f"nothing: DEEPFAST_BACKEND: {error}")
-        line("on a GPU", f"nothing: DEEPFAST_BACKEND: {error}")
-        return 0 if ops.LIBRARY else 1
     line("communication", _library(build.COMM))
     line("CUDA kernels", _library(build.CUDA))
     why_not = kernels.available()
     line("Triton kernels", "ready" if why_not is None else f"none: {why_not}")
-    line("on a GPU", _on_a_gpu(chosen))
-    return 0 if ops.LIBRARY else 1
+    try:
+        chosen = ops.forced()
+        runs = {"CPU": _on_a_cpu(chosen), "GPU": _on_a_gpu(chosen)}
+    except ConfigError as error:
+        runs = dict.fromkeys(("CPU", "GPU"), f"nothing: DEEPFAST_BACKEND: {error}")
+    for device, what in runs.items():
+        line(f"on a {device}", what)
+    here = runs.values() if torch.cuda.is_available() else [runs["CPU"]]
+    return 0 if ops.LIBRARY and not all(what.startswith("nothing") for what in here) else 1
 
 
 def _library(library: build.Library) -> str:
@@ -71,18 +69,38 @@ def _library(library: build.Library) -> str:
     if found is not None:
         return str(found)
     try:
-        build.toolchain(library)
+        failure = build.remembered(library)
     except build.BuildError as error:
-        return f"none: {error}"
-    return "not compiled yet (python -m deepfast build)"
+        failure = str(error)
+    return "not compiled yet (python -m deepfast build)" if failure is None else f"none: {failure}"
+
+
+def _on_a_cpu(chosen: str) -> str:
+    import torch
+
+    from deepfast import ops, reference
+    from deepfast.errors import BackendError
+
+    try:
+        backend = ops.select(chosen, torch.device("cpu"), torch.float32)
+    except BackendError as error:
+        return f"nothing: DEEPFAST_BACKEND: {error}"
+    if backend is reference:
+        why = f"DEEPFAST_BACKEND={chosen}" if chosen == "reference" else "there are no compiled kernels"
+        return f"the reference, in plain torch ({why})"
+    return "Triton's interpreter" if chosen == "triton" else "compiled kernels"
 
 
 def _on_a_gpu(chosen: str) -> str:
+    """As ops.select() would have it; which compiles, though, what is not there."""
     from deepfast import build, kernels
 
-    compiled = not _library(build.CUDA).startswith("none") and chosen in ("auto", "cuda")
-    interpreted = kernels.available() is None and chosen in ("auto", "triton")
-    return "compiled kernels" if compiled else "Triton" if interpreted else "the reference, in plain torch"
+    kinds = {"cuda": not _library(build.CUDA).startswith("none"), "triton": kernels.available() is None}
+    kinds |= {"cpu": False, "reference": True}
+    order = ("cuda", "triton", "reference") if chosen == "auto" else (chosen,)
+    runs = {"cuda": "compiled kernels", "triton": "Triton", "reference": "the reference, in plain torch"}
+    found = [runs[kind] for kind in order if kinds[kind]]
+    return found[0] if found else f"nothing: DEEPFAST_BACKEND: {chosen!r} is not to be had there"
 
 
 def _huge_pages() -> str:

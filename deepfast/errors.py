@@ -29,6 +29,18 @@ class LossScaleError(TrainingError):
         self.parameters = parameters
 
 
+class BackendError(UserError, RuntimeError):
+    """A backend that was asked for by name, and is not to be had."""
+
+
+class BuildError(RuntimeError):
+    """The kernels could not be compiled. ``passing`` if trying again may help (full disk, killed compiler)."""
+
+    def __init__(self, message: str, passing: bool = False) -> None:
+        super().__init__(message)
+        self.passing = passing
+
+
 class PeerTimeout(RuntimeError):  # noqa: N818 - it is what users type
     """A collective that could not end: some ranks died, left, or were silent at the timeout.
 

@@ -19,7 +19,7 @@ import torch
 from torch import library
 
 from deepfast import build, reference
-from deepfast.errors import ConfigError
+from deepfast.errors import BackendError, ConfigError
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 KERNEL_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
@@ -80,7 +80,7 @@ def triton() -> Any:
 
 def forced(backend: str = "auto") -> str:
     """``backend``, or where that is "auto" what ``$DEEPFAST_BACKEND`` says. Raises ConfigError for an unknown one."""
-    chosen = os.environ.get("DEEPFAST_BACKEND", "auto") if backend == "auto" else backend
+    chosen = (os.environ.get("DEEPFAST_BACKEND") or "auto") if backend == "auto" else backend
     if chosen not in BACKENDS:
         raise ConfigError(f"deepfast: unknown backend {chosen!r}: choose one of {', '.join(BACKENDS)}")
     return chosen
@@ -119,7 +119,7 @@ def select(backend: str, device: torch.device, *dtypes: torch.dtype) -> Any:
             GPU the compiled ones or else Triton's; where there are none, the reference.
 
     Raises:
-        RuntimeError: if a backend was asked for by name and is not to be had.
+        BackendError: if a backend was asked for by name and is not to be had.
     """
     if backend == "reference":
         return reference
@@ -127,7 +127,7 @@ def select(backend: str, device: torch.device, *dtypes: torch.dtype) -> Any:
     if backend != "auto":
         found = _named(backend, device)
         if isinstance(found, str):
-            raise RuntimeError(f"deepfast: backend={backend!r} was asked for, but {found}")
+            raise BackendError(f"deepfast: backend={backend!r} was asked for, but {found}")
         return found if known else reference
     if not known:
         return reference

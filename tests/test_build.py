@@ -327,8 +327,46 @@ def test_doctor(tmp_path):
     assert "on a CPU       the reference" in done.stdout
     assert done.stderr == ""
     done = run(sys.executable, "-m", "deepfast", "doctor", env={"DEEPFAST_BACKEND": "tpu"})
-    assert done.returncode == 0
+    assert done.returncode == 1
     assert "unknown backend 'tpu'" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("backend", "code", "cpu", "gpu"),
+    [
+        ("", 0, "compiled kernels", ""),
+        ("cpu", 0, "compiled kernels", "nothing: "),
+        ("reference", 0, "the reference", "the reference"),
+        ("cuda", 1, "nothing: .*the parameter lies on cpu", ""),
+        ("triton", 1, "nothing: .*the parameter lies on cpu", ""),
+    ],
+)
+def test_the_doctor_says_what_would_run(backend, code, cpu, gpu):
+    settings = {"DEEPFAST_BACKEND": backend, "TRITON_INTERPRET": "", "CUDA_VISIBLE_DEVICES": ""}
+    done = run(sys.executable, "-m", "deepfast", "doctor", env=settings)
+    assert done.returncode == code
+    assert re.search(f"^on a CPU +{cpu}", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(f"^on a GPU +{gpu}", done.stdout, re.MULTILINE), done.stdout
+    step = """
+import torch, deepfast
+p = torch.nn.Parameter(torch.ones(3))
+p.grad = torch.ones(3)
+deepfast.SGD([p], lr=1.0).step()
+"""
+    assert python(step, env=settings).returncode == code
+
+
+def test_the_doctor_says_what_failed_before(tmp_path):
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\ncase $* in *-c*) echo 'error: no, not this'; exit 1;; esac\nexec g++ \"$@\"\n")
+    compiler.chmod(0o755)
+    settings = {"DEEPFAST_CACHE_DIR": str(tmp_path / "cache"), "CXX": str(compiler)}
+    assert (
+        "error: no, not this"
+        in python("from deepfast import build; build.build(library=build.COMM)", env=settings).stderr
+    )
+    done = run(sys.executable, "-m", "deepfast", "doctor", env=settings)
+    assert re.search("^communication +none: could not compile .*error: no, not this", done.stdout, re.MULTILINE)
 
 
 def test_a_compiler_that_links_its_own_cxx_library_in(tmp_path):

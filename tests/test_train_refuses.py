@@ -83,6 +83,20 @@ def test_a_missing_option():
     assert "--config" in says_one_line(done)
 
 
+def test_a_backend_that_is_not_to_be_had(place):
+    line = says_one_line(train(place, DEEPFAST_BACKEND="cuda"))
+    assert "backend='cuda' was asked for, but the parameter lies on cpu" in line
+
+
+@pytest.mark.parametrize("module", ["deepfast.deepspeed", "deepfast.deepspeed.zero_to_fp32"])
+def test_commands_that_are_told_nothing(module):
+    done = run(sys.executable, "-m", module)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "the following arguments are required: " in line
+    assert "args" not in line
+
+
 @pytest.mark.parametrize("command", [[], ["biuld"]])
 def test_no_such_command(command):
     done = run(sys.executable, "-m", "deepfast", *command)

@@ -276,13 +276,24 @@ def test_two_ranks_and_ctrl_c_in_the_middle(place):
     assert (place / "output" / "config.tuned.json").exists()
 
 
+def test_nobody_begins_for_a_search_that_has_died():
+    """A rank that was just starting when search and torchrun were killed: nobody tells it so any more."""
+    leash = Path(tune.__file__).with_name("leash.py")
+    search = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    begin = (sys.executable, leash, search.pid, sys.executable, "-c", "print('begun')")
+    assert run(*begin).stdout == "begun\n"
+    search.communicate()
+    done = run(*begin)
+    assert (done.returncode, done.stdout) == (1, "")
+
+
 def test_no_rank_outlives_a_search_that_is_killed(place):
     process, mark = started(place, "--nproc-per-node", 2, "--seconds", 1000)
     wait_for(lambda: len(marked(mark, "deepfast.train.tune.trial")) >= 3)  # torchrun has the words, too
     process.kill()
     process.communicate()
     try:
-        wait_for(lambda: not marked(mark), limit=60)
+        wait_for(lambda: not marked(mark))
     finally:
         for pid in marked(mark):
             os.kill(pid, signal.SIGKILL)

@@ -37,7 +37,7 @@ from deepfast.build.libraries import (
     nvcc_flags,
     wanted,
 )
-from deepfast.build.making import build, build_all, locate
+from deepfast.build.making import build, build_all, locate, remembered
 from deepfast.build.said import BuildError, flag, say
 from deepfast.build.targets import INSTRUCTION_SETS, arch_flags, architectures, capability, check_covered
 

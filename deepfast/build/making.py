@@ -54,6 +54,17 @@ def build(root: Path | None = None, library: Library = CPU, *, retry: bool = Fal
     return target / library.file
 
 
+def remembered(library: Library) -> str | None:
+    """What an attempt with these sources, flags and compiler has failed with; it is not made again by itself.
+
+    Raises:
+        BuildError: where none could be made.
+    """
+    own, _ = toolchain(library)
+    failed = cache_dir() / f"{interface_key(library)}-{own}.failed"
+    return failed.read_text() if failed.is_file() else None
+
+
 def _build_into(folder: Path, target: Path, library: Library, compilers: list[Compiler], failed: Path) -> None:
     from deepfast.build.machinery import LOG, compile_library  # of use to nobody who finds what he looks for
 

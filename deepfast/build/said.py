@@ -6,13 +6,7 @@ import os
 import re
 import sys
 
-
-class BuildError(RuntimeError):
-    """The kernels could not be compiled. ``passing`` if trying again may help (full disk, killed compiler)."""
-
-    def __init__(self, message: str, passing: bool = False) -> None:
-        super().__init__(message)
-        self.passing = passing
+from deepfast.errors import BuildError
 
 
 def flag(name: str) -> bool:

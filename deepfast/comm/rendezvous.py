@@ -52,7 +52,7 @@ def connect(store: Any, rank: int, size: int, timeout: timedelta) -> tuple[Any, 
 
     Raises:
         PeerTimeout: naming the ranks that have not come.
-        deepfast.build.BuildError: where the communication is not to be had.
+        deepfast.errors.BuildError: where the communication is not to be had.
     """
     native = build.load_comm()
     until = time.monotonic() + timeout.total_seconds()

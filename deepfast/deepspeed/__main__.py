@@ -14,14 +14,17 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType, TracebackType
 
+from deepfast.deepspeed.launcher import Parser
+from deepfast.errors import UserError
+
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m deepfast.deepspeed", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m deepfast.deepspeed", description=__doc__.partition("\n")[0])
     parser.add_argument("-m", dest="module", action="store_true", help="the script is a module's name")
     parser.add_argument("--local_rank", action="store_true", help="pass --local_rank=$LOCAL_RANK on, before ARGS")
     parser.add_argument("--no_python", action="store_true", help="the script is a program")
     parser.add_argument("script")
-    parser.add_argument("args", nargs=argparse.REMAINDER)
+    parser.add_argument("args", nargs=argparse.REMAINDER).required = False
     return parser.parse_args(argv)
 
 
@@ -54,7 +57,10 @@ def _refused(line: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script. Returns 2 where there is none; else it ends as the script does."""
-    options = _parse(sys.argv[1:] if argv is None else argv)
+    try:
+        options = _parse(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        return _refused(str(error))
     script = options.script
     passed = [f"--local_rank={os.environ.get('LOCAL_RANK', '0')}"] if options.local_rank else []
     sys.argv = [script, *passed, *options.args]

@@ -22,13 +22,15 @@ MORE = """deepfast doctor | build | tune | keys   what `python -m deepfast` has
 exit code                               torchrun's; 2: bad input, one line on stderr; 130, 143: Ctrl-C, SIGTERM"""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """One that says in one line what is wrong, without the usage."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="deepfast",
         usage="deepfast [options] script.py [args of the script]",
         description=ABOUT,

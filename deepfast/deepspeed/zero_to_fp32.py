@@ -6,7 +6,6 @@ reads. Of tied weights the first name is there.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from deepfast.deepspeed.launcher import Parser
 from deepfast.engine import checkpoint
 from deepfast.engine.checkpoint import CheckpointError
 from deepfast.engine.reading import stored
@@ -102,13 +102,13 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m deepfast.deepspeed.zero_to_fp32", description=__doc__)
+    parser = Parser(prog="python -m deepfast.deepspeed.zero_to_fp32", description=__doc__)
     parser.add_argument("checkpoint_dir", help="the folder that holds the checkpoints' folders")
     parser.add_argument("output_dir", help="a folder, or a file that ends in .bin, .pt or .safetensors")
     parser.add_argument("-t", "--tag", help="which checkpoint; else what `latest` names")
     parser.add_argument("--safe_serialization", action="store_true", help="safetensors, not torch.save")
-    options = parser.parse_args(argv)
     try:
+        options = parser.parse_args(argv)
         file = convert_zero_checkpoint_to_fp32_state_dict(**vars(options))
     except UserError as error:
         print(f"zero_to_fp32: {error}", file=sys.stderr)

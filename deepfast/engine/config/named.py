@@ -12,7 +12,7 @@ from deepfast.engine.config.schema import SCHEDULERS, OptimizerSection, Schedule
 from deepfast.errors import ConfigError
 from deepfast.optimizers import OPTIMIZERS
 
-_FORMS = "master state_dtype rounding".split()
+_FORMS = "master state_dtype rounding seed".split()
 _ADAM = "adam_w_mode torch_adam"
 _DEEPSPEEDS = {"AdamW": _ADAM, "Adam": _ADAM, "LAMB": "bias_correction"}  # DeepSpeed has more words for these
 # type -> what its params may hold

@@ -80,6 +80,7 @@ class OptimizerParams(Section):
         "fp32", description='how moments are kept: `fp32`, `bf16`, `int8`, `param`, or `{"exp_avg": "bf16"}`'
     )
     rounding: Literal["nearest", "stochastic"] = Field("nearest", description="of weights with `master: none`")
+    seed: Int = Field(0, ge=0, lt=2**63, description="of what is rounded by chance: such weights, and int8 moments")
 
 
 class TorchParams(OptimizerParams):

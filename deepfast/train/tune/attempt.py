@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import signal
 import subprocess
@@ -84,7 +85,7 @@ def _ended(process: subprocess.Popen[bytes], beat: Path, idle: Callable[[], None
 
 @contextlib.contextmanager
 def _started(folder: Path, ranks: int) -> Iterator[subprocess.Popen[bytes]]:
-    leashed = [sys.executable, str(Path(__file__).with_name("leash.py"))]
+    leashed = [sys.executable, str(Path(__file__).with_name("leash.py")), str(os.getpid())]
     command = [*leashed, sys.executable, "-m", "deepfast.train.tune.trial", str(folder)]
     if ranks > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
