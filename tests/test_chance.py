@@ -131,3 +131,21 @@ def test_updates_below_half_a_unit_are_not_lost():
         optimizer.step()
     assert (p.double().mean() - (1 - 2.0**-4)).abs() < 1e-3
     assert reference.RULES["sgd"].counts_steps is False
+
+
+def test_a_configurations_seed_is_that_of_chance():
+    ends = {}
+    for seed in (None, 0, 3):
+        net = torch.nn.Linear(8, 8, bias=False)
+        with torch.no_grad():
+            net.weight.copy_(torch.linspace(-1, 1, 64).view(8, 8))
+        params = {"lr": 0.01, "state_dtype": "int8"} | ({} if seed is None else {"seed": seed})
+        config = {"train_batch_size": 1, "optimizer": {"type": "AdamW", "params": params}}
+        engine, optimizer, *_ = deepfast.initialize(model=net, config=config)
+        assert optimizer.seed == (seed or 0)
+        for _ in range(3):
+            engine.backward(engine(torch.linspace(0, 1, 8)).square().mean())
+            engine.step()
+        ends[seed] = net.weight.detach().clone()
+    assert torch.equal(ends[None], ends[0])
+    assert not torch.equal(ends[0], ends[3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -136,7 +137,7 @@ def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
     assert "pip install tensorboard" in refused({"tensorboard": files(tmp_path)})
     (tmp_path / "file").write_text("")
     assert "csv_monitor: the folder" in refused({"csv_monitor": files(tmp_path / "file")})
-    assert "cannot be made: embedded null" in refused({"csv_monitor": files("a\0b")})
+    assert re.search("cannot be made: .*embedded null", refused({"csv_monitor": files("a\0b")}))
 
 
 def test_the_sections_and_defaults_are_deepspeeds():
