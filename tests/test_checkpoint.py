@@ -255,3 +255,30 @@ def test_no_pickle_is_written_or_read(tmp_path, monkeypatch):
     e.save_checkpoint(tmp_path)
     assert {p.suffix for p in tmp_path.rglob("*.*")} == {".safetensors", ".json", ".sha256"}
     e.load_checkpoint(tmp_path)
+
+
+def test_another_optimizers_checkpoint_is_refused(tmp_path):
+    """Not even where each moment that it keeps is found in the file under that name: Lion's is not AdamW's."""
+
+    class Own(torch.optim.Adamax):
+        pass
+
+    kinds = {name: {"optimizer": {"type": name, "params": {"lr": 0.01}}} for name in ("Adam", "AdamW", "Lion", "SGD")}
+    kinds |= {name: {"optimizer": {"type": name, "params": {"lr": 0.01}}} for name in ("RMSprop", "Adamax")}
+    made = {name: deepfast.initialize(model=model(), config={**CONFIG, **kind})[0] for name, kind in kinds.items()}
+    made["Own"] = deepfast.initialize(model=model(), optimizer=lambda p: Own(p, lr=0.01), config=CONFIG)[0]
+    alike = {"AdamW": "Adam", "Own": "Adamax"}
+    for saved, e in made.items():
+        train(e, batches(4))
+        e.save_checkpoint(tmp_path / saved)
+    for saved in made:
+        for own, e in made.items():
+            before = state(e)
+            if alike.get(saved, saved) == alike.get(own, own):
+                e.load_checkpoint(tmp_path / saved)
+                train(e, batches(4))
+                continue
+            with pytest.raises(checkpoint.CheckpointError, match=r"does not fit this optimizer: it is .*'s, not .*'s"):
+                e.load_checkpoint(tmp_path / saved)
+            assert equal(state(e), before)
+            e.load_checkpoint(tmp_path / saved, load_optimizer_states=False)

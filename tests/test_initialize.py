@@ -204,3 +204,10 @@ def test_a_deepspeed_script_runs_with_one_line_changed(tmp_path):
     (tmp_path / "ds.json").write_text(json.dumps(CONFIG))
     done = run(sys.executable, script, "--deepspeed", "--deepspeed_config", tmp_path / "ds.json", cwd=tmp_path)
     assert done.stdout.strip() == "1", done.stderr
+
+
+def test_keys_of_the_trainer_are_told(caplog):
+    given = {**CONFIG, "seed": 3, "output_dir": "here", "num_train_steps": 9, "eval_steps": None}
+    deepfast.initialize(model=model(), config=given)
+    (told,) = [r.getMessage() for r in caplog.records if "of the trainer" in r.getMessage()]
+    assert told.endswith("without effect in initialize(): output_dir, seed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from datetime import timedelta
 
 import pytest
@@ -254,6 +255,9 @@ def loss(e):
         (lambda e: e.backward(e(torch.ones(2, 4))), r"a scalar, not of shape \(2, 2\): take its mean"),
         (lambda e: e.backward(loss(e).detach()), "the loss has no graph"),
         (lambda e: e.backward(loss(e), "x"), "a weight is a number, not a str"),
+        (lambda e: e.backward(loss(e), -1e-30), "a weight must not be negative, got -1e-30"),
+        (lambda e: e.backward(loss(e), torch.tensor(-1)), "a weight must not be negative, got -1.0"),
+        (lambda e: e.backward(loss(e), math.nan), "a weight must not be negative, got nan"),
         (lambda e: e.step(), r"there was no backward\(\)"),
         (lambda e: e.set_train_batch_size("x"), "train_batch_size must be an integer"),
         (lambda e: e.set_train_micro_batch_size(1.5), "micro_batch_size must be an integer"),

@@ -18,7 +18,7 @@ from deepfast.optim.shards import copy_into, is_sharded, local
 
 HOW = (
     'p.grad: the engine keeps this gradient (summed, scaled): clip with "gradient_clipping", read it with '
-    "safe_get_full_grad(p), write it with safe_set_full_grad(p, value) of deepspeed.utils"
+    "safe_get_full_grad(p), write it with safe_set_full_grad(p, value) of deepfast.deepspeed.utils"
 )
 
 

@@ -180,7 +180,7 @@ class Engine(Asked):
             RuntimeError: if some micro-batches of a step have a weight and others not; for a loss without a graph;
                 without an optimizer.
             TypeError: for a loss that is no tensor, and a weight that is no number.
-            ValueError: for a loss of several elements.
+            ValueError: for a loss of several elements, and a negative weight.
         """
         if not isinstance(loss, Tensor):
             raise TypeError(f"backward(): a loss is a tensor, not {type(loss).__name__}")
@@ -191,6 +191,8 @@ class Engine(Asked):
         if isinstance(weight, bool) or not (weight is None or hasattr(weight, "__float__")):
             what = type(weight).__name__
             raise TypeError(f"backward(): a weight is a number, not a {what}; retain_graph= is a keyword")
+        if weight is not None and not float(weight) >= 0:
+            raise ValueError(f"backward(): a weight must not be negative, got {float(weight)}")
         if weight is not None and not scale_wrt_gas:
             raise ValueError("backward(): weight= is normalized over the step: leave out scale_wrt_gas=False")
         accumulation = self.gradient_accumulation_steps()

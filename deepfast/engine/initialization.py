@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,8 @@ from deepfast.engine import config as configuration
 from deepfast.engine.config import Config
 from deepfast.engine.engine import Engine
 from deepfast.engine.ranks import init_distributed
+
+log = logging.getLogger("deepfast")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -74,6 +77,8 @@ def initialize(
         device = init_distributed()
     if not isinstance(given, Config):
         given = configuration.load(given)
+        if unused := given.of_the_trainer():
+            log.warning("configuration keys of the trainer, without effect in initialize(): %s", ", ".join(unused))
     configuration.resolve_batch(given, dist.get_world_size() if dist.is_initialized() else 1)
     engine = Engine(model, optimizer, model_parameters, given, device, lr_scheduler)
     loader = None

@@ -157,6 +157,7 @@ class Resumable(nn.Module):
             "micro_steps": self.micro_steps,
             "skipped_steps": self._skipped,
             "optimizer": optimizer,
+            "optimizer_kind": None if self.optimizer is None else _kind(self.optimizer),
             "scaler": self.scaler.state_dict(),
             "lr_scheduler": self._scheduler_state(),
             "client_state": client_state,
@@ -258,9 +259,12 @@ class Resumable(nn.Module):
         if with_optimizer and optimizer is None:
             raise checkpoint.CheckpointError(f"{folder}: was saved without an optimizer: pass load_module_only=True")
         if with_optimizer:
+            saved, own = state.get("optimizer_kind"), _kind(self.optimizer)
+            if saved not in (None, own):
+                raise checkpoint.CheckpointError(f"{folder}: does not fit this optimizer: it is {saved}'s, not {own}'s")
             moments = optimizer_state(tensors, optimizer, self._parts(), names)
-        own = f"rng.{self.rank}."
-        random = {key.removeprefix(own): tensors.ask(key) for key in tensors.shapes if key.startswith(own)}
+        rng = f"rng.{self.rank}."
+        random = {key.removeprefix(rng): tensors.ask(key) for key in tensors.shapes if key.startswith(rng)}
         tensors.read()
         return state, values, moments, random
 
@@ -340,6 +344,13 @@ class Resumable(nn.Module):
         torch.set_rng_state(states["cpu"])
         if "cuda" in states and torch.cuda.is_available():
             torch.cuda.set_rng_state(states["cuda"])
+
+
+def _kind(optimizer: Any) -> str:
+    """Whose state it keeps: of a subclass, that of torch's or ours above it. AdamW's is Adam's."""
+    base = (c for c in type(optimizer).__mro__ if c.__module__.startswith(("deepfast.optim.", "torch.optim.")))
+    name = next(base, type(optimizer)).__name__
+    return {"AdamW": "Adam", "Optimizer": type(optimizer).__name__}.get(name, name)
 
 
 def _without_callables(value: Any) -> Any:

@@ -198,6 +198,11 @@ def _never(value: Any) -> Any:
     return None if value == math.inf else value
 
 
+def _trainers(default: Any, *, description: str, **limits: Any) -> Any:
+    """A key that ``deepfast.initialize`` does nothing with."""
+    return Field(default, description=f"trainer: {description}", json_schema_extra={"trainer": True}, **limits)
+
+
 class Config(Section):
     """What a run is; see ``load``."""
 
@@ -208,7 +213,7 @@ class Config(Section):
     gradient_accumulation_steps: Int | None = Field(
         None, gt=0, lt=2**31, description="micro-batches an optimizer step; in the trainer, of one process"
     )
-    train_sequence_length: Int = Field(512, gt=1, lt=2**31, description="tokens a sequence")
+    train_sequence_length: Int = _trainers(512, gt=1, lt=2**31, description="tokens a sequence")
     fp16: Fp16 | None = Field(None, description="true, false or a section: fp16 weights and gradients")
     bf16: Bf16 | None = Field(None, description="true, false or a section: bf16 weights and gradients")
     train_loss_scale: float | None = Field(None, ge=0, le=2**64, description="static loss scale for fp16; 0 = dynamic")
@@ -216,14 +221,14 @@ class Config(Section):
     num_warmup_steps: Int | None = Field(
         None, ge=0, description="steps over which the learning rate rises; the trainer's default is 0"
     )
-    output_dir: str = Field("output", min_length=1, description="where the run's results go")
-    model_dir: str = Field(
+    output_dir: str = _trainers("output", min_length=1, description="where the run's results go")
+    model_dir: str = _trainers(
         "gpt2-tiny",
         min_length=1,
         description='a Hugging Face GPT-2 folder, or "gpt2-tiny", "gpt2", "gpt2-xl"; a folder that does not exist '
         "means a fresh gpt2 on a GPU, a fresh gpt2-tiny on a CPU",
     )
-    dataset_dir: str = Field(
+    dataset_dir: str = _trainers(
         "stdlib",
         min_length=1,
         description='a folder of .txt .md .py .jsonl .parquet or .bin (tokens); "stdlib": the Python standard '
@@ -255,34 +260,34 @@ class Config(Section):
     tensorboard: TensorBoard = Field(default_factory=TensorBoard, description="")
     csv_monitor: CsvMonitor = Field(default_factory=CsvMonitor, description="")
     wandb: Wandb = Field(default_factory=Wandb, description="")
-    seed: Int = Field(0, ge=0, lt=2**63, description="of weights, data order and dropout")
-    save_steps: Int = Field(500, gt=0, description="a checkpoint every so many steps, and at the end")
-    save_total_limit: Int = Field(2, gt=0, description="checkpoints kept")
-    sample_tokens: Int = Field(128, ge=0, description="length of the text generated at the end; 0: none is")
-    sample_steps: Int = Field(
+    seed: Int = _trainers(0, ge=0, lt=2**63, description="of weights, data order and dropout")
+    save_steps: Int = _trainers(500, gt=0, description="a checkpoint every so many steps, and at the end")
+    save_total_limit: Int = _trainers(2, gt=0, description="checkpoints kept")
+    sample_tokens: Int = _trainers(128, ge=0, description="length of the text generated at the end; 0: none is")
+    sample_steps: Int = _trainers(
         0,
         ge=0,
         description="one every so many steps, too: in the log, TensorBoard and `samples.jsonl`; 0: only at the end",
     )
-    sample_prompt: str | None = Field(
+    sample_prompt: str | None = _trainers(
         None, min_length=1, description="what it goes on from; default: the first tokens of the data"
     )
-    eval_dataset_dir: str | None = Field(
+    eval_dataset_dir: str | None = _trainers(
         None, min_length=1, description="a folder like `dataset_dir`, whose loss is measured while training; not in it"
     )
-    eval_share: float | None = Field(
+    eval_share: float | None = _trainers(
         None,
         gt=0,
         lt=1,
         description="instead of a folder: such a share of the data, in up to 16 runs spread over it, is not trained on",
     )
-    eval_steps: Int | None = Field(
+    eval_steps: Int | None = _trainers(
         None, gt=0, description="that loss is measured every so many steps, and at the end; default: `save_steps`"
     )
-    eval_sequences: Int | None = Field(
+    eval_sequences: Int | None = _trainers(
         None, gt=0, description="on at most so many sequences, spread evenly; default: on all"
     )
-    streaming: bool = Field(
+    streaming: bool = _trainers(
         False,
         description="the data is read in its order while it is trained on, not tokenized before and not shuffled; "
         "after its end it begins anew",
@@ -295,6 +300,10 @@ class Config(Section):
         """What was set, as a dict: in the caller's own words, where there were any."""
         return self.model_dump(exclude_unset=True) if self._source is None else self._source
 
+    def of_the_trainer(self) -> list[str]:
+        """Keys that were set, and are the trainer's alone."""
+        return [name for name in type(self).model_fields if name in self.model_fields_set and is_trainers(name)]
+
     def batch_triple(self) -> tuple[int, int, int]:
         """(train batch, micro-batch, accumulation), after ``resolve_batch``."""
         batch, micro, accumulation = (
@@ -305,6 +314,11 @@ class Config(Section):
         if batch is None or micro is None or accumulation is None:
             raise RuntimeError("resolve_batch() has not been called")
         return batch, micro, accumulation
+
+
+def is_trainers(name: str) -> bool:
+    extra = Config.model_fields[name].json_schema_extra
+    return isinstance(extra, dict) and "trainer" in extra
 
 
 def fields(model: type[BaseModel]) -> typing.Iterator[tuple[str, Any, type[BaseModel] | None]]:
