@@ -261,7 +261,7 @@ def test_a_trial_that_is_killed_ran_out_of_memory(place):
 
 def test_two_ranks_and_ctrl_c_in_the_middle(place):
     configure(place, train_batch_size=8, train_micro_batch_size=1)
-    process, mark = started(place, "--nproc-per-node", 2)
+    process, mark = started(place, "--nproc-per-node", 2, "--seconds", 5)  # so long that the next one is met, too
     wait_for_row(process, 1)
     wait_for(lambda: len(marked(mark)) >= 4)  # the search, torchrun, two ranks
     process.send_signal(signal.SIGINT)

@@ -154,9 +154,9 @@ def test_the_batch_is_written_in_the_configurations_own_words(data, ranks, share
         ("kill -9 $$", "memory", "killed"),
         ("echo '  exitcode  : -9 (pid: 7)' >&2; exit 1", "memory", "killed"),  # as torchrun says it of a rank
         ("exec sleep 100", "failed", "nothing came of it in 1 seconds"),
-        ("""echo '{"memory": true}' > $5/rank1.json; echo '{"failed": "a peer has gone"}' > $5/rank0.json""",
+        ("""echo '{"memory": true}' > $6/rank1.json; echo '{"failed": "a peer has gone"}' > $6/rank0.json""",
          "memory", ""),
-        ("""echo '{"failed": "RuntimeError: first\\\\nframe #0"}' > $5/rank0.json""", "failed", "RuntimeError: first"),
+        ("""echo '{"failed": "RuntimeError: first\\\\nframe #0"}' > $6/rank0.json""", "failed", "RuntimeError: first"),
     ],
 )  # fmt: skip
 def test_how_a_trial_ended(tmp_path, monkeypatch, script, outcome, said):

@@ -85,7 +85,7 @@ def settle() -> None:
     active exception". They end with their group, but a DeviceMesh may still have that.
     """
     deadline = time.monotonic() + 30
-    time.sleep(0.01)  # without Python's lock: a thread that waits for it sleeps, too
+    time.sleep(0.1)  # without Python's lock: a thread that waits for it sleeps, too; and torch 2.10 names no threads
     while _gloo_runs() and time.monotonic() < deadline:
         time.sleep(0.01)
 
