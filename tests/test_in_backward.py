@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -128,6 +129,17 @@ def test_an_optimizer_that_is_gone_steps_no_more():
     gc.collect()
     net(batch(0, torch.float32)).backward()
     assert net.first.weight.grad is not None
+
+
+def test_a_model_that_was_trained_is_freed():
+    net = Net()
+    optimizer = deepfast.AdamW(net.parameters(), lr=0.01)
+    deepfast.step_in_backward(optimizer)
+    train(net, optimizer, 1)
+    weights = [weakref.ref(p) for p in net.parameters()]
+    del net, optimizer
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
 
 
 def test_what_cannot_work_is_refused(monkeypatch):

@@ -62,7 +62,11 @@ class InBackward:
         self._check(optimizer)
         self._launches: dict[Tensor, tuple[Any, Launch]] = {}
         self._stepped: set[Tensor] = set()
-        self._hooks = [p.register_post_accumulate_grad_hook(self._step) for p in optimizer._params() if p.requires_grad]
+        # A parameter does not show its hooks to Python's garbage collector: one that held on to us, and we to the
+        # parameter, would keep the model for ever.
+        step = weakref.WeakMethod(self._step)
+        self._hook = lambda p: (known := step()) and known(p)
+        self._hooks = [p.register_post_accumulate_grad_hook(self._hook) for p in optimizer._params() if p.requires_grad]
         optimizer._in_backward = self
 
     def remove(self) -> None:
