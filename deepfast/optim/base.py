@@ -97,12 +97,13 @@ class Optimizer(Loadable, Planned):
         super().__init__(params, defaults)
         self.state = States()
         ALIVE.add(self)
-        self._check_forms(self.state_dtype)
+        self._check_forms()
         if self.master == "none" and self.rounding == "nearest":
             lost.watch(self, "without master='none' they add up in a master")
 
-    def _check_forms(self, state_dtype: Any) -> None:
+    def _check_forms(self) -> None:
         """Raises ValueError for moments that there are not, and warns of what is asked for in vain."""
+        state_dtype = self.state_dtype
         known = list(dict.fromkeys(name for group in self.param_groups for name in self._moments(group)))
         asked = state_dtype if isinstance(state_dtype, dict) else {}
         for name in asked:
