@@ -32,12 +32,16 @@ class Optimizer:
     """A class of deepfast's, and its options (but reset_grad: gradients are only read)."""
 
     def __init__(self, kind: type[optim.Optimizer], **options: Any) -> None:
+        given = kind if isinstance(kind, type) else f"an object of {type(kind)}"
+        if given is not kind or not issubclass(kind, optim.Optimizer):
+            raise TypeError(f"deepfast: functional.Optimizer takes a class like deepfast.AdamW, not {given}")
+        require(not options.get("reset_grad"), "deepfast: functional.Optimizer only reads gradients: no reset_grad")
         self._kind, self._options = kind, options
 
     def init(self, params: Any) -> State:
         """The state before the first step. Raises ValueError for what is no array of floats."""
         views = _views("params", params)
-        return State(self._kind(map(torch.nn.Parameter, views.values()), **self._options, reset_grad=False), list(views))
+        return State(self._kind(map(torch.nn.Parameter, views.values()), **self._options), list(views))
 
     def update(self, grads: Any, state: State, params: Any, *, lr: float | None = None) -> tuple[Any, State]:
         """New arrays of the same library, nested alike, and the state to go on with; the given ones stay as they are.

@@ -330,9 +330,15 @@ def test_other_parameters_than_at_first_are_named():
     refused(lambda: optimizer.update(grads, state, {"v": np.ones(3, np.float32)}), "params['v']", "missing")
 
 
-def test_gradients_are_never_reset():
-    with pytest.raises(TypeError, match="reset_grad"):
-        Optimizer(OURS["SGD"], reset_grad=True).init(np.ones(3))
+def test_it_is_made_of_a_class_that_resets_no_gradients():
+    refused(lambda: Optimizer(OURS["SGD"], reset_grad=True), "only reads gradients: no reset_grad")
+    assert Optimizer(OURS["SGD"], reset_grad=False).init(np.ones(3)).optimizer.reset_grad is False
+    for wrong in (torch.optim.AdamW, OURS["SGD"]([torch.nn.Parameter(torch.ones(1))]), "AdamW", None, dict):
+        with pytest.raises(
+            TypeError, match=r"^deepfast: functional.Optimizer takes a class like deepfast.AdamW, not "
+        ) as error:
+            Optimizer(wrong)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("name", "figure"), [("numpy_loop", "accuracy"), ("jax_loop", "loss")])
