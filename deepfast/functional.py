@@ -5,17 +5,19 @@
     params, state = optimizer.update(grads, state, params)  # new arrays: JAX, or any other
     optimizer.update_(grads, state, params)  # in place: NumPy, CuPy, torch
 
-``params`` and ``grads`` are an array, or dicts, lists and tuples of arrays, however nested; fp32, fp16, bf16 or fp64.
+``params`` and ``grads`` are an array, or mappings, lists and tuples of such, however nested; fp32, fp16, bf16 or fp64.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import abc, defaultdict
 from typing import Any
 
 import torch
 
 from deepfast import optim
+from deepfast.optim.hyper import require
 
 
 @dataclasses.dataclass
@@ -30,16 +32,19 @@ class Optimizer:
     """A class of deepfast's, and its options (but reset_grad: gradients are only read)."""
 
     def __init__(self, kind: type[optim.Optimizer], **options: Any) -> None:
+        given = kind if isinstance(kind, type) else f"an object of {type(kind)}"
+        if given is not kind or not issubclass(kind, optim.Optimizer):
+            raise TypeError(f"deepfast: functional.Optimizer takes a class like deepfast.AdamW, not {given}")
+        require(not options.get("reset_grad"), "deepfast: functional.Optimizer only reads gradients: no reset_grad")
         self._kind, self._options = kind, options
 
     def init(self, params: Any) -> State:
         """The state before the first step. Raises ValueError for what is no array of floats."""
         views = _views("params", params)
-        optimizer = self._kind(map(torch.nn.Parameter, views.values()), **self._options, reset_grad=False)
-        return State(optimizer, list(views))
+        return State(self._kind(map(torch.nn.Parameter, views.values()), **self._options), list(views))
 
     def update(self, grads: Any, state: State, params: Any, *, lr: float | None = None) -> tuple[Any, State]:
-        """New arrays of the same library, and the state to go on with; those that are given stay as they are.
+        """New arrays of the same library, nested alike, and the state to go on with; the given ones stay as they are.
 
         grads: of the shapes, dtypes and devices of ``params``. lr: the learning rate from this step on. Raises
         ValueError for arrays that cannot be read, or do not fit, before anything has changed.
@@ -56,15 +61,12 @@ class Optimizer:
 
 def _step(grads: Any, state: State, weights: dict[str, torch.Tensor], lr: float | None) -> None:
     optimizer, slopes = state.optimizer, _views("grads", grads)
-    if optimizer is None:
-        raise ValueError("deepfast: this state was used up by update(): go on with the one that it returned")
+    require(optimizer is not None, "deepfast: this state was used up by update(): go on with the one that it returned")
     own = dict(zip(state.places, optimizer.param_groups[0]["params"], strict=True))
     for role, given in (("params", weights), ("grads", slopes)):
-        for place in sorted(own.keys() | given.keys()):
-            for what in ("shape", "dtype", "device"):
-                now, before = (getattr(tensors.get(place), what, "missing") for tensors in (given, own))
-                if now != before:
-                    raise ValueError(f"deepfast: {role}{place}: its {what} is {now}, and for init() it was {before}")
+        for place, what in ((p, w) for p in sorted(own.keys() | given.keys()) for w in ("shape", "dtype", "device")):
+            now, before = (getattr(tensors.get(place), what, "missing") for tensors in (given, own))
+            require(now == before, f"deepfast: {role}{place}: its {what} is {now}, and for init() it was {before}")
     for place, p in own.items():
         p.data, p.grad = weights[place], slopes[place]
     if optimizer.master == "fp32":
@@ -79,28 +81,26 @@ def _views(role: str, tree: Any, written: bool = False) -> dict[str, torch.Tenso
     found: dict[str, Any] = {}
     _mapped(found.setdefault, tree)
     for place, array in found.items():
-        flags = getattr(array, "flags", None)
+        flags = getattr(array, "flags", isinstance(array, torch.Tensor))  # JAX has none, CuPy none of writing
         try:  # torch itself would write to what is read-only, die of negative strides, and take a list for a capsule
-            if not hasattr(array, "__dlpack_device__"):
-                raise ValueError(f"a {type(array).__name__} is no array with DLPack, or one within jax.jit")
-            if written and not isinstance(array, torch.Tensor) and not getattr(flags, "writeable", flags is not None):
-                raise ValueError("it is read-only: copy it, or take update()")
-            if min(getattr(array, "strides", None) or [0]) < 0:
-                raise ValueError("it lies backwards in memory: copy it")
-            found[place] = torch.from_dlpack(array)
-            if found[place].dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-                raise ValueError(f"{found[place].dtype} is none of fp32, fp16, bf16 and fp64")
+            require(hasattr(array, "__dlpack_device__"), f"{type(array).__name__} has no DLPack, as all within jax.jit")
+            require(not written or getattr(flags, "writeable", bool(flags)), "read-only: copy it, or take update()")
+            require(min(getattr(array, "strides", None) or [0]) >= 0, "it lies backwards in memory: copy it")
+            found[place] = t = torch.from_dlpack(array)
+            require(t.is_floating_point() and t.itemsize > 1, f"{t.dtype} is none of fp32, fp16, bf16 and fp64")
         except Exception as error:
             raise ValueError(f"deepfast: {role}{place}: {error}".splitlines()[0]) from None
     return found
 
 
 def _mapped(call: Any, tree: Any, place: str = "") -> Any:
-    """``tree`` with ``call(place, array)`` for each array, by the order of keys. (Named tuples have _make.)"""
-    if isinstance(tree, dict):
-        return {key: _mapped(call, tree[key], f"{place}[{key!r}]") for key in sorted(tree, key=str)}
+    """``tree`` with ``call(place, array)`` for each array, called by the order of keys. (Named tuples have _make.)"""
+    kind: Any = type(tree)
+    if isinstance(tree, abc.Mapping):
+        new = {key: _mapped(call, tree[key], f"{place}[{key!r}]") for key in sorted(tree, key=str)}
+        return kind(*([tree.default_factory] if isinstance(tree, defaultdict) else []), {key: new[key] for key in tree})
     if isinstance(tree, (list, tuple)):
-        return getattr(tree, "_make", type(tree))(_mapped(call, child, f"{place}[{i}]") for i, child in enumerate(tree))
+        return getattr(kind, "_make", kind)(_mapped(call, child, f"{place}[{i}]") for i, child in enumerate(tree))
     return call(place, tree)
 
 

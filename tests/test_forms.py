@@ -254,6 +254,32 @@ def test_what_is_asked_for_in_vain_is_said():
         deepfast.SGD(parameters(), lr=0.1, master="none", rounding="stochastic")
 
 
+class Mine(deepfast.AdamW):
+    """A class of somebody's own."""
+
+
+@pytest.mark.parametrize("kind", [*OURS.values(), Mine], ids=lambda kind: kind.__name__)
+def test_a_warning_points_at_the_line_that_asked(kind):
+    """However many constructors lie between."""
+    optimizer = deepfast.SGD(parameters())
+    in_vain = {"master": "none", "rounding": "stochastic"}
+    lines = {
+        "made": lambda: kind(parameters(), lr=0.1, **in_vain),
+        "set": lambda: setattr(optimizer, "state_dtype", "bf16"),
+        "functional": lambda: deepfast.functional.Optimizer(kind, lr=0.1, **in_vain).init(torch.ones(3)),
+        "an engine's": lambda: deepfast.initialize(
+            model=nn.Linear(2, 2),
+            config={"train_batch_size": 1, "optimizer": {"type": "SGD", "params": {"lr": 0.1, **in_vain}}},
+        ),
+    }
+    for ask in lines.values():
+        with pytest.warns(UserWarning, match="has no effect") as heard:
+            ask()
+        first = ask.__code__.co_firstlineno
+        (said,) = [w for w in heard if "has no effect" in str(w.message)]
+        assert (said.filename, said.lineno - first) in [(__file__, n) for n in range(2)]
+
+
 def engine_of(precision, rate=1e-2, seed=0, **form):
     torch.manual_seed(seed)
     module = nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 1))

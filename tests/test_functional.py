@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import re
 import sys
-from collections import namedtuple
+from collections import OrderedDict, defaultdict, namedtuple
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +133,38 @@ def test_any_nesting_in_any_order_of_keys():
     found = {"first": new["a"].w, "second": new["a"].b[0], "third": new["z"][0]}
     assert_same(found, by_torch("AdamW", "float32")[0])
     assert_same(flat, drawn(0, "float32"))
+
+
+class Named(dict):
+    """One of somebody's own."""
+
+
+MAPPINGS = {
+    "dict": dict,
+    "OrderedDict": OrderedDict,
+    "defaultdict": lambda items: defaultdict(list, items),
+    "a subclass": Named,
+    "one that is no dict": MappingProxyType,
+    "one inside the other": lambda items: OrderedDict(z=Named(items), a=defaultdict(list, items)),
+}
+
+
+@pytest.mark.parametrize("convert", [as_numpy, as_jax])
+@pytest.mark.parametrize("kind", MAPPINGS)
+def test_mappings_keep_class_and_order(kind, convert):
+    """As JAX's trees have them: it takes no two that differ in either."""
+    optimizer = Optimizer(OURS["AdamW"], **OPTIONS)
+    backwards = dict(reversed(convert(drawn(0, "float32")).items()))
+    params = MAPPINGS[kind](backwards)
+    new, state = optimizer.update(MAPPINGS[kind](convert(drawn(1, "float32"))), optimizer.init(params), params)
+    assert state.places == sorted(state.places)
+    jax.tree.map(lambda now, before: None, new, params)
+    for one, other in [(new, params)] if kind != "one inside the other" else [(new[k], params[k]) for k in "za"]:
+        assert type(one) is type(other)
+        assert list(one) == list(other) == list(backwards)
+        assert getattr(one, "default_factory", None) is getattr(other, "default_factory", None)
+    if kind != "one inside the other":
+        assert_same(new, by_torch("AdamW", "float32")[0])
 
 
 def test_one_array_and_torchs_own():
@@ -297,9 +330,15 @@ def test_other_parameters_than_at_first_are_named():
     refused(lambda: optimizer.update(grads, state, {"v": np.ones(3, np.float32)}), "params['v']", "missing")
 
 
-def test_gradients_are_never_reset():
-    with pytest.raises(TypeError, match="reset_grad"):
-        Optimizer(OURS["SGD"], reset_grad=True).init(np.ones(3))
+def test_it_is_made_of_a_class_that_resets_no_gradients():
+    refused(lambda: Optimizer(OURS["SGD"], reset_grad=True), "only reads gradients: no reset_grad")
+    assert Optimizer(OURS["SGD"], reset_grad=False).init(np.ones(3)).optimizer.reset_grad is False
+    for wrong in (torch.optim.AdamW, OURS["SGD"]([torch.nn.Parameter(torch.ones(1))]), "AdamW", None, dict):
+        with pytest.raises(
+            TypeError, match=r"^deepfast: functional.Optimizer takes a class like deepfast.AdamW, not "
+        ) as error:
+            Optimizer(wrong)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("name", "figure"), [("numpy_loop", "accuracy"), ("jax_loop", "loss")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -122,12 +123,66 @@ def test_a_closure_and_state_that_is_loaded_in_between():
     assert torch.equal(nets[0].first.weight, nets[1].first.weight)
 
 
+@pytest.mark.parametrize("before", ["forward", "step"])
+@pytest.mark.parametrize("how", ["unfrozen", "frozen for a while", "added", "exchanged"])
+def test_parameters_that_are_to_be_trained_later_are(how, before):
+    nets = [Net(), Net()]
+    for released, net in enumerate(nets):
+        late = [*net.first.parameters()]
+        known = late if how in ("unfrozen", "frozen for a while") else [nn.Parameter(torch.ones(2))]
+        for p in late:
+            p.requires_grad_(how not in ("unfrozen", "added"))
+        optimizer = deepfast.AdamW([*net.second.parameters(), *known], lr=0.01)
+        if released:
+            handle = deepfast.step_in_backward(optimizer)
+        if how in ("frozen for a while", "exchanged"):
+            for p in late:
+                p.requires_grad_(False)
+        for i in range(4):
+            if i == 2 and before == "forward":
+                begin(how, optimizer, late)
+            net(batch(i, torch.float32)).backward()
+            if i == 2 and before == "step":
+                begin(how, optimizer, late)
+            optimizer.step()
+            assert not released or all(p.grad is None for p in net.parameters())
+            optimizer.zero_grad()
+        assert optimizer.state[late[0]]["step"] == (2 if before == "forward" else 1)
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+    net(batch(4, torch.float32)).backward()
+    assert all(p.grad is None for p in net.parameters())  # in backward, too
+    handle.remove()
+    net(batch(5, torch.float32)).backward()
+    assert all(p.grad is not None for p in late)
+
+
+def begin(how, optimizer, late):
+    for p in late:
+        p.requires_grad_(True)
+    if how == "added":
+        optimizer.add_param_group({"params": late, "lr": 0.02})
+    if how == "exchanged":
+        optimizer.param_groups[0]["params"][2:] = late
+
+
 def test_an_optimizer_that_is_gone_steps_no_more():
     net = Net()
     deepfast.step_in_backward(deepfast.AdamW(net.parameters(), lr=0.01))
     gc.collect()
     net(batch(0, torch.float32)).backward()
     assert net.first.weight.grad is not None
+
+
+def test_a_model_that_was_trained_is_freed():
+    net = Net()
+    optimizer = deepfast.AdamW(net.parameters(), lr=0.01)
+    deepfast.step_in_backward(optimizer)
+    train(net, optimizer, 1)
+    weights = [weakref.ref(p) for p in net.parameters()]
+    del net, optimizer
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
 
 
 def test_what_cannot_work_is_refused(monkeypatch):

@@ -109,6 +109,30 @@ def test_amsgrad_in_8_bits_is_refused_and_its_first_moment_is_not():
         optimizer.step()
 
 
+def test_amsgrad_in_8_bits_is_refused_where_it_is_asked_for_and_nothing_has_changed():
+    refused = pytest.raises(ValueError, match="amsgrad with a second moment in 8 bits")
+    params, (late,) = parameters(), parameters(shapes=[(5,)])
+    optimizer = run(params, 1, amsgrad=True, state_dtype={"exp_avg": "bf16"})
+    for form in ("int8", {"exp_avg_sq": "int8"}):
+        with refused:
+            optimizer.state_dtype = form
+        assert optimizer.state_dtype == {"exp_avg": "bf16"}
+        go_on(optimizer, 1)
+    saved = optimizer.state_dict(), deepfast.AdamW(params, amsgrad=True).state_dict()
+    for form in ("bf16", "fp32", {"exp_avg": "int8"}):
+        optimizer.state_dtype = form
+        go_on(optimizer, 1)
+    optimizer = run(params, 1, state_dtype="int8")
+    with refused:
+        optimizer.add_param_group({"params": [late], "amsgrad": True})
+    for state in saved:
+        with refused:
+            optimizer.load_state_dict(state)
+    assert [group["amsgrad"] for group in optimizer.param_groups] == [False]
+    optimizer.add_param_group({"params": [late]})
+    go_on(optimizer, 1)
+
+
 def run(params, steps, first=0, **options):
     optimizer = deepfast.AdamW(params, lr=1e-2, **options)
     go_on(optimizer, steps, first)

@@ -25,8 +25,9 @@ class Adagrad(Optimizer):
         differentiable: must be False.
         **options: see :class:`deepfast.optim.Optimizer`.
 
-    State per parameter, torch's keys: ``step`` (0-d fp32) and ``sum`` (parameter's shape, fp32; fp64 for fp64
-    parameters), there from the beginning, and ``master`` (fp32) for 16-bit parameters.
+    State per parameter, torch's keys: ``step`` (0-d fp32) and ``sum`` (parameter's shape; fp32 unless ``state_dtype``
+    asks otherwise, fp64 and complex parameters' of their type), there from the beginning, and ``master`` for 16-bit
+    parameters (``master="split"``: int16, "fp32": fp32; in ``state_dict()`` fp32).
 
     Raises:
         ValueError: for a hyperparameter out of range.

@@ -28,7 +28,8 @@ class Adam(Optimizer):
         **options: see :class:`deepfast.optim.Optimizer`.
 
     State per parameter, torch's keys: ``step`` (0-d fp32), ``exp_avg``, ``exp_avg_sq``, with amsgrad
-    ``max_exp_avg_sq`` (parameter's shape, fp32; fp64 for fp64 parameters), and ``master`` (fp32) for 16-bit ones.
+    ``max_exp_avg_sq`` (parameter's shape; fp32 unless ``state_dtype`` asks otherwise, fp64 and complex parameters' of
+    their type), and ``master`` for 16-bit ones (``master="split"``: int16, "fp32": fp32; in ``state_dict()`` fp32).
 
     Raises:
         ValueError: for a hyperparameter out of range, and for amsgrad with second moments in 8 bits.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -21,6 +20,7 @@ from deepfast.optim.plan import Planned
 from deepfast.optim.reach import Distinct, say_distinct
 from deepfast.optim.shards import is_flat_shard
 from deepfast.optim.state import HALF
+from deepfast.optim.warned import warn
 from deepfast.optim.watched import States
 from deepfast.optim.wrapped import Shared, Verdict, check_seen
 
@@ -97,12 +97,13 @@ class Optimizer(Loadable, Planned):
         super().__init__(params, defaults)
         self.state = States()
         ALIVE.add(self)
-        self._check_forms(self.state_dtype)
+        self._check_forms()
         if self.master == "none" and self.rounding == "nearest":
             lost.watch(self, "without master='none' they add up in a master")
 
-    def _check_forms(self, state_dtype: Any) -> None:
+    def _check_forms(self) -> None:
         """Raises ValueError for moments that there are not, and warns of what is asked for in vain."""
+        state_dtype = self.state_dtype
         known = list(dict.fromkeys(name for group in self.param_groups for name in self._moments(group)))
         asked = state_dtype if isinstance(state_dtype, dict) else {}
         for name in asked:
@@ -112,9 +113,9 @@ class Optimizer(Loadable, Planned):
                     f"deepfast: state_dtype: there is no moment {name!r}; {type(self).__name__} keeps {kept}"
                 )
         if state_dtype != "fp32" and not known:
-            warnings.warn(f"deepfast: state_dtype has no effect: {type(self).__name__} keeps no moment", stacklevel=4)
+            warn(f"deepfast: state_dtype has no effect: {type(self).__name__} keeps no moment")
         if self.rounding == "stochastic" and not any(p.dtype in HALF for p in self._params()):
-            warnings.warn("deepfast: rounding has no effect: no parameter is 16 bits wide", stacklevel=4)
+            warn("deepfast: rounding has no effect: no parameter is 16 bits wide")
 
     def __getstate__(self) -> dict[str, Any]:
         """torch keeps only defaults, state and groups of an optimizer that is copied or pickled."""

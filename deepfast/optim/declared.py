@@ -38,7 +38,10 @@ class Declared(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """torch's names of the tensors that the rule keeps, in the kernels' order."""
+        """torch's names of the tensors that the rule keeps, in the kernels' order.
+
+        Raises ValueError where one of them cannot be of the form that is asked for.
+        """
         return RULES[self._rule(group)].keeps
 
     # What of a group is not a checkpoint's to say: how the step is done, and (of some) which rule the class is.
@@ -80,6 +83,7 @@ class Declared(torch.optim.Optimizer):
         try:
             check_numbers(self.param_groups[-1])
             self._check(self.param_groups[-1])
+            self._moments(self.param_groups[-1])  # may refuse them
             for shards in filter(None, map(Shards.of, self.param_groups[-1]["params"])):
                 if any(placement.is_partial() for placement in shards.placements):
                     raise ValueError("deepfast: a parameter is a DTensor of partial sums: redistribute() it first")

@@ -14,7 +14,7 @@ _PAIRS = ("betas", "phi")
 
 
 def require(condition: bool | Tensor, message: str) -> None:
-    """For hyperparameters: raises ValueError with torch's words."""
+    """Raises ValueError, of hyperparameters with torch's words."""
     if not condition:
         raise ValueError(message)
 

@@ -32,7 +32,8 @@ def step_in_backward(optimizer: Optimizer) -> InBackward:
     """From now on ``optimizer`` steps each parameter during backward, and its gradient is released at once.
 
     No more than one gradient is held at a time. The loop stays as it is: ``optimizer.step()`` only says that a step has
-    ended. Learning rates are those of the moment when a gradient is there.
+    ended, and steps what has been unfrozen or added to the groups since it last did: in backward, too, from then on.
+    Learning rates are those of the moment when a gradient is there.
 
     What needs all gradients before the first step is an error: clipping by the global norm, loss scaling, gradients
     that ranks add up (DDP, FSDP, the engine), accumulation over several backward passes.
@@ -62,12 +63,17 @@ class InBackward:
         self._check(optimizer)
         self._launches: dict[Tensor, tuple[Any, Launch]] = {}
         self._stepped: set[Tensor] = set()
-        self._hooks = [p.register_post_accumulate_grad_hook(self._step) for p in optimizer._params() if p.requires_grad]
+        # A parameter does not show its hooks to Python's garbage collector: one that held on to us, and we to the
+        # parameter, would keep the model for ever.
+        step = weakref.WeakMethod(self._step)
+        self._hook = lambda p: (known := step()) and known(p)
+        self._hooks: dict[Tensor, Any] = {}
+        self._take(optimizer)
         optimizer._in_backward = self
 
     def remove(self) -> None:
         """Gradients stay from now on, and ``step()`` steps."""
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             hook.remove()
         optimizer = self._optimizer()
         if optimizer is not None and optimizer._in_backward is self:
@@ -81,12 +87,20 @@ class InBackward:
             with torch.enable_grad():
                 loss = closure()
         self._check(optimizer)
+        for p in self._take(optimizer):
+            self._step(p)
         self._stepped.clear()
         return loss
 
     def refuse_scaler(self) -> NoReturn:
         """What a scaler that is to step the optimizer is told."""
         _refuse("scaler")
+
+    def _take(self, optimizer: Any) -> list[Tensor]:
+        """Those that are to be trained and had no hook: all, and later what was unfrozen or added since."""
+        new = [p for p in optimizer._params() if p.requires_grad and p not in self._hooks]
+        self._hooks.update((p, p.register_post_accumulate_grad_hook(self._hook)) for p in new)
+        return new
 
     def _check(self, optimizer: Any) -> None:
         handed = optimizer._shared

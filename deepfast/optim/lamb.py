@@ -72,6 +72,7 @@ class LAMB(Optimizer):
         check_betas(group)
         require(0.0 <= group["eps"], f"Invalid epsilon value: {group['eps']}")
         require(0.0 <= group["weight_decay"], f"Invalid weight_decay value: {group['weight_decay']}")
+        require(len(group["phi"]) == 2, f"Invalid phi: {group['phi']}, there must be two")
         lower, upper = group["phi"]
         require(0.0 <= lower <= upper, f"Invalid phi: {group['phi']}, the bounds must be 0 <= lower <= upper")
 

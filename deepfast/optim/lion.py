@@ -27,8 +27,9 @@ class Lion(Optimizer):
         differentiable: must be False.
         **options: see :class:`deepfast.optim.Optimizer`.
 
-    State per parameter: ``exp_avg`` (parameter's shape, fp32; fp64 for fp64 parameters), and ``master`` (fp32) for
-    16-bit ones.
+    State per parameter: ``exp_avg`` (parameter's shape; fp32 unless ``state_dtype`` asks otherwise, fp64 and complex
+    parameters' of their type), and ``master`` for 16-bit ones (``master="split"``: int16, "fp32": fp32; in
+    ``state_dict()`` fp32).
 
     Raises:
         ValueError: for a hyperparameter out of range.

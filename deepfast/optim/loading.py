@@ -102,7 +102,8 @@ class Loadable(Stateful):
         return {**state_dict, "param_groups": groups}
 
     def _check_state(self, values: dict[str, Any] | None, p: Tensor, group: dict[str, Any]) -> None:
-        for name in self._moments(group) if _begun(values) else ():
+        moments = self._moments(group)  # refuses some, begun or not
+        for name in moments if _begun(values) else ():
             value = None if values is None else values.get(name)
             if value is None and not name.startswith("max_"):  # that one may begin at zero: amsgrad turned on later
                 raise ValueError(

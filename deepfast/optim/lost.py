@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deepfast.optim.shards import local
+from deepfast.optim.warned import warn
 
 STEP = 10  # the one that is looked at
 SAMPLE = 2**12  # about so many elements of each parameter
@@ -51,10 +51,9 @@ class _Watched:
         lost = sum(int((moves & (now == was)).sum()) for now, was, moves in taken)
         if 2 * lost > meant:
             rate = max(float(group["lr"]) for group in optimizer.param_groups)
-            warnings.warn(
+            warn(
                 f"deepfast: {lost / meant:.0%} of the updates of 16-bit weights were rounded away in step {STEP} "
-                f"(lr={rate:g}): {self._advice}",
-                stacklevel=2,
+                f"(lr={rate:g}): {self._advice}"
             )
 
 

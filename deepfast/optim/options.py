@@ -122,10 +122,15 @@ class Option(Generic[T]):
         return cast(T, ops.forced(value) if self._name == "backend" else value)
 
     def __set__(self, optimizer: Any, value: T) -> None:
-        kept = {name: other for name, other in optimizer.defaults.items() if name in NAMES and name != self._name}
-        Options(**{**kept, self._name: value})
-        if self._name == "state_dtype":
-            optimizer._check_forms(value)
+        kept = dict(optimizer.defaults)
+        Options(**{**{name: other for name, other in kept.items() if name in NAMES}, self._name: value})
         optimizer.defaults[self._name] = value
+        try:
+            if self._name == "state_dtype":
+                optimizer._check_forms()  # of the new value: it asks the groups, which ask the optimizer
+        except Exception:
+            optimizer.defaults.clear()
+            optimizer.defaults.update(kept)
+            raise
         if value == getattr(Options, self._name):
             del optimizer.defaults[self._name]

@@ -8,7 +8,6 @@ they lie, every rank gets the same bits, and no rank misses another's overflow, 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 
 from deepfast import graphs
 from deepfast.optim.shards import Shards, groups_over
+from deepfast.optim.warned import warn
 
 Kind = tuple[Shards | None, tuple[Any, ...]]
 """How a parameter lies, and over which groups it is distinct."""
@@ -197,9 +197,8 @@ def _compare(optimizer: Any, found: Tensor) -> None:
         return
     optimizer._compared = True
     if abs(apart) > _APART * squares:
-        warnings.warn(
+        warn(
             "deepfast: parameters that are taken to be the same on several ranks have gradients that differ there; the "
             "norm counts them once. Where they are not the same (experts, stages of a pipeline, plain tensors that are "
-            "parts of one), say so: optimizer.distinct_over(group, params)",
-            stacklevel=2,
+            "parts of one), say so: optimizer.distinct_over(group, params)"
         )

@@ -24,9 +24,10 @@ class SGD(Optimizer):
         differentiable: must be False.
         **options: see :class:`deepfast.optim.Optimizer`.
 
-    State per parameter: with momentum ``momentum_buffer`` (torch's key; parameter's shape, fp32; fp64 for fp64
-    parameters) and ``step`` (0-d fp32: dampening leaves out the first step, and whether that was skipped is known only
-    on the device), and ``master`` (fp32) for 16-bit parameters.
+    State per parameter: with momentum ``momentum_buffer`` (torch's key; parameter's shape; fp32 unless ``state_dtype``
+    asks otherwise, fp64 and complex parameters' of their type) and ``step`` (0-d fp32: dampening leaves out the first
+    step, and whether that was skipped is known only on the device), and ``master`` for 16-bit parameters
+    (``master="split"``: int16, "fp32": fp32; in ``state_dict()`` fp32).
 
     Raises:
         ValueError: for a hyperparameter out of range.
