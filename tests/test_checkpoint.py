@@ -264,6 +264,7 @@ def test_another_optimizers_checkpoint_is_refused(tmp_path):
         pass
 
     kinds = {name: {"optimizer": {"type": name, "params": {"lr": 0.01}}} for name in ("Adam", "AdamW", "Lion", "SGD")}
+    kinds["Adam"]["optimizer"]["params"]["adam_w_mode"] = False  # else it is AdamW
     kinds |= {name: {"optimizer": {"type": name, "params": {"lr": 0.01}}} for name in ("RMSprop", "Adamax")}
     made = {name: deepfast.initialize(model=model(), config={**CONFIG, **kind})[0] for name, kind in kinds.items()}
     made["Own"] = deepfast.initialize(model=model(), optimizer=lambda p: Own(p, lr=0.01), config=CONFIG)[0]
