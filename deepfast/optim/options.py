@@ -128,7 +128,7 @@ class Option(Generic[T]):
         try:
             if self._name == "state_dtype":
                 optimizer._check_forms()  # of the new value: it asks the groups, which ask the optimizer
-        except Exception:
+        except Exception:  # of whatever kind, a warning that is one, too: it goes on, and nothing has changed
             optimizer.defaults.clear()
             optimizer.defaults.update(kept)
             raise

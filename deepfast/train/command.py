@@ -10,6 +10,8 @@ import os
 import sys
 from typing import Any, NoReturn
 
+import torch.distributed as dist
+
 from deepfast.engine import config as configuration
 from deepfast.engine.ranks import SharedError, leave
 from deepfast.errors import ConfigError, TrainingError, UserError
@@ -119,4 +121,5 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     finally:
         log.removeHandler(handler)
-        leave()
+        if dist.is_initialized():
+            leave()
