@@ -276,15 +276,25 @@ def test_two_ranks_and_ctrl_c_in_the_middle(place):
     assert (place / "output" / "config.tuned.json").exists()
 
 
+LEASH = (sys.executable, Path(tune.__file__).with_name("leash.py"))
+ORPHAN = """
+import os, subprocess, sys
+subprocess.Popen(["sh", "-c", 'read -r go; exec "$@"', "sh", *sys.argv[1:3], str(os.getpid()), *sys.argv[3:]])
+"""
+
+
 def test_nobody_begins_for_a_search_that_has_died():
-    """A rank that was just starting when search and torchrun were killed: nobody tells it so any more."""
-    leash = Path(tune.__file__).with_name("leash.py")
-    search = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
-    begin = (sys.executable, leash, search.pid, sys.executable, "-c", "print('begun')")
-    assert run(*begin).stdout == "begun\n"
-    search.communicate()
-    done = run(*begin)
-    assert (done.returncode, done.stdout) == (1, "")
+    """A rank that was just starting when search and torchrun were killed: nobody tells it so any more. That nobody has
+    asked yet how they ended, so that they still have their PIDs, does not matter.
+    """
+    assert run(*LEASH, os.getpid(), "echo", "begun").stdout == "begun\n"
+    assert run(*LEASH, os.getpid(), "sh", "-c", '"$@"; exit 3', "sh", *LEASH, "{}", "echo", "begun").stdout == "begun\n"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", ORPHAN, *LEASH, "echo", "begun"], stdin=pipe, stdout=pipe) as parent:
+        wait_for(lambda: Path(f"/proc/{parent.pid}/stat").read_text().split()[2] == "Z")
+        parent.stdin.write(b"go\n")
+        parent.stdin.close()
+        assert parent.stdout.read() == b""
 
 
 def test_no_rank_outlives_a_search_that_is_killed(place):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -134,7 +135,7 @@ class Session:
                 cwd=self.root,
                 env={**self.env, **env},
                 start_new_session=True,
-                preexec_fn=die_with_parent,  # noqa: PLW1509 (this process has one thread)
+                preexec_fn=functools.partial(die_with, os.getpid()),  # noqa: PLW1509 (this process has one thread)
             )
         except OSError as error:
             return f"could not be run: {error}"
@@ -222,9 +223,11 @@ def whole_lines(path: Path) -> list[object]:
     return rows
 
 
-def die_with_parent() -> None:
+def die_with(parent: int) -> None:
     """Whoever kills the session has the GPU to himself."""
     PRCTL(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it died before that
+        os._exit(1)
 
 
 def verdict_of(process: subprocess.Popen[bytes] | str, until: float) -> str | None:

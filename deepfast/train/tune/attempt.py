@@ -85,11 +85,12 @@ def _ended(process: subprocess.Popen[bytes], beat: Path, idle: Callable[[], None
 
 @contextlib.contextmanager
 def _started(folder: Path, ranks: int) -> Iterator[subprocess.Popen[bytes]]:
-    leashed = [sys.executable, str(Path(__file__).with_name("leash.py")), str(os.getpid())]
-    command = [*leashed, sys.executable, "-m", "deepfast.train.tune.trial", str(folder)]
+    leash = [sys.executable, str(Path(__file__).with_name("leash.py"))]
+    trial = [sys.executable, "-m", "deepfast.train.tune.trial", str(folder)]
     if ranks > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [*leashed, *torchrun, "--no-python", *command]
+        trial = [*torchrun, "--no-python", *leash, "{}", *trial]
+    command = [*leash, str(os.getpid()), *trial]
     with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
         # In a session of its own, a terminal's Ctrl-C does not reach it.
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)

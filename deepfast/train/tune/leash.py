@@ -1,6 +1,8 @@
-"""``python leash.py PID COMMAND …`` becomes the command, unless the process PID has died by then: one that dies with
-who has started it, and before anybody else where memory runs out. Both hold for what becomes of it by exec; the second
-for its children, too.
+"""``python leash.py PID COMMAND …`` becomes the command, as one that dies with its parent and, where memory runs out,
+before anybody else. Both hold for what becomes of it by exec; the second for its children, too.
+
+PID is the parent's: if that has died by then, nothing begins. A word ``{}`` of the command becomes the PID that it
+has itself, for a leash that it starts.
 
 It is run by its path and imports nothing of deepfast: it is there before anything takes time.
 """
@@ -20,11 +22,13 @@ def main() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     with contextlib.suppress(AttributeError):  # only Linux has it
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    try:
-        os.kill(int(sys.argv[1]), 0)  # who died while this process began is no parent whose death would be told
-    except ProcessLookupError:
+    parent, *command = sys.argv[1:]
+    # Who died before that is no parent any more. (Whether there is a process of that PID would tell nothing: a dead one
+    # keeps its PID until somebody has asked how it ended.)
+    if os.getppid() != int(parent):
         sys.exit(1)
-    os.execvp(sys.argv[2], sys.argv[2:])  # noqa: S606
+    own = [str(os.getpid()) if word == "{}" else word for word in command]
+    os.execvp(own[0], own)  # noqa: S606
 
 
 if __name__ == "__main__":
