@@ -193,6 +193,15 @@ def test_a_cuda_error_ends_its_process_and_the_cases_behind_it_run_in_another(st
     assert made.begun.read_text().split() == ["one", "two", "three", "four"]
 
 
+def test_nothing_begins_for_a_session_that_has_died():
+    code = "import gpu_stages, os, sys; gpu_stages.die_with(int(sys.argv[1])); print('begun')"
+    env = {"PYTHONPATH": str(ROOT / "tools")}
+    assert run(sys.executable, "-c", code, os.getpid(), env=env).stdout == "begun\n"
+    gone = run(sys.executable, "-c", "import os; print(os.getpid())").stdout.strip()
+    done = run(sys.executable, "-c", code, gone, env=env)
+    assert (done.returncode, done.stdout) == (1, "")
+
+
 @pytest.mark.parametrize(
     ("then", "limit", "verdict"), [("", 60, "passed"), ("time.sleep(600)", 2, "stopped at its time limit")]
 )
