@@ -32,7 +32,8 @@ def put(place: Path, name: str, text: str, mode: int = 0o644) -> Path:
 def printed(tmp_path):
     """What a torchrun command would be, without running it: (its variables and arguments, the exit code, stderr)."""
     program = (
-        "import json, os, sys; from deepfast.deepspeed import hosts, launcher, remote\n"
+        "import json, os, signal, sys; from deepfast.deepspeed import hosts, launcher, remote\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "visible = lambda: os.environ.get('CUDA_VISIBLE_DEVICES')\n"
         "launcher._gpus = lambda: len(visible().split(',')) if visible() else int(os.environ['GPUS'])\n"
         "def execve(path, line, env):\n"
@@ -233,12 +234,20 @@ lines = [["sh", "-c", say.format(n, what)] for n, what in enumerate(sys.argv[1:]
 sys.exit(run([Job(by_ssh("there", None, {}, lines[0]), {}, remote=True), Job(lines[1], {})]))
 """
 WAITS = "exec sleep 10000"
+# What is ignored stays so in all that is started, and a suite that runs in the background ignores Ctrl-C.
+AS = """\
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL), signal.signal(signal.SIGHUP, signal.{})
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+IN_A_TERMINAL = (sys.executable, "-c", AS.format("SIG_DFL"))
+UNDER_NOHUP = (sys.executable, "-c", AS.format("SIG_IGN"))
 
 
-def together(tmp_path: Path, *what: str) -> subprocess.Popen[str]:
+def together(tmp_path: Path, *what: str, under: tuple[str, ...] = IN_A_TERMINAL) -> subprocess.Popen[str]:
     """One command on a host that ssh calls, one on this one."""
     env = {**os.environ, **with_fake_ssh(tmp_path)}
-    command = [sys.executable, "-c", TOGETHER, *what]
+    command = [*under, sys.executable, "-c", TOGETHER, *what]
     return subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
 
 
@@ -282,6 +291,39 @@ def test_a_signal_ends_all_hosts(tmp_path, signal_, code):
     _, said = job.communicate(timeout=HANGS)
     assert job.returncode == code, said
     assert all_ended(tmp_path)
+
+
+def test_a_logout_ends_no_hosts_under_nohup(tmp_path):
+    job = together(
+        tmp_path, *["trap 'exit 5' HUP; while [ ! -e go ]; do sleep 0.05; done; exit 0"] * 2, under=UNDER_NOHUP
+    )
+    while job.poll() is None and not all((tmp_path / f"pid.{n}").exists() for n in (0, 1)):
+        time.sleep(0.05)
+    job.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    put(tmp_path, "go", "")
+    assert job.communicate(timeout=HANGS) == (None, "")
+    assert job.returncode == 0
+
+
+@pytest.mark.parametrize(("under", "code"), [(IN_A_TERMINAL, 1), (UNDER_NOHUP, 0)])
+def test_torchrun_too_ignores_a_logout_under_nohup(tmp_path, under, code):
+    text = (
+        "import pathlib, time\npathlib.Path('begun').touch()\nwhile not pathlib.Path('go').exists(): time.sleep(0.05)\n"
+    )
+    put(tmp_path, "train.py", text)
+    pipe = subprocess.PIPE
+    job = subprocess.Popen(
+        [*under, *DEEPFAST, "train.py"], cwd=tmp_path, env={**os.environ, **ENV}, stderr=pipe, text=True
+    )
+    while job.poll() is None and not (tmp_path / "begun").exists():
+        time.sleep(0.05)
+    job.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    put(tmp_path, "go", "")
+    _, said = job.communicate(timeout=HANGS)
+    assert job.returncode == code, said
+    assert ("PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT" in said.splitlines()[0]) == (not code)
 
 
 def test_without_ssh_it_says_so():

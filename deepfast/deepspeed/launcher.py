@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -156,6 +157,14 @@ def command(options: argparse.Namespace, found: Slots, rank: int) -> tuple[dict[
     return env, [*line, options.script, *options.args]
 
 
+def _under_nohup() -> dict[str, str]:
+    """Variables by which torchrun, too, ignores SIGHUP where this process does; else it would end at a logout. (Those
+    before its option --signals-to-handle end all the same.)"""
+    if "PET_SIGNALS_TO_HANDLE" in os.environ or signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        return {}
+    return {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGQUIT"}
+
+
 def _say(line: str) -> None:
     print(f"deepfast: {line}", file=sys.stderr, flush=True)
 
@@ -172,6 +181,7 @@ def start(options: argparse.Namespace) -> int:
     jobs: list[remote.Job] = []
     for host, (env, line) in wanted.items():
         if rank >= 0 or hosts.is_here(host):
+            env |= _under_nohup()
             jobs.append(remote.Job(line, env))
         else:
             jobs.append(remote.Job(remote.by_ssh(host, options.ssh_port, env, line), {}, remote=True))

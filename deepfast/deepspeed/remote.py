@@ -52,7 +52,8 @@ def run(jobs: list[Job]) -> int:
         raise SystemExit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, stop)
     running: list[tuple[Job, subprocess.Popen[bytes]]] = []
     try:
         for job in jobs:
