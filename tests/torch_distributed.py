@@ -6,6 +6,7 @@ is asked for gloo, which ours extends; then the name becomes "deepfast", and tha
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import re
@@ -44,8 +45,12 @@ def names() -> list[str]:
 def announced() -> dict[str, bytes]:
     """Of each communicator's ranks the page where they say what they are about to do: every operation of ours changes
     it, and no other does. By the numbers of the files."""
-    files = [fd for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink() and "memfd:deepfast" in os.readlink(fd)]
-    return {fd.name: os.pread(int(fd.name), 4096, 0) for fd in files}
+    found = {}
+    for fd in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # one of gloo's threads has just closed it
+            if "memfd:deepfast" in os.readlink(fd):
+                found[fd.name] = os.pread(int(fd.name), 4096, 0)
+    return found
 
 
 def worked_since(before: dict[str, bytes]) -> bool:
