@@ -158,8 +158,8 @@ def command(options: argparse.Namespace, found: Slots, rank: int) -> tuple[dict[
 
 
 def _under_nohup() -> dict[str, str]:
-    """Variables by which torchrun, too, ignores SIGHUP where this process does; else it would end at a logout. (Those
-    before its option --signals-to-handle end all the same.)"""
+    """Variables (those of its --signals-to-handle) by which torchrun, too, ignores SIGHUP where this process does; else
+    it would end at a logout."""
     if "PET_SIGNALS_TO_HANDLE" in os.environ or signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         return {}
     return {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGQUIT"}
